@@ -1,0 +1,148 @@
+"""Write the model in the trainer as a Hugging Face folder, with the heads in a subfolder of their own.
+
+``AutoModelForCausalLM.from_pretrained`` and vLLM load the folder as it is. They, and DCP's Hugging Face reader, take
+every ``*.safetensors`` beside the base model's for a part of it, so the heads lie in ``future_heads/``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torchtitan.tools.logging import logger
+from transformers import GenerationConfig, PreTrainedConfig
+
+from flame_ext.checkpoint.steps import put_in_place, start, temporary_path
+from flame_ext.distributed import failing_together, is_main_rank
+from flame_ext.errors import CheckpointError
+from flame_ext.heads.future_encoder import FutureEncoder
+from flame_ext.heads.future_predictor import FuturePredictor
+from flame_ext.seeding.report import write_json
+from flame_ext.seeding.source import INDEX_NAME
+
+HEADS_FOLDER = "future_heads"
+
+# What belongs to a tokenizer or to generation. Named one by one: modelling code in the source must not be carried on.
+_COPIED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """What an export is made of beside the weights."""
+
+    config: PreTrainedConfig
+    assets: Path
+    """The folder whose tokenizer and generation files go along."""
+    dtype: torch.dtype
+    heads_config: dict[str, Any] | None
+    """``future_heads/config.json``; None without heads."""
+    max_shard_size: str = "5GB"
+
+
+def export_hf(state: Mapping[str, Tensor], head_names: list[str], folder: Path, spec: ExportSpec) -> None:
+    """Write ``folder``, atomically. Collective: tensors are gathered one by one, the main rank holds one file at a time.
+
+    Args:
+        state: key to parameter or buffer, each tied parameter once; keys that start with a head's name are the heads'.
+        head_names: names of the heads.
+        folder: ``hf/step-N``.
+        spec: the rest.
+
+    Raises:
+        CheckpointError: on every rank, if a file can not be written.
+    """
+    prefixes = tuple(f"{name}." for name in head_names)
+    backbone = {key: tensor for key, tensor in state.items() if not key.startswith(prefixes)} if prefixes else dict(state)
+    heads = {key: tensor for key, tensor in state.items() if key not in backbone}
+    with failing_together(CheckpointError):
+        if is_main_rank():
+            _write_small_files(start(folder), spec)
+    temporary = temporary_path(folder)
+    _write_tensors(backbone, temporary, spec, spec.max_shard_size)
+    if heads:
+        _write_tensors(heads, temporary / HEADS_FOLDER, spec, "1TB")
+    with failing_together(CheckpointError):
+        if is_main_rank():
+            put_in_place(folder)
+    logger.info(f"Exported {len(backbone)} tensors of the backbone and {len(heads)} of the heads to {folder}")
+
+
+def _write_small_files(folder: Path, spec: ExportSpec) -> None:
+    spec.config.dtype = spec.dtype
+    spec.config.save_pretrained(folder)
+    if (spec.assets / "generation_config.json").is_file():
+        GenerationConfig.from_pretrained(spec.assets).save_pretrained(folder)
+    for name in _COPIED_FILES:
+        if (spec.assets / name).is_file():
+            shutil.copyfile(spec.assets / name, folder / name)
+    if spec.heads_config is not None:
+        write_json(folder / HEADS_FOLDER / "config.json", spec.heads_config)
+
+
+def _write_tensors(state: Mapping[str, Tensor], folder: Path, spec: ExportSpec, max_shard_size: str) -> None:
+    """Write ``model.safetensors``, or several files of at most ``max_shard_size`` and their index."""
+    plan = split_state_dict_into_shards_factory(
+        {key: torch.empty(tensor.shape, dtype=spec.dtype, device="meta") for key, tensor in state.items()},
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for name, keys in plan.filename_to_tensors.items():
+        tensors = {key: _gathered(state[key], spec.dtype) for key in keys}
+        with failing_together(CheckpointError):
+            if is_main_rank():
+                # from_pretrained wants to know the framework that wrote the file.
+                save_file(tensors, folder / name, metadata={"format": "pt"})
+    with failing_together(CheckpointError):
+        if is_main_rank() and plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": dict(sorted(plan.tensor_to_filename.items()))}
+            write_json(folder / INDEX_NAME, index)
+
+
+@torch.no_grad()
+def _gathered(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The full tensor on the main rank's CPU, None on the others. Collective."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().to(device="cpu", dtype=dtype).contiguous() if is_main_rank() else None
+
+
+def load_future_heads(folder: str | Path) -> torch.nn.ModuleDict:
+    """The heads of an export as fresh modules, with its weights.
+
+    Args:
+        folder: an export, ``hf/step-N``.
+
+    Returns:
+        ``future_encoder`` and ``future_predictor``; the latter maps (B, T, D) hidden states to predictions.
+    """
+    heads_folder = Path(folder) / HEADS_FOLDER
+    config = json.loads((heads_folder / "config.json").read_text())
+    heads = torch.nn.ModuleDict(
+        {
+            "future_encoder": FutureEncoder(config["future_encoder"]["future_k"]),
+            "future_predictor": FuturePredictor(
+                config["hidden_size"], config["future_predictor"]["head_type"], config["future_predictor"]["dropout"]
+            ),
+        }
+    )
+    heads.load_state_dict(load_file(heads_folder / "model.safetensors"), strict=True)
+    return heads

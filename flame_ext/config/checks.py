@@ -1,0 +1,139 @@
+"""Everything that can be known to be wrong before a process group exists. One message with every finding."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from torchtitan.protocols.model_converter import _registry_model_converter_cls
+from transformers import PreTrainedConfig
+
+from flame_ext.config.sections import FlameJobConfig
+from flame_ext.errors import ConfigError
+from flame_ext.model.hf_causal_lm import load_hf_config
+from flame_ext.model.train_spec import MODEL_NAME
+from flame_ext.registration import CONVERTER_NAME
+
+
+def check_config(config: FlameJobConfig) -> None:
+    """Check values and their combinations.
+
+    Raises:
+        ConfigError: with one line for each finding.
+    """
+    problems = [*_check_model(config), *_check_parallelism(config), *_check_checkpoint(config)]
+    problems += [*_check_objective(config), *_check_data(config)]
+    if not problems:
+        problems += _check_against_model(config, load_hf_config(config.model.hf_assets_path, config.seed.trust_remote_code))
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
+    if problems:
+        raise ConfigError(f"{len(problems)} problems in the configuration:\n  - " + "\n  - ".join(problems))
+
+
+def _check_model(config: FlameJobConfig) -> Iterator[str]:
+    if config.model.name != MODEL_NAME:
+        yield f"model.name must be {MODEL_NAME!r}, got {config.model.name!r}; torchtitan's own models run with torchtitan.train"
+    if config.model.flavor != "auto":
+        yield f"model.flavor must be 'auto' (the model is what its config.json says), got {config.model.flavor!r}"
+    for name in config.model.converters:
+        if name not in _registry_model_converter_cls:
+            close = difflib.get_close_matches(name, _registry_model_converter_cls, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            yield f"model.converters: unknown converter {name!r}{hint} (known: {', '.join(sorted(_registry_model_converter_cls))})"
+
+
+def _check_parallelism(config: FlameJobConfig) -> Iterator[str]:
+    degrees = config.parallelism
+    for name in ("tensor", "pipeline", "context", "expert"):
+        degree = getattr(degrees, f"{name}_parallel_degree")
+        if degree != 1:
+            yield (
+                f"parallelism.{name}_parallel_degree must be 1 for {MODEL_NAME!r}, got {degree}; scale with "
+                "data_parallel_shard_degree (FSDP) and data_parallel_replicate_degree (DDP, HSDP)"
+            )
+    if config.comm.mode != "default":
+        yield f"comm.mode must be 'default', got {config.comm.mode!r}: without real communication there is nothing to seed"
+    if config.fault_tolerance.enable:
+        yield "fault_tolerance.enable is not supported: TorchFT replaces the checkpoint flow that seeding hooks into"
+
+
+def _check_checkpoint(config: FlameJobConfig) -> Iterator[str]:
+    checkpoint = config.checkpoint
+    if not checkpoint.enable:
+        yield "checkpoint.enable must be true: weights are seeded and resumed by the checkpoint manager (load_only = true never saves)"
+    if checkpoint.initial_load_path is None and not checkpoint.initial_load_in_hf:
+        yield (
+            "checkpoint.initial_load_path is not set, and training never starts from random weights; name a Hugging Face "
+            "folder, or set checkpoint.initial_load_in_hf = true to take model.hf_assets_path"
+        )
+    if checkpoint.create_seed_checkpoint:
+        yield "checkpoint.create_seed_checkpoint has no use here: the trainer itself is seeded, under any parallelism"
+    if not checkpoint.initial_load_model_only:
+        yield "checkpoint.initial_load_model_only must be true: a source gives weights; to resume, use the same job.dump_folder"
+    if checkpoint.initial_load_in_hf_quantized:
+        yield "checkpoint.initial_load_in_hf_quantized is not supported: dequantise the model first"
+    if checkpoint.keep_latest_k == 1:
+        yield "checkpoint.keep_latest_k must be 0 (keep all) or at least 2: the newest step may be in the process of being saved"
+    if checkpoint.interval < 1:
+        yield f"checkpoint.interval must be >= 1 step, got {checkpoint.interval}"
+
+
+def _check_objective(config: FlameJobConfig) -> Iterator[str]:
+    encoder, predictor = config.future_encoder, config.future_predictor
+    attached = CONVERTER_NAME in config.model.converters
+    if encoder.enable != predictor.enable:
+        yield "future_encoder.enable and future_predictor.enable go together: one is the target, the other predicts it"
+    if encoder.enable and not attached:
+        yield f'future_encoder.enable is true but nothing attaches the heads: set model.converters = ["{CONVERTER_NAME}"]'
+    if attached and not encoder.enable:
+        yield f"model.converters has {CONVERTER_NAME!r}, but future_encoder.enable is false: enable it or drop the converter"
+    if encoder.future_k < 0:
+        yield f"future_encoder.future_k must be >= 0 (0 = all the future), got {encoder.future_k}"
+    if not 1 <= encoder.shift_k < config.training.seq_len:
+        yield f"future_encoder.shift_k must be in 1..training.seq_len - 1 ({config.training.seq_len - 1}), got {encoder.shift_k}"
+    if encoder.temperature <= 0:
+        yield f"future_encoder.temperature must be > 0 (cosines are divided by it; 0.05-0.1 is usual), got {encoder.temperature}"
+    if encoder.loss_weight < 0:
+        yield f"future_encoder.loss_weight must be >= 0 (0 = not computed), got {encoder.loss_weight}"
+    if not 0 <= predictor.dropout < 1:
+        yield f"future_predictor.dropout must be in [0, 1), got {predictor.dropout}"
+
+
+def _check_data(config: FlameJobConfig) -> Iterator[str]:
+    training = config.training
+    for name in ("seq_len", "local_batch_size", "steps"):
+        if getattr(training, name) < 1:
+            yield f"training.{name} must be >= 1, got {getattr(training, name)}"
+    if training.dataloader.num_workers > 1:
+        yield (
+            f"training.dataloader.num_workers must be 0 or 1, got {training.dataloader.num_workers}: several workers would "
+            "each read the same documents"
+        )
+    if config.metrics.log_freq < 1:
+        yield f"metrics.log_freq must be >= 1, got {config.metrics.log_freq}"
+    # Known under torchrun; the host's own check of the same is an assertion deep in the trainer.
+    replicas = int(os.environ.get("WORLD_SIZE", "1"))
+    global_batch, local_batch = training.global_batch_size, training.local_batch_size
+    if local_batch >= 1 and global_batch >= 0 and (global_batch == 0 or global_batch % (local_batch * replicas)):
+        yield (
+            f"training.global_batch_size ({global_batch}) must be a positive multiple of training.local_batch_size "
+            f"({local_batch}) times the data-parallel ranks ({replicas})"
+        )
+
+
+def _check_against_model(config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterator[str]:
+    if not hf_config.architectures or not hf_config.architectures[0].endswith("ForCausalLM"):
+        yield (
+            f"{Path(config.model.hf_assets_path) / 'config.json'}: architectures is {hf_config.architectures}; only decoder-only "
+            "causal LMs (…ForCausalLM) can be trained"
+        )
+    text = hf_config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if limit is not None and config.training.seq_len > limit:
+        yield (
+            f"training.seq_len ({config.training.seq_len}) is beyond the model's max_position_embeddings ({limit}); shorten "
+            "it, or extend the model (rope_parameters and max_position_embeddings in config.json)"
+        )

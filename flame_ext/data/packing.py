@@ -1,0 +1,165 @@
+"""Documents packed into sequences, in an order that does not depend on how many ranks read them.
+
+The global batch is a fixed number of *lanes*: lane j packs documents j, j + L, j + 2L, … (L lanes) end to end and gives
+one sequence to each step. A rank reads every ``dp_world_size``-th lane, so a step's global batch is the same set of
+sequences on one rank and on sixty-four, each rank tokenises only its own documents, and the position in the data is
+one document number and one offset for each lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.utils.data import IterableDataset
+from torchtitan.components.dataloader import ParallelAwareDataloader
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.config import JobConfig
+from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataset
+
+from flame_ext.data.sources import text_of
+from flame_ext.errors import ConfigError
+from flame_ext.model.hf_causal_lm import load_hf_config
+
+
+@dataclass
+class Lane:
+    """A position in the data, as it is saved."""
+
+    document: int
+    """Number of the document that the next token is in, counted on over epochs."""
+    offset: int = 0
+    """Position of the next token in that document."""
+
+
+class PackedDocuments(IterableDataset, Stateful):
+    """Sequences of ``seq_len + 1`` tokens from this rank's lanes, in turn, without end.
+
+    Args:
+        count: number of documents of an epoch.
+        tokens_of: document index in [0, count) to its tokens, EOS included.
+        seq_len: T.
+        lanes: this rank's lanes.
+        num_lanes: of all ranks together: sequences in a global batch.
+        rng_seed: determines each epoch's permutation of the documents; None = as they come.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        tokens_of: Callable[[int], list[int]],
+        seq_len: int,
+        lanes: range,
+        num_lanes: int,
+        rng_seed: int | None,
+    ) -> None:
+        self._count, self._tokens_of, self._seq_len, self._num_lanes = count, tokens_of, seq_len, num_lanes
+        self._order = lru_cache(maxsize=2)(partial(_permutation, count, rng_seed))  # lanes may stand in two epochs
+        self._lanes = {number: Lane(number) for number in lanes}
+        self._tokens: dict[int, list[int]] = {}  # of each lane's current document; made again after a resume
+        self._turn = 0
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Yields ``{"input": (T,)}, labels (T,)``; labels are the inputs moved by one, as the host's dataset has them."""
+        numbers = list(self._lanes)
+        while True:
+            number = numbers[self._turn]
+            self._turn = (self._turn + 1) % len(numbers)
+            tokens = torch.tensor(self._take(number, self._seq_len + 1))
+            yield {"input": tokens[:-1]}, tokens[1:]
+
+    def _take(self, number: int, length: int) -> list[int]:
+        lane, taken = self._lanes[number], []
+        while len(taken) < length:
+            if number not in self._tokens:
+                epoch, index = divmod(lane.document, self._count)
+                self._tokens[number] = self._tokens_of(self._order(epoch)[index])
+            tokens = self._tokens[number]
+            part = tokens[lane.offset : lane.offset + length - len(taken)]
+            taken += part
+            lane.offset += len(part)
+            if lane.offset == len(tokens):
+                lane.document, lane.offset = lane.document + self._num_lanes, 0
+                del self._tokens[number]
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"turn": self._turn, "lanes": {number: asdict(lane) for number, lane in self._lanes.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if set(state["lanes"]) != set(self._lanes):
+            raise ConfigError(
+                f"the saved data position has lanes {sorted(state['lanes'])}, this rank reads {sorted(self._lanes)}: resume "
+                "with the same training.global_batch_size and the same number of data-parallel ranks"
+            )
+        self._turn = state["turn"]
+        self._lanes = {number: Lane(**lane) for number, lane in state["lanes"].items()}
+        self._tokens = {}
+
+
+def _permutation(count: int, rng_seed: int | None, epoch: int) -> list[int]:
+    if rng_seed is None:
+        return list(range(count))
+    generator = torch.Generator().manual_seed(rng_seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def build_dataloader(
+    dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig
+) -> ParallelAwareDataloader:
+    """The TrainSpec's dataloader: ``training.dataset`` by its name in the host's registry.
+
+    Map-style data are packed by lanes; streamed data (c4) go the host's own way.
+
+    Raises:
+        ConfigError: unknown name, no data, no such field, or a tokenizer with ids beyond the model's vocabulary.
+    """
+    training = job_config.training
+    source = DATASETS.get(training.dataset.lower())
+    if source is None:
+        raise ConfigError(f"training.dataset {training.dataset!r} is unknown; known: {', '.join(sorted(DATASETS))}")
+    _require_ids_in_vocabulary(tokenizer, job_config)
+    data = source.loader(training.dataset_path or source.path)
+    if isinstance(data, datasets.Dataset):
+        if len(data) == 0:
+            raise ConfigError(f"training.dataset {training.dataset!r} ({training.dataset_path}): no documents in it")
+        text_of(data[0], job_config.data.text_field)
+        global_batch = training.global_batch_size
+        if global_batch < 0:
+            global_batch = training.local_batch_size * dp_world_size
+
+        def tokens_of(index: int) -> list[int]:
+            return tokenizer.encode(text_of(data[index], job_config.data.text_field), add_bos=True, add_eos=True)
+
+        dataset: IterableDataset = PackedDocuments(
+            count=len(data),
+            tokens_of=tokens_of,
+            seq_len=training.seq_len,
+            lanes=range(dp_rank, global_batch, dp_world_size),
+            num_lanes=global_batch,
+            rng_seed=job_config.data.rng_seed if job_config.data.shuffle else None,
+        )
+    else:
+        dataset = HuggingFaceTextDataset(
+            training.dataset, training.dataset_path, tokenizer, training.seq_len, dp_rank, dp_world_size, infinite=True
+        )
+    return ParallelAwareDataloader(
+        dataset, dp_rank, dp_world_size, batch_size=training.local_batch_size, **asdict(training.dataloader)
+    )
+
+
+def _require_ids_in_vocabulary(tokenizer: BaseTokenizer, job_config: JobConfig) -> None:
+    config = load_hf_config(job_config.model.hf_assets_path, job_config.seed.trust_remote_code)
+    vocab_size = config.get_text_config().vocab_size
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= vocab_size:
+        raise ConfigError(
+            f"{job_config.model.hf_assets_path}: the tokenizer's id {largest} ({token!r}) is beyond the model's vocab_size "
+            f"{vocab_size}: it belongs to another model"
+        )

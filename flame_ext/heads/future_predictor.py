@@ -1,0 +1,63 @@
+"""The head that predicts the future summary from the causal hidden state."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flame_ext.heads.initialisation import Constant, ParameterInit, lecun_uniform
+
+
+class _GatedMLP(nn.Module):
+    """SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202) without biases."""
+
+    def __init__(self, hidden_size: int, ffn_hidden_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=False)
+        self.down_proj = nn.Linear(ffn_hidden_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class FuturePredictor(nn.Module):
+    """LayerNorm, dropout, a linear map or an MLP of twice the hidden size, L2 normalisation in float32.
+
+    Args:
+        hidden_size: D of the backbone.
+        head_type: "linear", "mlp" (GELU) or "gated" (SwiGLU).
+        dropout: on the normalised input.
+    """
+
+    def __init__(
+        self, hidden_size: int, head_type: Literal["linear", "mlp", "gated"] = "linear", dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size)
+        self.dropout = nn.Dropout(dropout)
+        self.proj: nn.Module
+        if head_type == "linear":
+            self.proj = nn.Linear(hidden_size, hidden_size)
+        elif head_type == "mlp":
+            self.proj = nn.Sequential(
+                nn.Linear(hidden_size, 2 * hidden_size), nn.GELU(), nn.Linear(2 * hidden_size, hidden_size)
+            )
+        elif head_type == "gated":
+            self.proj = _GatedMLP(hidden_size, 2 * hidden_size)
+        else:
+            raise ValueError(f"head_type must be one of 'linear', 'mlp', 'gated', got {head_type!r}")
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, T, D) hidden states to (B, T, D) float32 predictions of unit length."""
+        return F.normalize(self.proj(self.dropout(self.norm(hidden_states))).float(), dim=-1)
+
+    def parameter_inits(self) -> dict[str, ParameterInit]:
+        """Norm at identity, biases at zero, linear maps LeCun-uniform (gain 1)."""
+        inits: dict[str, ParameterInit] = {"norm.weight": Constant(1.0)}
+        for name, parameter in self.named_parameters():
+            if name not in inits:
+                inits[name] = lecun_uniform(parameter.shape[1]) if parameter.ndim == 2 else Constant(0.0)
+        return inits

@@ -1,0 +1,75 @@
+"""Make torchtitan, the host, importable and usable on a machine without an accelerator.
+
+torchtitan 0.2.2 asks torch once, while it is imported, for the accelerator and its module, and takes CUDA where there
+is none. On such a machine :func:`import_host` answers "cpu" for the time of that import, with a module that adds to
+``torch.cpu`` the few functions that the host's memory monitor and barriers call. With an accelerator it does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from types import ModuleType, SimpleNamespace
+from unittest import mock
+
+import torch
+import torch._utils
+
+
+class CpuDeviceModule(ModuleType):
+    """``torch.cpu`` plus what torchtitan expects of a device module; memory figures are the process's resident set."""
+
+    def __init__(self) -> None:
+        super().__init__("flame_ext.host.cpu")
+
+    def __getattr__(self, name: str):
+        return getattr(torch.cpu, name)
+
+    @staticmethod
+    def current_device() -> int:
+        # torch.cpu answers "cpu", which torch.distributed.barrier(device_ids=[...]) does not take.
+        return 0
+
+    @staticmethod
+    def get_device_name(device: object = None) -> str:
+        return "CPU"
+
+    @staticmethod
+    def get_device_properties(device: object = None) -> SimpleNamespace:
+        return SimpleNamespace(total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+    @staticmethod
+    def memory_stats(device: object = None) -> dict[str, int]:
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak, "num_alloc_retries": 0, "num_ooms": 0}
+
+    @staticmethod
+    def reset_peak_memory_stats(device: object = None) -> None:
+        """The kernel's peak of the resident set can not be reset without privileges: it stays the run's peak."""
+
+    @staticmethod
+    def empty_cache() -> None:
+        """The CPU allocator keeps no cache of its own."""
+
+
+def import_host() -> None:
+    """Import torchtitan's device detection, so that later imports of torchtitan find the device that is there.
+
+    Raises:
+        RuntimeError: if torchtitan was imported before flame_ext on a machine without accelerator, since it has then
+            bound itself to CUDA.
+    """
+    if torch.accelerator.is_available():
+        return
+    utils = sys.modules.get("torchtitan.tools.utils")
+    if utils is not None:
+        if utils.device_type != "cpu":
+            raise RuntimeError("import flame_ext before torchtitan: without an accelerator the host would bind to CUDA")
+        return
+    with (
+        mock.patch.object(torch._utils, "_get_available_device_type", lambda: "cpu"),
+        mock.patch.object(torch._utils, "_get_device_module", lambda device_type: CpuDeviceModule()),
+    ):
+        import torchtitan.tools.utils  # noqa: F401

@@ -1,0 +1,87 @@
+"""torchtitan's metrics processor, with the objective's parts beside the total loss and ``metrics.jsonl`` beside TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchtitan.components.metrics import MetricsProcessor, _get_metrics_rank
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols import BaseModelArgs
+from torchtitan.tools.logging import logger
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class FutureMetricsProcessor(MetricsProcessor):
+    """Logs what the host logs, plus ``step_metrics()`` of the trainer."""
+
+    step_metrics: Callable[[], dict[str, float]]
+    """Collective; set by the trainer: the parts of the objective, averaged over ranks and micro-batches."""
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None) -> None:
+        super().__init__(job_config, parallel_dims, tag)
+        self._file = Path(job_config.job.dump_folder) / METRICS_NAME
+        self._writes = torch.distributed.get_rank() == _get_metrics_rank(parallel_dims, job_config)
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of steps after ``step``: they were lost with the run that is being resumed."""
+        if not self._writes or not self._file.is_file():
+            return
+        kept = []
+        for line in self._file.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                logger.warning(f"{self._file}: dropped an unreadable line, cut off when its run ended")
+        temporary = self._file.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        temporary.replace(self._file)
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        """As the host's. Collective, since the parts of the loss are reduced here, only on steps that are logged."""
+        parts = self.step_metrics()
+        extra = {**(extra_metrics or {}), **parts}
+        seconds = time.perf_counter() - self.time_last_log
+        # Every rank counts its own tokens; ranks that share a batch (TP, PP) count the same ones.
+        tokens_per_second = (
+            self.ntokens_since_last_log * self.parallel_dims.world_size / self.parallel_dims.non_data_parallel_size / seconds
+        )
+        record = {
+            "step": step,
+            "loss": float(global_avg_loss),
+            **parts,
+            "lr": extra.get("lr"),
+            "grad_norm": grad_norm,
+            "tokens_seen": int(extra.get("n_tokens_seen", 0)),
+            "tokens_per_second": tokens_per_second,
+        }
+        if self._writes:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._file, "a") as stream:
+                # JSON has no NaN: a diverged value is written as null.
+                values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+                stream.write(json.dumps(values, allow_nan=False) + "\n")
+        super().log(step, global_avg_loss, global_max_loss, grad_norm, extra)
+        logger.info("  ".join([f"step: {step:2}", *(f"{name}: {value:8.5f}" for name, value in parts.items())]))
+
+
+def build_metrics_processor(
+    job_config: JobConfig, parallel_dims: ParallelDims, model_args: BaseModelArgs | None = None, tag: str | None = None
+) -> FutureMetricsProcessor:
+    """The TrainSpec's metrics processor."""
+    return FutureMetricsProcessor(job_config, parallel_dims, tag)

@@ -1,0 +1,237 @@
+"""Any decoder-only causal LM of transformers, with its own modelling code, as a torchtitan model.
+
+The model *is* the Hugging Face module: its class gets :class:`HFCausalLM` mixed in, so parameter names are exactly the
+Hugging Face ones and every architecture's own ``forward`` runs. What the mixin adds is what the host's trainer asks
+for (meta initialisation, ``layers``, ``init_weights``), the state that no state dict holds, and the heads.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torchtitan.config import JobConfig
+from torchtitan.protocols import BaseModelArgs
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from flame_ext.errors import ConfigError
+from flame_ext.heads.initialisation import ParameterInit
+
+
+@dataclass
+class HFModelArgs(BaseModelArgs):
+    """The model's arguments are its ``config.json``; the host logs this dataclass as JSON."""
+
+    hf_assets_path: str = ""
+    trust_remote_code: bool = False
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def update_from_config(self, job_config: JobConfig, **kwargs: Any) -> None:
+        self.hf_assets_path = job_config.model.hf_assets_path
+        self.trust_remote_code = job_config.seed.trust_remote_code
+        self.config = json.loads(self.load().to_json_string())
+
+    def load(self) -> PreTrainedConfig:
+        """A fresh configuration object, as transformers reads it."""
+        return load_hf_config(self.hf_assets_path, self.trust_remote_code)
+
+    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+        """Parameters (tied ones once), and floating point operations per token of forward and backward.
+
+        6 for each weight that multiplies, plus the attention scores and values, causal sparsity not counted (PaLM,
+        https://arxiv.org/abs/2204.02311, appendix B, as the host counts). The output embedding multiplies even where
+        it is tied; the input embedding does not.
+        """
+        config = self.load().get_text_config()
+        nparams = sum(p.numel() for p in model.parameters())
+        lookup = model.get_input_embeddings().weight
+        output = model.get_output_embeddings()
+        multiplying = nparams - (0 if output is not None and output.weight is lookup else lookup.numel())
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return nparams, 6 * multiplying + 12 * config.num_hidden_layers * heads * head_dim * seq_len
+
+
+def load_hf_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Read ``config.json`` of a local folder.
+
+    Raises:
+        ConfigError: if it is absent, not JSON, of an unknown ``model_type``, or needs code from the folder.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.hf_assets_path {path!r}: no usable config.json: {reason}; give the folder of a Hugging Face causal LM"
+        ) from e
+
+
+class ModelOutput(NamedTuple):
+    """What one training forward gives."""
+
+    logits: Tensor
+    """(B, T, V)"""
+    hidden_states: Tensor
+    """(B, T, D), after the final norm: what the output embedding reads."""
+    future_predictions: Tensor | None
+    """(B, T, D) float32, of unit length; None without a predictor."""
+
+
+class HFCausalLM(nn.Module):
+    """Mixin over a transformers ``...ForCausalLM``; see :func:`build_hf_causal_lm`.
+
+    Attributes:
+        model_args: the host's arguments.
+        head_names: children that are not the backbone's, in the order they were added.
+        parameter_inits: name of a head's parameter to its initialisation.
+        tied_keys: name of a tied parameter to the name that the state dict keeps, e.g. lm_head to the embedding.
+        computed_buffers: names of the buffers that are in no state dict (RoPE frequencies and the like).
+    """
+
+    model_args: HFModelArgs
+    head_names: list[str]
+    parameter_inits: dict[str, ParameterInit]
+    tied_keys: dict[str, str]
+    computed_buffers: list[str]
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, where the host applies activation checkpointing and compilation."""
+        depth = self.config.get_text_config().num_hidden_layers
+        for module in self.base_model.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == depth:
+                return module
+        raise ConfigError(f"{type(self).__name__} has no list of {depth} decoder layers; this architecture is not supported")
+
+    def add_head(self, name: str, head: nn.Module, inits: dict[str, ParameterInit]) -> None:
+        """Attach a module beside the backbone; its parameters are named ``name.…`` and initialised by ``inits``.
+
+        Raises:
+            ValueError: if a parameter has no initialisation.
+        """
+        missing = [n for n, _ in head.named_parameters() if n not in inits]
+        if missing:
+            raise ValueError(f"head {name!r}: no initialisation for {missing}")
+        self.add_module(name, head)
+        self.head_names.append(name)
+        self.parameter_inits.update({f"{name}.{n}": init for n, init in inits.items()})
+
+    def remember_state(self) -> None:
+        """Note, before parallelisation, what the host's ``to_empty`` is going to lose: ties, and buffers by value.
+
+        Modules are noted rather than names, because wrappers change the names; values rather than recipes, because
+        which buffers there are, and how they are computed, differs between architectures and versions.
+        """
+        owners: dict[int, tuple[str, nn.Module, str]] = {}
+        self._ties = []
+        self._buffer_values = []
+        self.tied_keys = {}
+        self.computed_buffers = []
+        for prefix, module in self.named_modules():
+            for name, parameter in module._parameters.items():
+                key = f"{prefix}.{name}".lstrip(".")
+                owner = owners.setdefault(id(parameter), (key, module, name)) if parameter is not None else None
+                if owner is not None and owner[0] != key:
+                    self._ties.append((module, name, owner[1], owner[2]))
+                    self.tied_keys[key] = owner[0]
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    self._buffer_values.append((module, name, buffer.clone()))
+                    if name in module._non_persistent_buffers_set:
+                        self.computed_buffers.append(f"{prefix}.{name}".lstrip("."))
+
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Called by the host after ``to_empty``: put buffers and ties back.
+
+        Parameters are left as they are: seeding or resuming writes every element and accounts for it, so a random
+        initialisation of the backbone would only be overwritten.
+        """
+        device = buffer_device or next(self.parameters()).device
+        for module, name, value in self._buffer_values:
+            module._buffers[name] = value.to(device=device, copy=True)
+        for module, name, owner, owner_name in self._ties:
+            setattr(module, name, getattr(owner, owner_name))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output: Literal["logits", "hidden_states", "all"] = "logits",
+    ) -> Tensor | ModelOutput:
+        """One forward of the backbone, and of the heads where asked: FSDP gathers their parameters only in here.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B or 1, 1, T, T) bool, true where attention is allowed; None = causal.
+            position_ids: (B, T); None = 0..T-1.
+            output: "logits" (B, T, V); "hidden_states" (B, T, D), without running the output embedding; "all":
+                a :class:`ModelOutput`.
+        """
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+        if output == "hidden_states":
+            return self.base_model(**inputs).last_hidden_state
+        if output == "logits":
+            return super().forward(**inputs).logits
+        # The architecture's own forward does more than lm_head(hidden) (soft-capping, scaling): run it as it is, and
+        # pick up the last hidden state on its way from the base model.
+        captured: list[Tensor] = []
+        hook = self.base_model.register_forward_hook(lambda _m, _i, result: captured.append(result.last_hidden_state))
+        try:
+            logits = super().forward(**inputs).logits
+        finally:
+            hook.remove()
+        (hidden_states,) = captured
+        predictor = getattr(self, "future_predictor", None)
+        return ModelOutput(logits, hidden_states, None if predictor is None else predictor(hidden_states))
+
+
+def build_hf_causal_lm(model_args: HFModelArgs) -> HFCausalLM:
+    """Build the model of ``config.json``: parameters on meta, buffers computed for real (on CPU).
+
+    Raises:
+        ConfigError: if the configuration is not one of a causal LM.
+    """
+    config = model_args.load()
+    try:
+        with torch.device("cpu"), parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.get_default_dtype(), trust_remote_code=model_args.trust_remote_code
+            )
+    except ValueError as e:
+        raise ConfigError(f"model.hf_assets_path {model_args.hf_assets_path!r}: {str(e).splitlines()[0]}") from e
+    model.__class__ = _with_training_interface(type(model))
+    model.model_args = model_args
+    model.head_names = []
+    model.parameter_inits = {}
+    model.remember_state()
+    return model
+
+
+@functools.cache
+def _with_training_interface(cls: type[PreTrainedModel]) -> type[HFCausalLM]:
+    return type(f"Titan{cls.__name__}", (HFCausalLM, cls), {})
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Move every parameter to the meta device as it is registered; buffers stay where they are made."""
+
+    def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:  # a tied parameter is registered again and must stay one object
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(to_meta)
+    try:
+        yield
+    finally:
+        handle.remove()

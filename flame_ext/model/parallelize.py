@@ -1,0 +1,95 @@
+"""Activation checkpointing, per-layer compilation and data parallelism for :class:`HFCausalLM`, in the host's order."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.models.llama3.infra.parallelize import (
+    _op_sac_save_list,
+    apply_compile,
+    apply_ddp,
+    disable_fsdp_gradient_division,
+)
+from torchtitan.tools.logging import logger
+
+from flame_ext.model.hf_causal_lm import HFCausalLM
+
+
+def parallelize_hf_causal_lm(model: HFCausalLM, parallel_dims: ParallelDims, job_config: JobConfig) -> HFCausalLM:
+    """Apply what the job asks for, in place; the model is still on meta.
+
+    Parallelisms that this model does not have are refused with the configuration (config/checks.py).
+    """
+    compile_model = job_config.compile.enable and "model" in job_config.compile.components
+    if job_config.activation_checkpoint.mode != "none":
+        apply_ac(
+            model,
+            job_config.activation_checkpoint,
+            model_compile_enabled=compile_model,
+            op_sac_save_list=_op_sac_save_list,
+            base_folder=job_config.job.dump_folder,
+        )
+    if compile_model:
+        apply_compile(model, job_config.compile)
+    if parallel_dims.fsdp_enabled:
+        hybrid = parallel_dims.dp_replicate_enabled
+        apply_fsdp(model, parallel_dims.get_mesh(["dp_replicate", "fsdp"] if hybrid else ["fsdp"]), job_config)
+        logger.info(f"Applied {'HSDP' if hybrid else 'FSDP'} to the model")
+    elif parallel_dims.dp_replicate_enabled:
+        mesh = parallel_dims.get_mesh("dp_replicate")
+        apply_ddp(model, mesh, enable_compile=compile_model)
+        # The loss is already divided by the global number of tokens: gradients are summed. DDP alone would average.
+        model.register_comm_hook(mesh.get_group(), sum_gradients)
+    return model
+
+
+def apply_fsdp(model: HFCausalLM, mesh: DeviceMesh, job_config: JobConfig) -> None:
+    """FSDP2 over embedding, each decoder layer, each head and the output embedding; the rest is the root's.
+
+    Tied embeddings have to be gathered together, so they stay with the root.
+    """
+    policy = job_config.parallelism.fsdp_reshard_after_forward
+    mp_policy = MixedPrecisionPolicy(
+        param_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_param],
+        reduce_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_reduce],
+    )
+    offload_policy = CPUOffloadPolicy() if job_config.training.enable_cpu_offload else OffloadPolicy()
+
+    def shard(module: nn.Module, reshard_after_forward: bool | None) -> None:
+        fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=mp_policy,
+            offload_policy=offload_policy,
+            reshard_after_forward=reshard_after_forward,
+        )
+
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = {owner for _, _, owner, _ in model._ties} | {module for module, _, _, _ in model._ties}
+    if embedding not in tied:
+        shard(embedding, policy != "never")
+    for layer in model.layers:
+        shard(layer, policy != "never")
+    # What runs last is needed first in the backward: keep it gathered unless told otherwise (as the host does).
+    for module in (output, *(model.get_submodule(name) for name in model.head_names)):
+        if module is not None and module not in tied and any(True for _ in module.parameters()):
+            shard(module, policy == "always")
+    shard(model, None)
+    disable_fsdp_gradient_division(model)
+    if mesh.device_type == "cpu":
+        # Any gradient scaling factor, even 1, makes FSDP use PREMUL_SUM, which gloo does not have.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
+
+
+def sum_gradients(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """DDP communication hook: all-reduce a bucket of gradients without DDP's division by the number of ranks."""
+    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])

@@ -1,0 +1,47 @@
+"""``model.name = "hf_causal_lm"``: the TrainSpec, built from the host's parts wherever it has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchtitan.components.loss import build_cross_entropy_loss
+from torchtitan.components.lr_scheduler import build_lr_schedulers
+from torchtitan.components.optimizer import build_optimizers
+from torchtitan.components.tokenizer import build_hf_tokenizer
+from torchtitan.components.validate import build_validator
+from torchtitan.protocols import StateDictAdapter
+from torchtitan.protocols.train_spec import TrainSpec
+
+from flame_ext.data.packing import build_dataloader
+from flame_ext.metrics import build_metrics_processor
+from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
+from flame_ext.model.parallelize import parallelize_hf_causal_lm
+
+MODEL_NAME = "hf_causal_lm"
+
+
+class IdentityStateDictAdapter(StateDictAdapter):
+    """The model's keys are the Hugging Face ones already."""
+
+    def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return state_dict
+
+    def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
+        return hf_state_dict
+
+
+def build_train_spec() -> TrainSpec:
+    return TrainSpec(
+        model_cls=build_hf_causal_lm,
+        model_args={"auto": HFModelArgs()},
+        parallelize_fn=parallelize_hf_causal_lm,
+        pipelining_fn=None,
+        build_optimizers_fn=build_optimizers,
+        build_lr_schedulers_fn=build_lr_schedulers,
+        build_dataloader_fn=build_dataloader,
+        build_tokenizer_fn=build_hf_tokenizer,
+        build_loss_fn=build_cross_entropy_loss,
+        build_validator_fn=build_validator,
+        build_metrics_processor_fn=build_metrics_processor,
+        state_dict_adapter=IdentityStateDictAdapter,
+    )

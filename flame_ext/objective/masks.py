@@ -1,0 +1,81 @@
+"""Which positions may see which, and which have a future at all. Pure functions; nothing loops over documents."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def doc_ids_from_eos(input_ids: Tensor, eos_id: int) -> Tensor:
+    """Number the documents of packed sequences: an EOS is the last token of its document.
+
+    Args:
+        input_ids: (B, T) integer tokens.
+        eos_id: the tokenizer's end-of-sequence id.
+
+    Returns:
+        (B, T) int64, counted from 0 in each sequence.
+    """
+    is_eos = (input_ids == eos_id).long()
+    return is_eos.cumsum(dim=1) - is_eos
+
+
+def anticausal_mask(
+    seq_len: int, future_k: int = 0, doc_ids: Tensor | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """The strictly-future attention mask: i attends to j where i < j <= i + future_k, in the same document.
+
+    Positions without a future (the last one, and the last of every document) get a row with nothing allowed. The mask
+    is boolean for that reason: scaled_dot_product_attention gives such a row zeros, while a large negative additive
+    mask makes it uniform over *all* keys, past included, and one layer later every position reads the past from it.
+
+    Args:
+        seq_len: T.
+        future_k: window, 0 = all the future.
+        doc_ids: (B, T) integers, or None if the sequence is one document.
+        device: of the result; ``doc_ids.device`` by default.
+
+    Returns:
+        (B, 1, T, T) bool, true where attention is allowed; B is 1 without ``doc_ids``.
+    """
+    position = torch.arange(seq_len, device=doc_ids.device if device is None and doc_ids is not None else device)
+    distance = position[None, :] - position[:, None]  # (T, T): how far key j lies ahead of query i
+    allowed = distance > 0
+    if future_k > 0:
+        allowed = allowed & (distance <= future_k)
+    if doc_ids is None:
+        return allowed[None, None]
+    same_document = doc_ids[:, None, :, None] == doc_ids[:, None, None, :]
+    return allowed & same_document
+
+
+def has_future(doc_ids: Tensor) -> Tensor:
+    """Positions whose summary has something to summarise: the next position is in the same document.
+
+    Args:
+        doc_ids: (B, T) integers.
+
+    Returns:
+        (B, T) bool; the last position of a sequence is always False.
+    """
+    valid = torch.zeros_like(doc_ids, dtype=torch.bool)
+    valid[:, :-1] = doc_ids[:, 1:] == doc_ids[:, :-1]
+    return valid
+
+
+def pair_mask(valid_mask: Tensor, doc_ids: Tensor, shift: int) -> Tensor:
+    """Positions t for which the pair (prediction at t, summary at t + shift) counts.
+
+    Args:
+        valid_mask: (B, T) bool, positions with a valid summary.
+        doc_ids: (B, T) integers.
+        shift: >= 1.
+
+    Returns:
+        (B, T) bool: t + shift is inside the sequence, in the document of t, and has a valid summary.
+    """
+    if shift < 1:
+        raise ValueError(f"shift must be >= 1 (F_t itself contains token t), got {shift}")
+    pairs = torch.zeros_like(valid_mask)
+    pairs[:, :-shift] = valid_mask[:, shift:] & (doc_ids[:, shift:] == doc_ids[:, :-shift])
+    return pairs

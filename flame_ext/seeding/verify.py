@@ -1,0 +1,129 @@
+"""The proof at step 0: the model in the trainer computes what the model on disk computes."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torchtitan.tools.logging import logger
+from transformers import AutoModelForCausalLM
+
+from flame_ext.distributed import failing_together, is_main_rank
+from flame_ext.errors import SeedError
+
+# Relative tolerance of loss and logits (against the largest logit). In float32 the arithmetic is the same and on CPU
+# the results are bit-equal; kernels may differ between a sharded and a whole model on a GPU. bfloat16 has 8 bits.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+# A model that has learned anything about its language is far below ln(V); a fraction above this is worth an alarm.
+SUSPICIOUS_SHARE_OF_CHANCE = 0.8
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fixed text, and how the distributed model is run on it."""
+
+    tokens: Tensor
+    """(1, T) int64 on CPU, the same on every rank."""
+    forward: Callable[[Tensor], Tensor]
+    """(1, T) tokens to (1, T, V) logits of the distributed model, in evaluation mode; collective."""
+    context: AbstractContextManager
+    """Autocast, where the host uses it; the stock model runs in it too."""
+    dtype: torch.dtype
+    """Of the stock model's parameters: those that the distributed model's layers see."""
+    compute_dtype: torch.dtype
+    """Of the matrix products: a key of :data:`TOLERANCE`."""
+    device: torch.device
+    vocab_size: int
+
+
+@dataclass
+class Verification:
+    """As it stands in the report; ``None`` where the mode does not measure it."""
+
+    mode: str
+    passed: bool = True
+    loss: float | None = None
+    """Mean next-token cross-entropy of the probe, in nats."""
+    reference_loss: float | None = None
+    max_abs_diff: float | None = None
+
+
+def verify(mode: str, probe: Probe, source: Path, trust_remote_code: bool) -> Verification:
+    """Measure the seeded model on the probe; in mode "parity" compare it with stock ``from_pretrained``.
+
+    Collective. Raises on all ranks:
+        SeedError: loss or logits differ from the stock model's by more than :data:`TOLERANCE`, or are not finite.
+    """
+    if mode == "none":
+        return Verification(mode)
+    reference = None
+    if mode == "parity":
+        with failing_together(SeedError):
+            if is_main_rank():
+                reference = stock_logits(probe, source, trust_remote_code)
+    # Compiled at the probe's shape, the layers would be compiled again, with dynamic shapes, at the batch's.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        logits = probe.forward(probe.tokens).float().cpu()
+    result = Verification(mode, loss=next_token_loss(logits, probe.tokens))
+    with failing_together(SeedError):
+        if not math.isfinite(result.loss):
+            raise SeedError(f"{source}: the seeded model's loss on the probe text is {result.loss}; its weights are damaged")
+        if reference is not None:
+            result.reference_loss = next_token_loss(reference, probe.tokens)
+            result.max_abs_diff = (logits - reference).abs().max().item()
+            _require_parity(result, reference, TOLERANCE[probe.compute_dtype], source)
+    if mode == "parity" and dist.is_initialized():
+        results = [result]
+        dist.broadcast_object_list(results, src=0)
+        (result,) = results
+    _warn_if_near_chance(result.loss, probe.vocab_size)
+    return result
+
+
+def stock_logits(probe: Probe, source: Path, trust_remote_code: bool) -> Tensor:
+    """(1, T, V) float32 on CPU: what ``from_pretrained`` computes on the probe, on the same device in the same dtype."""
+    stock = AutoModelForCausalLM.from_pretrained(
+        source, dtype=probe.dtype, local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    stock.to(probe.device).eval()
+    with torch.no_grad(), probe.context:
+        logits = stock(probe.tokens.to(probe.device), use_cache=False).logits.float().cpu()
+    del stock
+    gc.collect()  # the host has switched automatic collection off
+    return logits
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor) -> float:
+    """Mean cross-entropy in nats of (1, T, V) logits at the next of (1, T) tokens."""
+    return F.cross_entropy(logits[0, :-1].float(), tokens[0, 1:].to(logits.device)).item()
+
+
+def _require_parity(result: Verification, reference: Tensor, tolerance: float, source: Path) -> None:
+    logits_bound = tolerance * reference.abs().max().item()
+    loss_bound = tolerance * result.reference_loss
+    loss_diff = abs(result.loss - result.reference_loss)
+    # Written so that NaN fails.
+    if not (result.max_abs_diff <= logits_bound and loss_diff <= loss_bound):
+        raise SeedError(
+            f"{source}: the seeded model does not compute what from_pretrained computes: loss {result.loss:.6f} against "
+            f"{result.reference_loss:.6f}, logits differ by up to {result.max_abs_diff:.3g} (allowed: {logits_bound:.3g}); "
+            "the weights were read exactly, so config.json at model.hf_assets_path and at the source differ, or a buffer is wrong"
+        )
+
+
+def _warn_if_near_chance(loss: float, vocab_size: int) -> None:
+    chance = math.log(vocab_size)
+    if loss > SUSPICIOUS_SHARE_OF_CHANCE * chance:
+        logger.warning(
+            f"The seeded model's loss on plain text is {loss:.3f}, chance is ln({vocab_size}) = {chance:.3f}. A pre-trained "
+            "model is far below: usually the source was never trained, its tokenizer is not this one, or a part of it is dead."
+        )

@@ -1,0 +1,82 @@
+"""The entry point: parse, check, run.
+
+torchrun --nproc_per_node 8 -m flame_ext.train --job.config_file configs/olmo1b_fp.toml [--section.key value ...]
+
+Exit code: 0 done, 1 the run failed, 2 the configuration or the way of launching is wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import torch.distributed as dist
+import transformers
+from torch.distributed.elastic.multiprocessing.errors import record
+from torchtitan.tools.logging import init_logger, logger
+
+from flame_ext.config.checks import check_config
+from flame_ext.config.manager import FlameConfigManager
+from flame_ext.config.sections import FlameJobConfig
+from flame_ext.errors import UserError
+from flame_ext.registration import register
+from flame_ext.trainer import FutureTrainer
+
+HOW_TO_LAUNCH = "launch with torchrun: torchrun --nproc_per_node 1 -m flame_ext.train --job.config_file configs/debug.toml"
+
+
+def parse(args: list[str]) -> FlameJobConfig:
+    """Command line and TOML to a checked configuration; the user's own imports come first, they may register things.
+
+    Raises:
+        ConfigError: before anything is built.
+    """
+    register()
+    config = FlameConfigManager().parse_args(args)
+    check_config(config)
+    return config
+
+
+def run(config: FlameJobConfig) -> None:
+    """Train. Must run in every rank, under torchrun's environment."""
+    trainer: FutureTrainer | None = None
+    try:
+        trainer = FutureTrainer(config)
+        trainer.train()
+    finally:
+        if trainer is not None:
+            trainer.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@record
+def main(args: list[str] | None = None) -> None:
+    """Run the command; ends the process with the exit codes above."""
+    args = sys.argv[1:] if args is None else args
+    init_logger()
+    # The host's logger is the root logger at INFO, and transformers would print every configuration that it reads.
+    transformers.logging.set_verbosity(logging.WARNING)
+    try:
+        wants_help = "--help" in args or "-h" in args
+        if not wants_help and any(name not in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
+            print(f"error: {HOW_TO_LAUNCH}", file=sys.stderr)
+            raise SystemExit(2)
+        config = parse(args)
+    except UserError as e:
+        _fail(e, 2)
+    try:
+        run(config)
+    except UserError as e:
+        _fail(e, 1)
+
+
+def _fail(error: UserError, code: int) -> None:
+    logger.error(f"[rank {os.environ.get('RANK', '0')}] {error}")
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()
