@@ -30,6 +30,17 @@ class FlameConfigManager(ConfigManager):
     def __init__(self) -> None:
         super().__init__(FlameJobConfig)
 
+    def parse_args(self, args: list[str]) -> FlameJobConfig:
+        """The configuration, typed but not yet checked for consistency (checks.py).
+
+        Raises:
+            ConfigError: the TOML is missing, malformed, or has a wrong type or an unknown key.
+        """
+        config = super().parse_args(args)
+        # The host splits "--model.converters=" at commas into one empty name; it is the only way to say "none".
+        config.model.converters = [name for name in config.model.converters if name]
+        return config
+
     def _maybe_load_toml(self, args: list[str]) -> dict[str, Any] | None:
         path = _option(args, "job.config_file")
         if path is None:

@@ -1,6 +1,7 @@
-"""Activation checkpointing, per-layer compilation and data parallelism for :class:`HFCausalLM`, in the host's order."""
+"""Activation checkpointing, per-layer compilation and data parallelism for :class:`HFCausalLM`, in the host's order.
 
-from __future__ import annotations
+No ``from __future__ import annotations`` here: DDP looks at the types in its communication hook's signature.
+"""
 
 import torch
 import torch.distributed as dist

@@ -1,0 +1,36 @@
+"""Fixtures that more than one module uses."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# No hub and no surprises from the user's environment; before transformers is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import flame_ext  # noqa: E402, F401  (before torchtitan)
+import pytest  # noqa: E402
+
+from tests.ranks import TrainRun, train  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def debug_run(tmp_path_factory: pytest.TempPathFactory) -> TrainRun:
+    """The debug job as it stands, all its steps, on one process."""
+    return train(tmp_path_factory.mktemp("debug") / "run", timeout=300)
+
+
+@pytest.fixture(scope="session")
+def ten_steps(tmp_path_factory: pytest.TempPathFactory) -> TrainRun:
+    """The first ten steps of the debug job on one process, saved after the fifth."""
+    return train(tmp_path_factory.mktemp("ten") / "run", *TEN_STEPS)
+
+
+TEN_STEPS = ("--training.steps=10", "--lr_scheduler.total_steps=60", "--checkpoint.interval=5")
+
+
+@pytest.fixture
+def dump_folder(tmp_path: Path) -> Path:
+    """A dump folder that does not exist yet."""
+    return tmp_path / "run"

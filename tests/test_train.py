@@ -1,0 +1,213 @@
+"""The command, end to end, on the really trained tiny OLMo."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flame_ext.checkpoint.export import load_future_heads
+from tests.conftest import TEN_STEPS
+from tests.ranks import DEBUG_TOML, TINY_OLMO, TrainRun, train
+
+
+def first_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """(8, 256) inputs and labels of step 1 of the debug job."""
+    from torchtitan.components.tokenizer import build_hf_tokenizer
+
+    from flame_ext.data.packing import build_dataloader
+    from flame_ext.train import parse
+
+    config = parse([f"--job.config_file={DEBUG_TOML}"])
+    inputs, labels = next(iter(build_dataloader(1, 0, build_hf_tokenizer(config), config)))
+    return inputs["input"], labels
+
+
+def stock_model(path: Path = TINY_OLMO) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def test_step_one_has_the_loss_of_the_model_on_disk(ten_steps: TrainRun) -> None:
+    inputs, labels = first_batch()
+    with torch.no_grad():
+        logits = stock_model()(inputs).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
+    loss_ce = ten_steps.metrics[0]["loss_ce"]
+    assert loss_ce == pytest.approx(expected, rel=1e-5)
+    assert loss_ce < 0.6 * math.log(264), "the model on disk is a trained one"
+
+
+def test_metrics_have_the_contract_fields(ten_steps: TrainRun) -> None:
+    fields = {"step", "loss", "loss_ce", "loss_future", "future_top1", "lr", "grad_norm", "tokens_seen", "tokens_per_second"}
+    for step, line in enumerate(ten_steps.metrics, start=1):
+        assert set(line) == fields
+        assert line["step"] == step and line["tokens_seen"] == step * 8 * 256
+        assert line["loss"] == pytest.approx(line["loss_ce"] + 0.1 * line["loss_future"], rel=1e-6)
+        assert line["tokens_per_second"] > 0
+
+
+def test_seed_report_has_the_contract_fields(ten_steps: TrainRun) -> None:
+    report = json.loads((ten_steps.dump_folder / "seed_report.json").read_text())
+    assert set(report) == {
+        "source", "layout", "keys", "bytes_read", "seconds", "world_size", "source_digest", "verification",
+    }  # fmt: skip
+    stock = {name for name, _ in stock_model().named_parameters()}
+    assert set(report["keys"]["loaded"]) == stock
+    assert all(key.startswith("future_predictor.") for key in report["keys"]["initialised"])
+    assert report["keys"]["tied"] == ["lm_head.weight"]
+    assert all("inv_freq" in key for key in report["keys"]["buffers"]) and report["keys"]["buffers"]
+    assert report["keys"]["ignored"] == []
+    assert report["layout"] == "hf-safetensors" and report["world_size"] == 1
+    assert report["bytes_read"] == 2 * sum(p.numel() for p in stock_model().parameters())
+    assert set(report["verification"]) == {"mode", "passed", "loss", "reference_loss", "max_abs_diff"}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options"),
+    [
+        (2, ["--training.local_batch_size=4"]),
+        (2, ["--training.local_batch_size=4", "--parallelism.data_parallel_replicate_degree=2"]),
+        (4, ["--training.local_batch_size=2", "--parallelism.data_parallel_replicate_degree=2"]),
+    ],
+    ids=["fsdp2", "ddp2", "hsdp2x2"],
+)
+def test_the_same_run_on_several_processes(
+    ten_steps: TrainRun, dump_folder: Path, world_size: int, options: list[str]
+) -> None:
+    run = train(dump_folder, *TEN_STEPS, *options, world_size=world_size)
+    for name in ("loss", "loss_ce", "loss_future", "grad_norm", "tokens_seen"):
+        assert run.values(name) == pytest.approx(ten_steps.values(name), rel=1e-5), name
+
+
+def test_accumulation_gives_the_cross_entropy_of_the_whole_batch(ten_steps: TrainRun, dump_folder: Path) -> None:
+    # The future loss sees fewer negatives in a smaller micro-batch, so only the first step's CE is the same.
+    options = ["--training.local_batch_size=2", "--training.global_batch_size=8", "--training.steps=2"]
+    run = train(dump_folder, *TEN_STEPS, *options)
+    assert run.values("loss_ce")[0] == pytest.approx(ten_steps.values("loss_ce")[0], rel=1e-5)
+    assert run.values("tokens_seen")[0] == ten_steps.values("tokens_seen")[0]
+
+
+def test_the_objective_is_learned(debug_run: TrainRun) -> None:
+    future, top1 = debug_run.values("loss_future"), debug_run.values("future_top1")
+    chance = 1 / (8 * 254)  # of 256 positions two have no pair, even without document ends
+    assert sum(future[-5:]) / 5 < future[0] - 1.0
+    assert sum(top1[-5:]) / 5 > 10 * chance
+    ce = debug_run.values("loss_ce")
+    assert sum(ce[-10:]) < sum(ce[:10])
+
+
+def test_the_future_loss_is_below_that_of_shuffled_targets(debug_run: TrainRun) -> None:
+    """On the exported model, with a naive formula and the mask written out, not with the trainer's code."""
+    export = debug_run.dump_folder / "hf" / "step-60"
+    model, heads = stock_model(export), load_future_heads(export)
+    inputs, _ = first_batch()
+    position = torch.arange(256)
+    ahead = position[None, :] - position[:, None]
+    doc = (inputs == 0).long().cumsum(1) - (inputs == 0).long()
+    mask = (ahead > 0) & (ahead <= 32) & (doc[:, :, None] == doc[:, None, :])
+    with torch.no_grad():
+        hidden = model.model(inputs).last_hidden_state
+        summaries = model.model(inputs, attention_mask=mask[:, None], use_cache=False).last_hidden_state
+        predictions = heads["future_predictor"](hidden)
+    valid = (doc[:, 2:] == doc[:, 1:-1]) & (doc[:, 1:-1] == doc[:, :-2])
+    queries = predictions[:, :-2][valid].double()
+    keys = F.normalize(summaries[:, 1:-1][valid].double(), dim=-1)
+    logits = queries @ keys.T / 0.1
+    targets = torch.arange(len(queries))
+    shuffled = targets[torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))]
+    loss = F.cross_entropy(logits, targets)
+    assert loss < F.cross_entropy(logits, shuffled) - 1.0
+    assert loss.item() == pytest.approx(sum(debug_run.values("loss_future")[-5:]) / 5, abs=0.5)
+
+
+def test_weight_zero_is_plain_cross_entropy_bit_for_bit(dump_folder: Path) -> None:
+    zero = train(dump_folder / "zero", *TEN_STEPS, "--future_encoder.loss_weight=0")
+    plain = train(
+        dump_folder / "plain", *TEN_STEPS, "--model.converters=", "--future_encoder.no-enable", "--future_predictor.no-enable"
+    )
+    assert zero.values("loss_ce") == plain.values("loss_ce")
+    assert zero.values("grad_norm") == plain.values("grad_norm")
+    assert "loss_future" not in zero.metrics[0] and "loss_future" not in plain.metrics[0]
+
+
+def test_killed_after_a_saved_step_it_goes_on_bit_for_bit(ten_steps: TrainRun, dump_folder: Path) -> None:
+    def kill_after_step_five(processes: list) -> None:
+        deadline = time.monotonic() + 60
+        while not (dump_folder / "checkpoint" / "step-5" / "manifest.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        processes[0].kill()
+
+    killed = train(dump_folder, *TEN_STEPS, check=False, watch=kill_after_step_five)
+    assert killed.exit_codes == [-9]
+    assert not (dump_folder / "checkpoint" / "step-10").exists()
+    resumed = train(dump_folder, *TEN_STEPS)
+    assert "Resumed from" in resumed.ranks[0].output and "Training starts at step 6" in resumed.ranks[0].output
+    assert resumed.values("step") == list(range(1, 11)), "lines of the lost steps are dropped"
+    for name in ("loss", "loss_ce", "loss_future", "grad_norm", "lr"):
+        assert resumed.values(name) == ten_steps.values(name), name
+
+
+def test_an_empty_or_half_written_checkpoint_folder_seeds(ten_steps: TrainRun, dump_folder: Path) -> None:
+    half_written = dump_folder / "checkpoint" / "step-7"
+    half_written.mkdir(parents=True)
+    (half_written / ".metadata").write_bytes(b"not all of it")
+    run = train(dump_folder, *TEN_STEPS, "--training.steps=1")
+    assert "Passed over" in run.ranks[0].output and "step-7: no manifest.json" in run.ranks[0].output
+    assert run.values("loss_ce") == ten_steps.values("loss_ce")[:1]
+
+
+def test_dry_run_stops_before_step_one(dump_folder: Path) -> None:
+    run = train(dump_folder, "--seed.dry_run", "--seed.verify=parity", world_size=2)
+    assert not (dump_folder / "metrics.jsonl").exists() and not (dump_folder / "checkpoint").exists()
+    report = json.loads((dump_folder / "seed_report.json").read_text())
+    assert report["world_size"] == 2
+    verification = report["verification"]
+    assert verification["passed"] and verification["max_abs_diff"] == 0.0
+    assert verification["loss"] == verification["reference_loss"] < 0.6 * math.log(264)
+    assert "Dry run: stopped before step 1" in run.ranks[0].output
+
+
+def test_the_export_is_the_trained_model(debug_run: TrainRun) -> None:
+    export = debug_run.dump_folder / "hf" / "step-60"
+    model, info = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    text = "def f(x):\n    return x\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert sorted(p.name for p in export.iterdir()) == [
+        "config.json", "future_heads", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+
+    # The trained model as DCP has it, read without the trainer.
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    state = {key: torch.empty_like(value) for key, value in model.state_dict().items() if key != "lm_head.weight"}
+    heads = load_future_heads(export)
+    head_state = {key: torch.empty_like(value) for key, value in heads.state_dict().items()}
+    assert head_state
+    saved = {**state, **head_state}
+    load(saved, checkpoint_id=debug_run.dump_folder / "checkpoint" / "step-60")
+    for key, value in {**model.state_dict(), **heads.state_dict()}.items():
+        if key != "lm_head.weight":
+            assert torch.equal(value, saved[key]), key
+    trained = stock_model()
+    trained.load_state_dict({**state, "lm_head.weight": state["model.embed_tokens.weight"]})
+    inputs, _ = first_batch()
+    with torch.no_grad():
+        assert torch.equal(trained(inputs).logits, model.eval()(inputs).logits)
+
+
+def test_steps_are_kept_and_complete(debug_run: TrainRun) -> None:
+    folder = debug_run.dump_folder / "checkpoint"
+    assert sorted(p.name for p in folder.iterdir()) == ["step-40", "step-60"], "keep_latest_k = 2"
+    manifest = json.loads((folder / "step-60" / "manifest.json").read_text())
+    assert manifest["step"] == 60 and manifest["model_only"] is False
+    digest = json.loads((debug_run.dump_folder / "seed_report.json").read_text())["source_digest"]
+    assert manifest["seed"]["source_digest"] == digest
