@@ -1,0 +1,203 @@
+"""A source that is not right ends every rank with the same clear message, an exit code, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.ranks import TrainRun, train
+from tests.tiny_models import save_tiny
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change the tensors of the one file that ``folder`` has."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def missing_folder(folder: Path) -> None:
+    folder.rename(folder.with_name("moved"))
+
+
+def missing_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def missing_key(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+
+
+def extra_key(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({"model.layers.7.extra": torch.ones(3)}))
+
+
+def transposed(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].T.contiguous()
+
+    rewrite(folder, change)
+
+
+def padded_vocabulary(folder: Path) -> None:
+    rewrite(folder, lambda t: t.update({"lm_head.weight": torch.cat([t["lm_head.weight"], torch.zeros(8, 32)])}))
+
+
+def truncated(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def appended(folder: Path) -> None:
+    with open(folder / "model.safetensors", "ab") as stream:
+        stream.write(b"\0" * 16)
+
+
+def empty_file(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def endless_header(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", 2**63) + file.read_bytes()[8:])
+
+
+def integer_dtype(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].int()}))
+
+
+def one_nan(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.2.self_attn.q_proj.weight"][31, 31] = float("nan")
+
+    rewrite(folder, change)
+
+
+FAULTS: list[tuple[Callable[[Path], None], list[str]]] = [
+    (missing_folder, ["initial_load_path", "does not exist"]),
+    (missing_config, ["no config.json", "not a Hugging Face model folder"]),
+    (no_weights, ["neither model.safetensors nor model.safetensors.index.json", "safetensors"]),
+    (missing_key, ["'model.layers.1.mlp.up_proj.weight' [48, 32] is missing", "seed.new_parameters"]),
+    (extra_key, ["'model.layers.7.extra' [3] in model.safetensors is not in the model", "seed.ignore_source_keys"]),
+    (transposed, ["'model.layers.0.mlp.up_proj.weight'", "[32, 48]", "[48, 32]", "transposed"]),
+    (padded_vocabulary, ["'lm_head.weight'", "272 against 264", "vocab_size"]),
+    (truncated, ["model.safetensors", "truncated or damaged"]),
+    (appended, ["model.safetensors", "truncated or damaged"]),
+    (empty_file, ["model.safetensors", "0 bytes can not hold a header"]),
+    (endless_header, ["model.safetensors", "header of 9223372036854775808 bytes"]),
+    (integer_dtype, ["'model.norm.weight' has dtype 'I32'", "dequantise"]),
+    (one_nan, ["'model.layers.2.self_attn.q_proj.weight' holds NaN or infinity", "model.safetensors"]),
+]
+
+
+def run_with_source(source: Path, assets: Path, dump_folder: Path, *options: str) -> TrainRun:
+    arguments = [f"--model.hf_assets_path={assets}", f"--checkpoint.initial_load_path={source}", "--training.steps=1"]
+    return train(dump_folder, *arguments, "--training.local_batch_size=2", *options, world_size=2, check=False)
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model's configuration and tokenizer, intact, beside the sources that are damaged."""
+    return save_tiny("olmo2", tmp_path_factory.mktemp("assets") / "olmo2")
+
+
+@pytest.mark.parametrize(("damage", "expected"), FAULTS, ids=[damage.__name__ for damage, _ in FAULTS])
+def test_a_damaged_source_is_refused_on_every_rank(
+    tmp_path: Path, dump_folder: Path, assets: Path, damage: Callable[[Path], None], expected: list[str]
+) -> None:
+    source = save_tiny("olmo2", tmp_path / "source")
+    damage(source)
+    run = run_with_source(source, assets, dump_folder)
+    assert run.exit_codes == [1, 1]
+    for rank in run.ranks:
+        messages = [line for line in rank.output.splitlines() if line.startswith("error: ")]
+        assert len(messages) == 1 and "Traceback" not in rank.output, rank.output[-3000:]
+        message = rank.output[rank.output.index("error: ") :]
+        for part in [*expected, str(source)]:
+            assert part in message
+    written = [p for p in dump_folder.rglob("*") if p.is_file()]
+    assert written == [], "nothing but (empty) log folders"
+
+
+def test_a_truncated_shard_is_named(tmp_path: Path, dump_folder: Path, assets: Path) -> None:
+    source = save_tiny("olmo2", tmp_path / "source", max_shard_size="50KB")
+    shards = sorted(source.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    shards[1].write_bytes(shards[1].read_bytes()[:-1])
+    run = run_with_source(source, assets, dump_folder)
+    assert run.exit_codes == [1, 1]
+    assert all(f"error: {shards[1]}: has" in rank.output for rank in run.ranks)
+
+
+def test_an_error_on_one_rank_reaches_all(tmp_path: Path, dump_folder: Path, assets: Path) -> None:
+    """A NaN in the last row lies in the second rank's shard only; the first has to say so, too."""
+    source = save_tiny("olmo2", tmp_path / "source")
+    one_nan(source)
+    run = run_with_source(source, assets, dump_folder)
+    assert run.exit_codes == [1, 1]
+    assert all("error: [rank 1] " in rank.output for rank in run.ranks)
+
+
+def test_a_tied_model_with_another_lm_head_is_refused(tmp_path: Path, dump_folder: Path) -> None:
+    source = save_tiny("olmo-tied", tmp_path / "source")
+    rewrite(source, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    run = run_with_source(source, source, dump_folder)
+    assert run.exit_codes == [1, 1]
+    assert all("'lm_head.weight'" in r.output and "tie_word_embeddings" in r.output for r in run.ranks)
+
+
+def test_a_tied_model_with_the_same_lm_head_is_seeded(tmp_path: Path, dump_folder: Path) -> None:
+    source = save_tiny("olmo-tied", tmp_path / "source")
+    rewrite(source, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert run_with_source(source, source, dump_folder, "--seed.dry_run").exit_codes == [0, 0]
+    report = json.loads((dump_folder / "seed_report.json").read_text())
+    assert report["keys"]["tied"] == ["lm_head.weight"]
+
+
+def test_a_changed_function_fails_parity(tmp_path: Path, dump_folder: Path, assets: Path) -> None:
+    """The weights are the same; only config.json tells that the model is another one."""
+    source = save_tiny("olmo2", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 10.0
+    (source / "config.json").write_text(json.dumps(config))
+    run = run_with_source(source, assets, dump_folder, "--seed.verify=parity")
+    assert run.exit_codes == [1, 1]
+    assert all("does not compute what from_pretrained computes" in rank.output for rank in run.ranks)
+    assert not (dump_folder / "seed_report.json").exists()
+
+
+def test_an_undeclared_new_parameter_is_refused(dump_folder: Path, assets: Path) -> None:
+    run = run_with_source(assets, assets, dump_folder, "--seed.new_parameters=future_encoder.*")
+    assert run.exit_codes == [1, 1]
+    assert all("'future_predictor.norm.weight' [32] is missing" in rank.output for rank in run.ranks)
+
+
+def test_an_undeclared_backbone_parameter_has_no_initialisation(tmp_path: Path, dump_folder: Path, assets: Path) -> None:
+    source = save_tiny("olmo2", tmp_path / "source")
+    missing_key(source)
+    run = run_with_source(source, assets, dump_folder, "--seed.new_parameters=*")
+    assert run.exit_codes == [1, 1]
+    assert all("has no initialisation" in rank.output for rank in run.ranks)
+
+
+def test_a_declared_extra_key_and_a_stray_file_are_passed_over(tmp_path: Path, dump_folder: Path, assets: Path) -> None:
+    source = save_tiny("olmo2", tmp_path / "source", max_shard_size="50KB")
+    save_file({"model.norm.weight": torch.full((32,), 7.0)}, source / "zz-stray.safetensors")
+    run = run_with_source(source, assets, dump_folder, "--seed.dry_run")
+    assert run.exit_codes == [0, 0]
+    assert "Passed over, not in the index" in run.ranks[0].output and "zz-stray.safetensors" in run.ranks[0].output
+    single = save_tiny("olmo2", tmp_path / "single")
+    extra_key(single)
+    options = ["--seed.dry_run", "--seed.ignore_source_keys=model.layers.7.*"]
+    assert run_with_source(single, assets, dump_folder, *options).exit_codes == [0, 0]
+    assert json.loads((dump_folder / "seed_report.json").read_text())["keys"]["ignored"] == ["model.layers.7.extra"]

@@ -1,0 +1,54 @@
+"""Tiny random models, saved as ``save_pretrained`` saves them, with the byte-level tokenizer of the tiny OLMo."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Olmo2Config, OlmoConfig, PreTrainedConfig
+
+from tests.ranks import TINY_OLMO
+
+_SHAPE = {
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "olmo-tied": OlmoConfig(**_SHAPE, tie_word_embeddings=True),
+    "olmo-untied": OlmoConfig(**_SHAPE, tie_word_embeddings=False),
+    "olmo2": Olmo2Config(**_SHAPE, tie_word_embeddings=False),
+    "llama-scaled-rope": LlamaConfig(
+        **_SHAPE, num_key_value_heads=2, tie_word_embeddings=True, rope_parameters=_LLAMA3_ROPE
+    ),
+    "gemma2": Gemma2Config(**_SHAPE, num_key_value_heads=2, head_dim=8, sliding_window=16, tie_word_embeddings=True),
+}
+
+
+def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB") -> Path:
+    """Save the model of ``CONFIGS[name]`` with weights from a fixed seed; returns ``folder``."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms and biases too, so that nothing passes by being one or zero
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TINY_OLMO / file, folder / file)
+    return folder
