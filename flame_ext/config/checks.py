@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torchtitan.protocols.model_converter import _registry_model_converter_cls
 from transformers import PreTrainedConfig
 
@@ -77,6 +78,8 @@ def _check_checkpoint(config: FlameJobConfig) -> Iterator[str]:
         yield "checkpoint.initial_load_in_hf_quantized is not supported: dequantise the model first"
     if checkpoint.keep_latest_k == 1:
         yield "checkpoint.keep_latest_k must be 0 (keep all) or at least 2: the newest step may be in the process of being saved"
+    if checkpoint.async_mode == "async_with_pinned_mem" and not torch.accelerator.is_available():
+        yield "checkpoint.async_mode = 'async_with_pinned_mem' needs an accelerator (pinned memory); use 'async' or 'disabled'"
     if checkpoint.interval < 1:
         yield f"checkpoint.interval must be >= 1 step, got {checkpoint.interval}"
 

@@ -1,0 +1,78 @@
+"""Complete or absent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flame_ext.checkpoint.steps import complete_step, find_steps, start, temporary_path
+from flame_ext.errors import CheckpointError
+from tests.conftest import TEN_STEPS
+from tests.ranks import TrainRun, train
+
+
+def write_step(folder: Path, step: int, content: bytes = b"weights") -> Path:
+    final = folder / f"step-{step}"
+    (start(final) / "__0_0.distcp").write_bytes(content)
+    complete_step(final, step, {})
+    return final
+
+
+def test_only_complete_steps_are_found_in_order_of_their_number(tmp_path: Path) -> None:
+    for step in (10, 9, 100):
+        write_step(tmp_path, step)
+    (tmp_path / "best-step-5").mkdir()
+    (tmp_path / "step-7").mkdir()
+    (write_step(tmp_path, 8) / "__0_0.distcp").write_bytes(b"short")
+    (write_step(tmp_path, 11) / "__0_0.distcp").unlink()
+    (write_step(tmp_path, 12) / "manifest.json").write_text("{")
+    start(tmp_path / "step-200")
+    steps, passed_over = find_steps(tmp_path)
+    assert [s.step for s in steps] == [9, 10, 100]
+    assert len(passed_over) == 4
+    text = "\n".join(passed_over)
+    assert "step-7: no manifest.json" in text and "step-8: __0_0.distcp is 5 bytes" in text
+    assert "step-11: __0_0.distcp is absent" in text and "step-12: unreadable manifest.json" in text
+
+
+def test_a_step_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
+    final = write_step(tmp_path, 3, b"old")
+    (start(final) / "__0_0.distcp").write_bytes(b"half of the new")
+    assert (final / "__0_0.distcp").read_bytes() == b"old" and len(find_steps(tmp_path)[0]) == 1
+    complete_step(final, 3, {"fact": 1})
+    assert (final / "__0_0.distcp").read_bytes() == b"half of the new"
+    assert json.loads((final / "manifest.json").read_text())["fact"] == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-3"] and not temporary_path(final).exists()
+
+
+def test_background_saves_are_complete_and_resumable(ten_steps: TrainRun, dump_folder: Path) -> None:
+    options = [*TEN_STEPS, "--checkpoint.async_mode=async", "--checkpoint.keep_latest_k=3"]
+    run = train(dump_folder, *options, "--training.steps=7")
+    assert run.values("loss") == ten_steps.values("loss")[:7]
+    steps, passed_over = find_steps(dump_folder / "checkpoint")
+    assert [s.step for s in steps] == [5, 7] and not passed_over
+    resumed = train(dump_folder, *TEN_STEPS, "--checkpoint.load_step=5")
+    assert resumed.values("loss") == ten_steps.values("loss")
+
+
+def test_a_step_that_is_not_there_is_refused(ten_steps: TrainRun, dump_folder: Path) -> None:
+    run = train(dump_folder, *TEN_STEPS, "--checkpoint.load_step=4", check=False)
+    assert run.exit_codes == [1]
+    assert "error: checkpoint.load_step = 4: no complete step of that number" in run.ranks[0].output
+
+
+def test_a_model_only_step_is_not_resumed(dump_folder: Path) -> None:
+    options = [*TEN_STEPS, "--training.steps=1", "--checkpoint.last_save_model_only", "--checkpoint.no-last_save_in_hf"]
+    train(dump_folder, *options)
+    run = train(dump_folder, *TEN_STEPS, check=False)
+    assert run.exit_codes == [1]
+    assert "step-1 holds the model alone" in run.ranks[0].output
+
+
+def test_manifest_errors_name_the_reason(tmp_path: Path) -> None:
+    from flame_ext.checkpoint.steps import read_manifest
+
+    with pytest.raises(CheckpointError, match="the save did not finish"):
+        read_manifest(tmp_path)

@@ -1,0 +1,175 @@
+"""What is refused before a process group exists, in which words; and that every option explains itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from flame_ext.config.sections import FlameJobConfig
+from flame_ext.errors import ConfigError
+from flame_ext.train import parse
+from tests.ranks import DEBUG_TOML, REPOSITORY, TINY_OLMO, train
+
+
+def parse_toml(tmp_path: Path, text: str, *options: str) -> FlameJobConfig:
+    file = tmp_path / "job.toml"
+    file.write_text(text)
+    return parse([f"--job.config_file={file}", *options])
+
+
+MINIMAL = f"""
+[model]
+name = "hf_causal_lm"
+flavor = "auto"
+hf_assets_path = "{TINY_OLMO}"
+
+[checkpoint]
+enable = true
+initial_load_path = "{TINY_OLMO}"
+
+[training]
+seq_len = 128
+"""
+
+
+def test_a_minimal_job_is_plain_continued_pretraining(tmp_path: Path) -> None:
+    config = parse_toml(tmp_path, MINIMAL, "--training.steps", "7")
+    assert config.training.steps == 7 and config.training.seq_len == 128
+    assert not config.future_encoder.enable and config.model.converters == []
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (REPOSITORY / "configs").glob("*.toml")))
+def test_committed_configurations_are_valid(name: str) -> None:
+    options = [] if name == "debug.toml" else [f"--model.hf_assets_path={TINY_OLMO}", "--training.seq_len=512"]
+    config = parse([f"--job.config_file={REPOSITORY / 'configs' / name}", *options])
+    assert config.future_encoder.enable and config.model.converters == ["future_prediction"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[checkpoint]\ninterval = "100"', "'checkpoint.interval' must be an integer, got '100' (str)"),
+        ('[checkpoint]\nenable = "false"', "'checkpoint.enable' must be true or false, got 'false' (str)"),
+        ("[training]\nsteps = true", "'training.steps' must be an integer, got True (bool)"),
+        ("[training]\nsteps = 10.0", "'training.steps' must be an integer, got 10.0 (float)"),
+        ("[optimizer]\nlr = '1e-4'", "'optimizer.lr' must be a number, got '1e-4' (str)"),
+        ('[model]\nconverters = "future_prediction"', "'model.converters' must be a list of a string"),
+        ("[model]\nconverters = [1]", "'model.converters' must be a list of a string, got [1]"),
+        ("[future_encoder]\nsummary_method = 'median'", "'future_encoder.summary_method' must be one of 'anticausal'"),
+        ("[training]\nsequence_len = 10", "unknown key 'training.sequence_len' (did you mean 'training.seq_len'?)"),
+        ("[future_encodr]\nenable = true", "unknown section 'future_encodr' (did you mean 'future_encoder'?)"),
+        ("[training.dataloader]\nworkers = 2", "unknown key 'training.dataloader.workers' (did you mean 'training.dataloader.num_workers'?)"),
+        ("training = 3", "'training' is a section ([training] in TOML), got 3"),
+        ("[training\n", "not valid TOML"),
+    ],
+)  # fmt: skip
+def test_toml_with_wrong_types_or_unknown_names(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as e:
+        parse_toml(tmp_path, text)
+    assert message in str(e.value) and "job.toml" in str(e.value)
+
+
+def test_every_finding_is_reported_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as e:
+        parse_toml(tmp_path, "[training]\nsteps = 'x'\nseq_length = 1\n[nowhere]\n")
+    assert all(name in str(e.value) for name in ("training.steps", "training.seq_length", "nowhere"))
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ConfigError, match="nowhere.toml: No such file"):
+        parse(["--job.config_file", "nowhere.toml"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--future_encoder.future_k=-3"], "future_encoder.future_k must be >= 0 (0 = all the future), got -3"),
+        (["--future_encoder.shift_k=0"], "future_encoder.shift_k must be in 1..training.seq_len - 1 (255), got 0"),
+        (["--future_encoder.temperature=0"], "future_encoder.temperature must be > 0"),
+        (["--future_encoder.loss_weight=-1"], "future_encoder.loss_weight must be >= 0"),
+        (["--future_predictor.dropout=1.0"], "future_predictor.dropout must be in [0, 1)"),
+        (["--future_predictor.no-enable"], "go together"),
+        (["--model.converters="], 'nothing attaches the heads: set model.converters = ["future_prediction"]'),
+        (["--future_encoder.no-enable", "--future_predictor.no-enable"], "enable it or drop the converter"),
+        (["--model.converters=future_predicton"], "unknown converter 'future_predicton'; did you mean 'future_prediction'?"),
+        (["--model.name=llama3"], "model.name must be 'hf_causal_lm', got 'llama3'"),
+        (["--model.flavor=1B"], "model.flavor must be 'auto'"),
+        (["--model.hf_assets_path=nowhere"], "model.hf_assets_path 'nowhere': no usable config.json"),
+        (["--checkpoint.no-enable"], "checkpoint.enable must be true"),
+        (["--checkpoint.initial_load_path", "None"], "checkpoint.initial_load_path is not set, and training never starts from random"),
+        (["--checkpoint.create_seed_checkpoint"], "create_seed_checkpoint has no use here"),
+        (["--checkpoint.keep_latest_k=1"], "keep_latest_k must be 0 (keep all) or at least 2"),
+        (["--checkpoint.async_mode=async_with_pinned_mem"], "needs an accelerator"),
+        (["--parallelism.tensor_parallel_degree=2"], "parallelism.tensor_parallel_degree must be 1"),
+        (["--training.seq_len=513"], "beyond the model's max_position_embeddings (512)"),
+        (["--training.dataloader.num_workers=2"], "num_workers must be 0 or 1"),
+        (["--training.global_batch_size=12"], "must be a positive multiple of training.local_batch_size (8)"),
+    ],
+)  # fmt: skip
+def test_values_that_can_not_be_right(options: list[str], message: str) -> None:
+    if "accelerator" in message:
+        import torch
+
+        if torch.accelerator.is_available():
+            pytest.skip("there is an accelerator")
+    with pytest.raises(ConfigError) as e:
+        parse([f"--job.config_file={DEBUG_TOML}", *options])
+    assert message in str(e.value)
+
+
+def test_a_users_own_section_is_merged_on_top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_config.py").write_text(
+        "from dataclasses import dataclass, field\n"
+        "@dataclass\nclass Mine:\n    answer: int = 1\n    '''An answer'''\n"
+        "@dataclass\nclass Training:\n    my_own: float = 0.5\n"
+        "@dataclass\nclass JobConfig:\n"
+        "    mine: Mine = field(default_factory=Mine)\n    training: Training = field(default_factory=Training)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    text = '[job]\ncustom_config_module = "my_config"\n' + MINIMAL + "my_own = 2\n[mine]\nanswer = 42\n"
+    config = parse_toml(tmp_path, text, "--seed.rng_seed=3")
+    assert config.mine.answer == 42 and config.training.my_own == 2 and config.seed.rng_seed == 3
+    with pytest.raises(ConfigError, match="'mine.answer' must be an integer"):
+        parse_toml(tmp_path, text.replace("42", '"42"'))
+
+
+def test_errors_reach_the_user_in_one_line_before_anything_is_made(tmp_path: Path) -> None:
+    run = train(tmp_path / "run", "--future_encoder.future_k=-3", world_size=2, check=False)
+    assert run.exit_codes == [2, 2] and not run.dump_folder.exists()
+    for rank in run.ranks:
+        assert "error: future_encoder.future_k must be >= 0 (0 = all the future), got -3" in rank.output
+        assert "Traceback" not in rank.output
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [sys.executable, "-m", "flame_ext.train", *arguments],
+        capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=60,
+    )  # fmt: skip
+
+
+def test_without_torchrun_it_says_how_to_launch() -> None:
+    done = command("--job.config_file", str(DEBUG_TOML))
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: launch with torchrun: torchrun --nproc_per_node")
+
+
+def test_help_explains_every_option_of_ours() -> None:
+    done = command("--help")
+    assert done.returncode == 0
+    text = " ".join(done.stdout.replace("│", " ").split())
+    assert "--training.steps" in text and "--checkpoint.initial-load-path" in text
+    for section in ("seed", "future_encoder", "future_predictor", "data"):
+        cls = next(f.type for f in fields(FlameJobConfig) if f.name == section)
+        assert is_dataclass(cls)
+        for field in fields(cls):
+            flag = f"--{section}.{field.name}".replace("_", "-")
+            assert flag in text, flag
+    for words in ("How many following positions a summary may attend to", "Where local text comes from", "stop before step 1"):
+        assert words in text, words
