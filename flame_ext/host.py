@@ -69,7 +69,7 @@ def import_host() -> None:
             raise RuntimeError("import flame_ext before torchtitan: without an accelerator the host would bind to CUDA")
         return
     with (
-        mock.patch.object(torch._utils, "_get_available_device_type", lambda: "cpu"),
-        mock.patch.object(torch._utils, "_get_device_module", lambda device_type: CpuDeviceModule()),
+        mock.patch.object(torch._utils, "_get_available_device_type", return_value="cpu"),
+        mock.patch.object(torch._utils, "_get_device_module", return_value=CpuDeviceModule()),
     ):
         import torchtitan.tools.utils  # noqa: F401

@@ -59,7 +59,10 @@ class FutureMetricsProcessor(MetricsProcessor):
         seconds = time.perf_counter() - self.time_last_log
         # Every rank counts its own tokens; ranks that share a batch (TP, PP) count the same ones.
         tokens_per_second = (
-            self.ntokens_since_last_log * self.parallel_dims.world_size / self.parallel_dims.non_data_parallel_size / seconds
+            self.ntokens_since_last_log
+            * self.parallel_dims.world_size
+            / self.parallel_dims.non_data_parallel_size
+            / seconds
         )
         record = {
             "step": step,
@@ -72,7 +75,7 @@ class FutureMetricsProcessor(MetricsProcessor):
         }
         if self._writes:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._file, "a") as stream:
+            with self._file.open("a") as stream:
                 # JSON has no NaN: a diverged value is written as null.
                 values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
                 stream.write(json.dumps(values, allow_nan=False) + "\n")

@@ -23,7 +23,9 @@ from flame_ext.errors import UserError
 from flame_ext.registration import register
 from flame_ext.trainer import FutureTrainer
 
-HOW_TO_LAUNCH = "launch with torchrun: torchrun --nproc_per_node 1 -m flame_ext.train --job.config_file configs/debug.toml"
+HOW_TO_LAUNCH = (
+    "launch with torchrun: torchrun --nproc_per_node 1 -m flame_ext.train --job.config_file configs/debug.toml"
+)
 
 
 def parse(args: list[str]) -> FlameJobConfig:

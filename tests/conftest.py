@@ -9,10 +9,10 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import flame_ext  # noqa: E402, F401  (before torchtitan)
-import pytest  # noqa: E402
+import pytest
 
-from tests.ranks import TrainRun, train  # noqa: E402
+import flame_ext  # noqa: F401  (before torchtitan)
+from tests.ranks import TrainRun, train
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,17 @@ def test_step_one_has_the_loss_of_the_model_on_disk(ten_steps: TrainRun) -> None
 
 
 def test_metrics_have_the_contract_fields(ten_steps: TrainRun) -> None:
-    fields = {"step", "loss", "loss_ce", "loss_future", "future_top1", "lr", "grad_norm", "tokens_seen", "tokens_per_second"}
+    fields = {
+        "step",
+        "loss",
+        "loss_ce",
+        "loss_future",
+        "future_top1",
+        "lr",
+        "grad_norm",
+        "tokens_seen",
+        "tokens_per_second",
+    }
     for step, line in enumerate(ten_steps.metrics, start=1):
         assert set(line) == fields
         assert line["step"] == step and line["tokens_seen"] == step * 8 * 256
@@ -129,7 +139,11 @@ def test_the_future_loss_is_below_that_of_shuffled_targets(debug_run: TrainRun) 
 def test_weight_zero_is_plain_cross_entropy_bit_for_bit(dump_folder: Path) -> None:
     zero = train(dump_folder / "zero", *TEN_STEPS, "--future_encoder.loss_weight=0")
     plain = train(
-        dump_folder / "plain", *TEN_STEPS, "--model.converters=", "--future_encoder.no-enable", "--future_predictor.no-enable"
+        dump_folder / "plain",
+        *TEN_STEPS,
+        "--model.converters=",
+        "--future_encoder.no-enable",
+        "--future_predictor.no-enable",
     )
     assert zero.values("loss_ce") == plain.values("loss_ce")
     assert zero.values("grad_norm") == plain.values("grad_norm")

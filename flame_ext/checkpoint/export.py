@@ -71,7 +71,9 @@ def export_hf(state: Mapping[str, Tensor], head_names: list[str], folder: Path, 
         CheckpointError: on every rank, if a file can not be written.
     """
     prefixes = tuple(f"{name}." for name in head_names)
-    backbone = {key: tensor for key, tensor in state.items() if not key.startswith(prefixes)} if prefixes else dict(state)
+    backbone = (
+        {key: tensor for key, tensor in state.items() if not key.startswith(prefixes)} if prefixes else dict(state)
+    )
     heads = {key: tensor for key, tensor in state.items() if key not in backbone}
     with failing_together(CheckpointError):
         if is_main_rank():

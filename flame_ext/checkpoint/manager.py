@@ -72,7 +72,9 @@ class SeedingCheckpointManager(CheckpointManager):
                 chosen = next((s for s in steps if s.step == step), None)
                 if chosen is None:
                     there = ", ".join(str(s.step) for s in steps) or "none"
-                    raise CheckpointError(f"checkpoint.load_step = {step}: no complete step of that number in {folder} (complete: {there})")
+                    raise CheckpointError(
+                        f"checkpoint.load_step = {step}: no complete step of that number in {folder} (complete: {there})"
+                    )
         if chosen is None:
             self._seed_from_source(folder)
             return True
@@ -93,7 +95,9 @@ class SeedingCheckpointManager(CheckpointManager):
         path = self.initial_load_path
         if path is None:
             path = self.hf_assets_path
-            logger.info("Seeding from model.hf_assets_path (checkpoint.initial_load_in_hf is set, initial_load_path is not)")
+            logger.info(
+                "Seeding from model.hf_assets_path (checkpoint.initial_load_in_hf is set, initial_load_path is not)"
+            )
         logger.info(f"No complete step in {folder}: seeding step 0 from {path}")
         self._seed(path)
 
@@ -163,5 +167,3 @@ class SeedingCheckpointManager(CheckpointManager):
             steps, _ = find_steps(Path(self.folder))
             for stale in steps[: -self.keep_latest_k]:
                 self.purge_queue.put(str(stale.path))
-
-

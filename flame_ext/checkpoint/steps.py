@@ -50,7 +50,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST_NAME).read_bytes())
         files = dict(manifest["files"])
     except FileNotFoundError as e:
-        raise CheckpointError(f"no {MANIFEST_NAME}: the save did not finish, or it is not a step of this trainer") from e
+        raise CheckpointError(
+            f"no {MANIFEST_NAME}: the save did not finish, or it is not a step of this trainer"
+        ) from e
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"unreadable {MANIFEST_NAME} ({e})") from e
     for name, size in files.items():
@@ -92,8 +94,8 @@ def put_in_place(final: Path) -> None:
     replaced = final.with_name(f".replaced-{final.name}")
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
-        os.rename(final, replaced)
-    os.rename(temporary, final)
+        final.rename(replaced)
+    temporary.rename(final)
     _sync_folder(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 

@@ -27,7 +27,9 @@ def check_config(config: FlameJobConfig) -> None:
     problems = [*_check_model(config), *_check_parallelism(config), *_check_checkpoint(config)]
     problems += [*_check_objective(config), *_check_data(config)]
     if not problems:
-        problems += _check_against_model(config, load_hf_config(config.model.hf_assets_path, config.seed.trust_remote_code))
+        problems += _check_against_model(
+            config, load_hf_config(config.model.hf_assets_path, config.seed.trust_remote_code)
+        )
     if len(problems) == 1:
         raise ConfigError(problems[0])
     if problems:

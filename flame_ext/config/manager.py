@@ -11,6 +11,7 @@ import difflib
 import sys
 import types
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torchtitan.config import ConfigManager, JobConfig
@@ -46,7 +47,7 @@ class FlameConfigManager(ConfigManager):
         if path is None:
             return None
         try:
-            with open(path, "rb") as file:
+            with Path(path).open("rb") as file:
                 return tomllib.load(file)
         except OSError as e:
             raise ConfigError(f"--job.config_file {path}: {e.strerror}; give the path of a TOML file") from e
@@ -132,5 +133,5 @@ def _spelled(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_spelled(p) for p in parameters if p is not type(None))
     if origin is list:
-        return f"a list of {_spelled(parameters[0])}"
+        return f"a list, each {_spelled(parameters[0])}"
     return {bool: "true or false", int: "an integer", float: "a number", str: "a string"}.get(hint, str(hint))

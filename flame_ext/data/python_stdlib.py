@@ -42,5 +42,7 @@ def read_stdlib(split: Split) -> list[str]:
             if text.strip():
                 texts.append(text)
     if not texts:
-        raise FileNotFoundError(f"no Python sources of split {split!r} below {root}; set training.dataset to another text")
+        raise FileNotFoundError(
+            f"no Python sources of split {split!r} below {root}; set training.dataset to another text"
+        )
     return texts

@@ -31,7 +31,9 @@ class FuturePredictionConverter:
             # Never trained: gradients that never come would be waited for by DDP.
             head.requires_grad_(False)
         model.remember_state()
-        logger.info(f"Attached future_encoder and future_predictor: {sum(p.numel() for p in head.parameters()):,} parameters")
+        logger.info(
+            f"Attached future_encoder and future_predictor: {sum(p.numel() for p in head.parameters()):,} parameters"
+        )
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
         """Nothing to do."""

@@ -109,7 +109,9 @@ class HFCausalLM(nn.Module):
         for module in self.base_model.modules():
             if isinstance(module, nn.ModuleList) and len(module) == depth:
                 return module
-        raise ConfigError(f"{type(self).__name__} has no list of {depth} decoder layers; this architecture is not supported")
+        raise ConfigError(
+            f"{type(self).__name__} has no list of {depth} decoder layers; this architecture is not supported"
+        )
 
     def add_head(self, name: str, head: nn.Module, inits: dict[str, ParameterInit]) -> None:
         """Attach a module beside the backbone; its parameters are named ``name.…`` and initialised by ``inits``.
@@ -180,7 +182,12 @@ class HFCausalLM(nn.Module):
             output: "logits" (B, T, V); "hidden_states" (B, T, D), without running the output embedding; "all":
                 a :class:`ModelOutput`.
         """
-        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "use_cache": False,
+        }
         if output == "hidden_states":
             return self.base_model(**inputs).last_hidden_state
         if output == "logits":

@@ -98,5 +98,8 @@ def _misshapen(name: str, expected: tuple[int, ...], found: tuple[int, ...], fil
     if expected == found[::-1]:
         return message + " (transposed)"
     if len(expected) == len(found) and expected[1:] == found[1:]:
-        return message + f"; if this is the vocabulary, {found[0]} against {expected[0]}: set vocab_size in the model's config.json"
+        return (
+            message
+            + f"; if this is the vocabulary, {found[0]} against {expected[0]}: set vocab_size in the model's config.json"
+        )
     return message

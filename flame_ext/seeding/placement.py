@@ -22,5 +22,3 @@ def local_region(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     if tuple(local.shape) != tuple(shape) and local.numel() > 0:
         raise RuntimeError(f"shard of shape {tuple(local.shape)} is described as {tuple(shape)} ({tensor.placements})")
     return local, tuple(slice(begin, begin + n) for begin, n in zip(offset, shape, strict=True))
-
-

@@ -76,5 +76,7 @@ def _require_finite(file: Path, name: str, values: Tensor, local: Tensor) -> Non
     # One cheap pass over good weights: a sum is finite only if every element is.
     if not math.isfinite(local.sum(dtype=torch.float32).item()) and not bool(torch.isfinite(local).all()):
         if bool(torch.isfinite(values).all()):
-            raise SeedError(f"{file}: {name!r} ({values.dtype}) overflows {local.dtype}; set training.dtype to a wider type")
+            raise SeedError(
+                f"{file}: {name!r} ({values.dtype}) overflows {local.dtype}; set training.dtype to a wider type"
+            )
         raise SeedError(f"{file}: {name!r} holds NaN or infinity; the file is damaged or its training had diverged")

@@ -80,7 +80,9 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
     with failing_together(SeedError):
         if is_main_rank():
             report.write(report_folder)
-    logger.info(f"Verified the seeded model ({_spelled(verification)}); recorded in {report_folder / 'seed_report.json'}")
+    logger.info(
+        f"Verified the seeded model ({_spelled(verification)}); recorded in {report_folder / 'seed_report.json'}"
+    )
     return report
 
 

@@ -66,7 +66,9 @@ def open_source(path: str | Path) -> Source:
         what = "is not a folder" if folder.exists() else "does not exist"
         raise SeedError(f"checkpoint.initial_load_path {str(folder)!r} {what}; give a Hugging Face model folder")
     if not (folder / "config.json").is_file():
-        raise SeedError(f"{folder}: no config.json, so this is not a Hugging Face model folder (found: {_listing(folder)})")
+        raise SeedError(
+            f"{folder}: no config.json, so this is not a Hugging Face model folder (found: {_listing(folder)})"
+        )
     index_file = folder / INDEX_NAME
     digest = hashlib.sha256()
     weight_map: dict[str, str] | None = None
@@ -114,7 +116,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], bytes]:
     if not file.is_file():
         raise SeedError(f"{file}: listed in {INDEX_NAME} but absent; download or copy it again")
     size = file.stat().st_size
-    with open(file, "rb") as stream:
+    with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_JSON_BYTES):
             raise SeedError(
@@ -129,7 +131,9 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], bytes]:
     end = 0
     for entry in sorted(entries.values(), key=lambda e: (e.offset, e.nbytes)):
         if entry.offset != end:
-            raise SeedError(f"{file}: {entry.key!r} starts at byte {entry.offset} of the data, expected {end}: damaged header")
+            raise SeedError(
+                f"{file}: {entry.key!r} starts at byte {entry.offset} of the data, expected {end}: damaged header"
+            )
         end += entry.nbytes
     if 8 + length + end != size:
         raise SeedError(
@@ -161,13 +165,19 @@ def _parse_entry(file: Path, key: str, value: Any) -> TensorEntry:
 
 def _read_index(index_file: Path) -> dict[str, str]:
     if index_file.stat().st_size > _MAX_JSON_BYTES:
-        raise SeedError(f"{index_file}: {index_file.stat().st_size} bytes is no index; expected at most {_MAX_JSON_BYTES}")
+        raise SeedError(
+            f"{index_file}: {index_file.stat().st_size} bytes is no index; expected at most {_MAX_JSON_BYTES}"
+        )
     weight_map = _parse_json(index_file.read_bytes(), index_file, "index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise SeedError(f"{index_file}: no 'weight_map' from keys to files; write the index anew with save_pretrained()")
+        raise SeedError(
+            f"{index_file}: no 'weight_map' from keys to files; write the index anew with save_pretrained()"
+        )
     for key, name in weight_map.items():
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-            raise SeedError(f"{index_file}: {key!r} points to {name!r}; only plain file names in the same folder are read")
+            raise SeedError(
+                f"{index_file}: {key!r} points to {name!r}; only plain file names in the same folder are read"
+            )
     return weight_map
 
 

@@ -76,7 +76,9 @@ def verify(mode: str, probe: Probe, source: Path, trust_remote_code: bool) -> Ve
     result = Verification(mode, loss=next_token_loss(logits, probe.tokens))
     with failing_together(SeedError):
         if not math.isfinite(result.loss):
-            raise SeedError(f"{source}: the seeded model's loss on the probe text is {result.loss}; its weights are damaged")
+            raise SeedError(
+                f"{source}: the seeded model's loss on the probe text is {result.loss}; its weights are damaged"
+            )
         if reference is not None:
             result.reference_loss = next_token_loss(reference, probe.tokens)
             result.max_abs_diff = (logits - reference).abs().max().item()

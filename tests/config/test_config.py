@@ -58,12 +58,12 @@ def test_committed_configurations_are_valid(name: str) -> None:
         ("[training]\nsteps = true", "'training.steps' must be an integer, got True (bool)"),
         ("[training]\nsteps = 10.0", "'training.steps' must be an integer, got 10.0 (float)"),
         ("[optimizer]\nlr = '1e-4'", "'optimizer.lr' must be a number, got '1e-4' (str)"),
-        ('[model]\nconverters = "future_prediction"', "'model.converters' must be a list of a string"),
-        ("[model]\nconverters = [1]", "'model.converters' must be a list of a string, got [1]"),
+        ('[model]\nconverters = "future_prediction"', "'model.converters' must be a list, each a string"),
+        ("[model]\nconverters = [1]", "'model.converters' must be a list, each a string, got [1]"),
         ("[future_encoder]\nsummary_method = 'median'", "'future_encoder.summary_method' must be one of 'anticausal'"),
         ("[training]\nsequence_len = 10", "unknown key 'training.sequence_len' (did you mean 'training.seq_len'?)"),
         ("[future_encodr]\nenable = true", "unknown section 'future_encodr' (did you mean 'future_encoder'?)"),
-        ("[training.dataloader]\nworkers = 2", "unknown key 'training.dataloader.workers' (did you mean 'training.dataloader.num_workers'?)"),
+        ("[training.dataloader]\nworkers = 2", "unknown key 'training.dataloader.workers' (did you mean 'training.dataloader.num_w"),
         ("training = 3", "'training' is a section ([training] in TOML), got 3"),
         ("[training\n", "not valid TOML"),
     ],
@@ -171,5 +171,9 @@ def test_help_explains_every_option_of_ours() -> None:
         for field in fields(cls):
             flag = f"--{section}.{field.name}".replace("_", "-")
             assert flag in text, flag
-    for words in ("How many following positions a summary may attend to", "Where local text comes from", "stop before step 1"):
+    for words in (
+        "How many following positions a summary may attend to",
+        "Where local text comes from",
+        "stop before step 1",
+    ):
         assert words in text, words

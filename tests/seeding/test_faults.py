@@ -59,7 +59,7 @@ def truncated(folder: Path) -> None:
 
 
 def appended(folder: Path) -> None:
-    with open(folder / "model.safetensors", "ab") as stream:
+    with (folder / "model.safetensors").open("ab") as stream:
         stream.write(b"\0" * 16)
 
 
@@ -182,7 +182,9 @@ def test_an_undeclared_new_parameter_is_refused(dump_folder: Path, assets: Path)
     assert all("'future_predictor.norm.weight' [32] is missing" in rank.output for rank in run.ranks)
 
 
-def test_an_undeclared_backbone_parameter_has_no_initialisation(tmp_path: Path, dump_folder: Path, assets: Path) -> None:
+def test_an_undeclared_backbone_parameter_has_no_initialisation(
+    tmp_path: Path, dump_folder: Path, assets: Path
+) -> None:
     source = save_tiny("olmo2", tmp_path / "source")
     missing_key(source)
     run = run_with_source(source, assets, dump_folder, "--seed.new_parameters=*")

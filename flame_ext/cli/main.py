@@ -1,0 +1,80 @@
+"""``flame-ext``: thin commands over the library.
+
+flame-ext inspect PATH [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from flame_ext.errors import UserError
+from flame_ext.seeding.source import Source, open_source
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns 0 if the path is healthy, 2 if it can not be read."""
+    parser = argparse.ArgumentParser(prog="flame-ext", description="Look at what a training job could be seeded from.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser("inspect", help="say what lies at a path, from headers alone")
+    inspect.add_argument("path", help="a Hugging Face folder of safetensors")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    options = parser.parse_args(arguments)
+    try:
+        source = open_source(options.path)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(as_json(source), indent=2))
+    else:
+        print_table(source)
+    return 0
+
+
+def as_json(source: Source) -> dict[str, object]:
+    """Layout, digest, totals, and each key with its shape, dtype, size and file."""
+    return {
+        "path": str(source.path),
+        "layout": source.layout,
+        "source_digest": source.digest,
+        "bytes": sum(entry.nbytes for entry in source.entries.values()),
+        "passed_over": list(source.passed_over),
+        "keys": {
+            key: {
+                "shape": list(entry.shape),
+                "dtype": str(entry.dtype).removeprefix("torch."),
+                "bytes": entry.nbytes,
+                "file": entry.file.name,
+            }
+            for key, entry in sorted(source.entries.items())
+        },
+    }
+
+
+def print_table(source: Source) -> None:
+    """The same, for people."""
+    console = Console(soft_wrap=True)
+    facts = as_json(source)
+    dtypes = Counter(str(entry.dtype).removeprefix("torch.") for entry in source.entries.values())
+    console.print(
+        f"{source.path}: {source.layout}, {len(source.entries)} tensors ({', '.join(f'{n} {d}' for d, n in dtypes.items())}), "
+        f"{facts['bytes']:,} bytes, digest {source.digest[:16]}"
+    )
+    for name in source.passed_over:
+        console.print(f"passed over: {name} (not in the index)")
+    table = Table("key", "shape", "dtype", "bytes", "file")
+    for key, entry in sorted(source.entries.items()):
+        dtype = str(entry.dtype).removeprefix("torch.")
+        table.add_row(key, "x".join(map(str, entry.shape)), dtype, f"{entry.nbytes:,}", entry.file.name)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Train with torchrun: ./train.sh [--section.key value ...]
+#
+#   CONFIG_FILE   the TOML (default: configs/debug.toml)
+#   NGPU          processes on this node (default: the accelerators present, else 1)
+#   NNODE         nodes (default: 1); then also MASTER_ADDR and MASTER_PORT of the first one, and NODE_RANK
+#   LOG_RANK      ranks whose output is shown, comma-separated (default: 0; errors of all ranks are shown)
+#   PYTHON        the interpreter (default: python)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+PYTHON=${PYTHON:-python}
+CONFIG_FILE=${CONFIG_FILE:-configs/debug.toml}
+NNODE=${NNODE:-1}
+LOG_RANK=${LOG_RANK:-0}
+if [[ -z "${NGPU:-}" ]]; then
+    NGPU=$("$PYTHON" -c 'import torch; print(max(1, torch.accelerator.device_count()))')
+fi
+
+rendezvous=(--standalone)
+if ((NNODE > 1)); then
+    : "${MASTER_ADDR:?with NNODE > 1, set MASTER_ADDR to the address of the first node}"
+    rendezvous=(
+        --rdzv_backend c10d
+        --rdzv_id "${RDZV_ID:-flame_ext}"
+        --rdzv_endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}"
+    )
+    if [[ -n "${NODE_RANK:-}" ]]; then
+        rendezvous+=(--node_rank "$NODE_RANK")
+    fi
+fi
+
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+# Tokenisation runs in the training process: its own threads would compete with it, and warn after a fork.
+export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+
+exec "$PYTHON" -m torch.distributed.run \
+    --nnodes "$NNODE" --nproc_per_node "$NGPU" "${rendezvous[@]}" \
+    --local_ranks_filter "$LOG_RANK" --role rank --tee 3 \
+    -m flame_ext.train --job.config_file "$CONFIG_FILE" "$@"
