@@ -4,7 +4,7 @@
 #   CONFIG_FILE   the TOML (default: configs/debug.toml)
 #   NGPU          processes on this node (default: the accelerators present, else 1)
 #   NNODE         nodes (default: 1); then also MASTER_ADDR and MASTER_PORT of the first one, and NODE_RANK
-#   LOG_RANK      ranks whose output is shown, comma-separated (default: 0; errors of all ranks are shown)
+#   LOG_RANK      local ranks whose output is shown, comma-separated (default: 0)
 #   PYTHON        the interpreter (default: python)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"

@@ -7,6 +7,7 @@ Exit code: 0 done, 1 the run failed, 2 the configuration or the way of launching
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
@@ -19,7 +20,7 @@ from torchtitan.tools.logging import init_logger, logger
 from flame_ext.config.checks import check_config
 from flame_ext.config.manager import FlameConfigManager
 from flame_ext.config.sections import FlameJobConfig
-from flame_ext.errors import UserError
+from flame_ext.errors import ConfigError, UserError
 from flame_ext.registration import register
 from flame_ext.trainer import FutureTrainer
 
@@ -36,6 +37,11 @@ def parse(args: list[str]) -> FlameJobConfig:
     """
     register()
     config = FlameConfigManager().parse_args(args)
+    if config.experimental.custom_import:
+        try:
+            importlib.import_module(config.experimental.custom_import)
+        except ModuleNotFoundError as e:
+            raise ConfigError(f"experimental.custom_import: {e}; it must be importable from the current folder") from e
     check_config(config)
     return config
 

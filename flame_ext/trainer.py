@@ -184,7 +184,7 @@ class FutureTrainer(torchtitan.train.Trainer):
 
     def _probe(self) -> Probe:
         training = self.job_config.training
-        vocab_size = self.model_args.config["vocab_size"]
+        vocab_size = self.model_parts[0].config.get_text_config().vocab_size
         ids = self.tokenizer.encode(PROBE_TEXT)[: min(PROBE_LENGTH, training.seq_len)]
         param_dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
         dtype = TORCH_DTYPE_MAP[training.dtype]

@@ -138,6 +138,18 @@ def test_a_users_own_section_is_merged_on_top(tmp_path: Path, monkeypatch: pytes
         parse_toml(tmp_path, text.replace("42", '"42"'))
 
 
+def test_a_users_own_converter_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_converters.py").write_text(
+        "from torchtitan.protocols.model_converter import register_model_converter\n"
+        "register_model_converter(object, 'my_own')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = parse_toml(tmp_path, MINIMAL, "--experimental.custom_import=my_converters", "--model.converters=my_own")
+    assert config.model.converters == ["my_own"]
+    with pytest.raises(ConfigError, match="experimental.custom_import: No module named 'nowhere'"):
+        parse_toml(tmp_path, MINIMAL, "--experimental.custom_import=nowhere")
+
+
 def test_errors_reach_the_user_in_one_line_before_anything_is_made(tmp_path: Path) -> None:
     run = train(tmp_path / "run", "--future_encoder.future_k=-3", world_size=2, check=False)
     assert run.exit_codes == [2, 2] and not run.dump_folder.exists()
