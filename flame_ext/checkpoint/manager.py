@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager, ModelWrapper
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import GarbageCollection
 
-from flame_ext.checkpoint.steps import complete_step, find_steps, start, temporary_path
+from flame_ext.checkpoint.steps import complete_step, find_steps, recover_replaced, start, temporary_path
 from flame_ext.distributed import failing_together, is_main_rank
 from flame_ext.errors import CheckpointError
 
@@ -48,7 +50,6 @@ class SeedingCheckpointManager(CheckpointManager):
     ) -> None:
         super().__init__(**kwargs)
         self._seed, self._export, self._facts = seed, export, facts
-        self._finalise_error: Exception | None = None
         self.states[MODEL] = UntiedModelWrapper(kwargs["model_parts"])
         self.hf_assets_path = self.sd_adapter.hf_assets_path
 
@@ -63,6 +64,9 @@ class SeedingCheckpointManager(CheckpointManager):
             SeedError: the source can not be put into the model.
         """
         folder = Path(self.folder)
+        with failing_together(CheckpointError):
+            if is_main_rank():
+                recover_replaced(folder)
         with failing_together(CheckpointError):
             steps, passed_over = find_steps(folder)
             for line in passed_over:
@@ -80,15 +84,14 @@ class SeedingCheckpointManager(CheckpointManager):
             return True
         if self.initial_load_path:
             logger.info(f"Resuming from {chosen.path}; passed over checkpoint.initial_load_path, which is for step 0")
-        model_only = bool(chosen.manifest.get("model_only"))
-        if model_only:
+        if chosen.manifest.get("model_only"):
             raise CheckpointError(
                 f"{chosen.path} holds the model alone (checkpoint.last_save_model_only), which can not be resumed; continue "
                 "from its export with a new job.dump_folder, or set last_save_model_only = false before the last step"
             )
-        self.dcp_load(self._states_to_load(model_only), str(chosen.path), from_hf=False, from_quantized=False)
+        self.dcp_load(self._states_to_load(model_only=False), str(chosen.path), from_hf=False, from_quantized=False)
         GarbageCollection.collect("GC collection for checkpoint loading.")
-        logger.info(f"Resumed from {chosen.path}, the newest of {len(steps)} complete steps")
+        logger.info(f"Resumed from {chosen.path} (complete: {', '.join(str(s.step) for s in steps)})")
         return True
 
     def _seed_from_source(self, folder: Path) -> None:
@@ -125,24 +128,21 @@ class SeedingCheckpointManager(CheckpointManager):
             with failing_together(CheckpointError):
                 if is_main_rank():
                     complete_step(final, step, facts)
-        elif is_main_rank():
-            # DCP's coordinator is this rank, and its upload is done only when every rank's files are.
-            upload = result if isinstance(result, Future) else result.upload_completion
-            upload.add_done_callback(lambda future: self._complete_in_background(future, final, step, facts))
-        return result
-
-    def _complete_in_background(self, upload: Future, final: Path, step: int, facts: dict[str, Any]) -> None:
-        if upload.exception() is not None:
-            return  # raised to the trainer by _async_wait
-        try:
-            complete_step(final, step, facts)
-        except Exception as e:  # a callback's exception would only be logged: hand it to _async_wait
-            self._finalise_error = e
+            return result
+        if not is_main_rank():
+            return result
+        # DCP's coordinator is this rank, and its upload is done only when every rank's files are. What the host waits
+        # for from here on is the upload and the step's completion.
+        if isinstance(result, AsyncSaveResponse):
+            completed = _then(result.upload_completion, lambda: complete_step(final, step, facts))
+            return AsyncSaveResponse(result.staging_completion, completed)
+        return _then(result, lambda: complete_step(final, step, facts))
 
     def _async_wait(self) -> None:
-        super()._async_wait()
-        if self._finalise_error is not None:
-            raise CheckpointError(f"the last background save could not be completed: {self._finalise_error}")
+        try:
+            super()._async_wait()
+        except (OSError, CheckpointException) as e:
+            raise CheckpointError(f"the last save in the background failed: {e}") from e
 
     def close(self) -> None:
         """Wait for a save in the background before the host tears its threads down."""
@@ -167,3 +167,20 @@ class SeedingCheckpointManager(CheckpointManager):
             steps, _ = find_steps(Path(self.folder))
             for stale in steps[: -self.keep_latest_k]:
                 self.purge_queue.put(str(stale.path))
+
+
+def _then(upload: Future, action: Callable[[], None]) -> Future:
+    """A future that is done when ``upload`` is and ``action`` has run, or has the exception of either."""
+    completed: Future = Future()
+
+    def finish(future: Future) -> None:
+        try:
+            future.result()
+            action()
+        except BaseException as e:  # DCP's CheckpointException is one; whoever waits gets it
+            completed.set_exception(e)
+        else:
+            completed.set_result(None)
+
+    upload.add_done_callback(finish)
+    return completed

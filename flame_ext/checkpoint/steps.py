@@ -15,6 +15,7 @@ from flame_ext.seeding.report import write_json
 
 MANIFEST_NAME = "manifest.json"
 _STEP_NAME = re.compile(r"step-(\d+)")
+_REPLACED = ".replaced-"  # an old step or export, for the moment between two renames
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def recover_replaced(folder: Path) -> None:
+    """Give a step its name back if its run was killed between moving it aside and naming the new one. For one rank."""
+    for path in folder.glob(f"{_REPLACED}step-*") if folder.is_dir() else []:
+        final = folder / path.name.removeprefix(_REPLACED)
+        if not final.exists():
+            path.rename(final)
+
+
 def temporary_path(final: Path) -> Path:
     """Where a step or an export is written before it is complete: beside its place, under a name that no reader takes."""
     return final.with_name(f".incomplete-{final.name}")
@@ -91,7 +100,7 @@ def complete_step(final: Path, step: int, facts: dict[str, Any]) -> None:
 def put_in_place(final: Path) -> None:
     """Rename the temporary folder of ``final`` to ``final``, replacing what is there. For one rank."""
     temporary = temporary_path(final)
-    replaced = final.with_name(f".replaced-{final.name}")
+    replaced = final.with_name(_REPLACED + final.name)
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
         final.rename(replaced)

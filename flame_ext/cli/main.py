@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from flame_ext.errors import UserError
 from flame_ext.seeding.source import Source, open_source
@@ -60,7 +60,8 @@ def as_json(source: Source) -> dict[str, object]:
 
 def print_table(source: Source) -> None:
     """The same, for people."""
-    console = Console(soft_wrap=True)
+    # Piped or redirected, a row stays a line; in a terminal a long key is folded, never cut.
+    console = Console(width=None if sys.stdout.isatty() else 200)
     facts = as_json(source)
     dtypes = Counter(str(entry.dtype).removeprefix("torch.") for entry in source.entries.values())
     console.print(
@@ -69,7 +70,7 @@ def print_table(source: Source) -> None:
     )
     for name in source.passed_over:
         console.print(f"passed over: {name} (not in the index)")
-    table = Table("key", "shape", "dtype", "bytes", "file")
+    table = Table(Column("key", overflow="fold"), "shape", "dtype", "bytes", Column("file", overflow="fold"))
     for key, entry in sorted(source.entries.items()):
         dtype = str(entry.dtype).removeprefix("torch.")
         table.add_row(key, "x".join(map(str, entry.shape)), dtype, f"{entry.nbytes:,}", entry.file.name)

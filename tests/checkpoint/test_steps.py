@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flame_ext.checkpoint.steps import complete_step, find_steps, start, temporary_path
+from flame_ext.checkpoint.steps import complete_step, find_steps, recover_replaced, start, temporary_path
 from flame_ext.errors import CheckpointError
 from tests.conftest import TEN_STEPS
 from tests.ranks import TrainRun, train
@@ -45,6 +45,15 @@ def test_a_step_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
     assert (final / "__0_0.distcp").read_bytes() == b"half of the new"
     assert json.loads((final / "manifest.json").read_text())["fact"] == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-3"] and not temporary_path(final).exists()
+
+
+def test_a_step_moved_aside_by_a_killed_run_gets_its_name_back(tmp_path: Path) -> None:
+    final = write_step(tmp_path, 3, b"old")
+    final.rename(tmp_path / ".replaced-step-3")
+    assert find_steps(tmp_path)[0] == []
+    recover_replaced(tmp_path)
+    assert [s.step for s in find_steps(tmp_path)[0]] == [3]
+    assert (final / "__0_0.distcp").read_bytes() == b"old"
 
 
 def test_background_saves_are_complete_and_resumable(ten_steps: TrainRun, dump_folder: Path) -> None:
