@@ -225,3 +225,12 @@ def test_steps_are_kept_and_complete(debug_run: TrainRun) -> None:
     assert manifest["step"] == 60 and manifest["model_only"] is False
     digest = json.loads((debug_run.dump_folder / "seed_report.json").read_text())["source_digest"]
     assert manifest["seed"]["source_digest"] == digest
+
+
+def test_the_teacher_does_not_take_the_students_gradients_under_autocast(dump_folder: Path) -> None:
+    """Autocast keeps its casts of the weights; those made without gradient must not be the ones that the student uses."""
+    options = [*TEN_STEPS, "--training.steps=2", "--training.mixed_precision_param=bfloat16"]
+    plain = train(dump_folder / "plain", *options, "--future_encoder.loss_weight=0")
+    with_teacher = train(dump_folder / "teacher", *options, "--future_encoder.loss_weight=1e-9")
+    assert with_teacher.values("loss_ce") == pytest.approx(plain.values("loss_ce"), rel=1e-3)
+    assert with_teacher.values("grad_norm") == pytest.approx(plain.values("grad_norm"), rel=1e-3)

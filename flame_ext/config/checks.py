@@ -17,6 +17,9 @@ from flame_ext.model.hf_causal_lm import load_hf_config
 from flame_ext.model.train_spec import MODEL_NAME
 from flame_ext.registration import CONVERTER_NAME
 
+# One of these is what the host's tokenizer is built from.
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
+
 
 def check_config(config: FlameJobConfig) -> None:
     """Check values and their combinations.
@@ -135,6 +138,9 @@ def _check_against_model(config: FlameJobConfig, hf_config: PreTrainedConfig) ->
             f"{Path(config.model.hf_assets_path) / 'config.json'}: architectures is {hf_config.architectures}; only decoder-only "
             "causal LMs (…ForCausalLM) can be trained"
         )
+    assets = Path(config.model.hf_assets_path)
+    if not any((assets / name).is_file() for name in TOKENIZER_FILES):
+        yield f"model.hf_assets_path {str(assets)!r}: no tokenizer ({' or '.join(TOKENIZER_FILES)}); copy the model's there"
     text = hf_config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     if limit is not None and config.training.seq_len > limit:

@@ -125,7 +125,12 @@ def build_dataloader(
     if source is None:
         raise ConfigError(f"training.dataset {training.dataset!r} is unknown; known: {', '.join(sorted(DATASETS))}")
     _require_ids_in_vocabulary(tokenizer, job_config)
-    data = source.loader(training.dataset_path or source.path)
+    try:
+        data = source.loader(training.dataset_path or source.path)
+    except (OSError, ValueError) as e:  # absent, unreachable or malformed; the libraries' own words say which
+        raise ConfigError(
+            f"training.dataset {training.dataset!r} (training.dataset_path {training.dataset_path!r}): {e}"
+        ) from e
     if isinstance(data, datasets.Dataset):
         if len(data) == 0:
             raise ConfigError(f"training.dataset {training.dataset!r} ({training.dataset_path}): no documents in it")

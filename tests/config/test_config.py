@@ -150,6 +150,12 @@ def test_a_users_own_converter_is_known(tmp_path: Path, monkeypatch: pytest.Monk
         parse_toml(tmp_path, MINIMAL, "--experimental.custom_import=nowhere")
 
 
+def test_a_model_without_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((TINY_OLMO / "config.json").read_bytes())
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        parse([f"--job.config_file={DEBUG_TOML}", f"--model.hf_assets_path={tmp_path}"])
+
+
 def test_errors_reach_the_user_in_one_line_before_anything_is_made(tmp_path: Path) -> None:
     run = train(tmp_path / "run", "--future_encoder.future_k=-3", world_size=2, check=False)
     assert run.exit_codes == [2, 2] and not run.dump_folder.exists()

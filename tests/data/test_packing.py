@@ -124,6 +124,7 @@ def test_documents_are_the_tokenizers_with_eos(tmp_path: Path) -> None:
     [
         (["--training.dataset=nowhere"], "training.dataset 'nowhere' is unknown; known: .*python_stdlib"),
         (["--training.dataset=json"], "needs training.dataset_path"),
+        (["--training.dataset=c4_test"], "training.dataset 'c4_test' .*: "),
         (["--data.text_field=body"], "data.text_field 'body' is not in the data, which has text"),
     ],
 )
