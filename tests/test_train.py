@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flame_ext.checkpoint.export import load_future_heads
@@ -95,6 +96,47 @@ def test_the_same_run_on_several_processes(
         assert run.values(name) == pytest.approx(ten_steps.values(name), rel=1e-5), name
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--activation_checkpoint.mode=full"],
+        ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"],
+        ["--compile.enable", "--compile.backend=aot_eager", "--activation_checkpoint.mode=selective"],
+    ],
+    ids=["full-ac", "op-ac", "compile-layer-ac"],
+)
+def test_checkpointing_and_compilation_do_not_change_the_step(
+    ten_steps: TrainRun, dump_folder: Path, options: list[str]
+) -> None:
+    # The same operations; a compiled graph may order them otherwise.
+    options = [*TEN_STEPS, "--training.steps=3", "--training.local_batch_size=4", *options]
+    run = train(dump_folder, *options, world_size=2)
+    for name in ("loss_ce", "loss_future", "grad_norm"):
+        assert run.values(name) == pytest.approx(ten_steps.values(name)[:3], rel=1e-5), name
+    assert "step-3" in {p.name for p in (dump_folder / "checkpoint").iterdir()}
+    keys = set(load_file(dump_folder / "hf" / "step-3" / "model.safetensors"))
+    assert keys == {name for name, _ in stock_model().named_parameters()}, "no wrapper's name in a key"
+
+
+def test_tensorboard_has_the_parts_of_the_loss(dump_folder: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train(dump_folder, *TEN_STEPS, "--training.steps=2", "--metrics.enable_tensorboard")
+    (folder,) = (dump_folder / "tb").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    for name in ("loss_ce", "loss_future", "future_top1"):
+        assert [e.value for e in events.Scalars(name)] == pytest.approx(run.values(name), rel=1e-6), name
+    assert {"loss_metrics/global_avg_loss", "grad_norm", "lr"} <= set(events.Tags()["scalars"])
+
+
+def test_validation_runs_on_held_out_text(dump_folder: Path) -> None:
+    options = ["--validation.enable", "--validation.dataset=python_stdlib_validation", "--validation.seq_len=256"]
+    run = train(dump_folder, *TEN_STEPS, "--training.steps=1", *options, "--validation.steps=2", world_size=2)
+    (line,) = (line for line in run.ranks[0].output.splitlines() if "validate step:" in line)
+    loss = float(line.split("loss:")[1].split()[0])
+    assert 0.5 < loss < 0.6 * math.log(264)
+
+
 def test_accumulation_gives_the_cross_entropy_of_the_whole_batch(ten_steps: TrainRun, dump_folder: Path) -> None:
     # The future loss sees fewer negatives in a smaller micro-batch, so only the first step's CE is the same.
     options = ["--training.local_batch_size=2", "--training.global_batch_size=8", "--training.steps=2"]
@@ -160,11 +202,15 @@ def test_killed_after_a_saved_step_it_goes_on_bit_for_bit(ten_steps: TrainRun, d
     killed = train(dump_folder, *TEN_STEPS, check=False, watch=kill_after_step_five)
     assert killed.exit_codes == [-9]
     assert not (dump_folder / "checkpoint" / "step-10").exists()
+    with (dump_folder / "metrics.jsonl").open("a") as lost:  # what it may have logged after its last save
+        lost.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
     resumed = train(dump_folder, *TEN_STEPS)
     assert "Resumed from" in resumed.ranks[0].output and "Training starts at step 6" in resumed.ranks[0].output
     assert resumed.values("step") == list(range(1, 11)), "lines of the lost steps are dropped"
     for name in ("loss", "loss_ce", "loss_future", "grad_norm", "lr"):
         assert resumed.values(name) == ten_steps.values(name), name
+    again = train(dump_folder, *TEN_STEPS)
+    assert again.values("loss") == ten_steps.values("loss"), "a finished run has nothing left to do"
 
 
 def test_an_empty_or_half_written_checkpoint_folder_seeds(ten_steps: TrainRun, dump_folder: Path) -> None:
