@@ -227,6 +227,8 @@ def test_dry_run_stops_before_step_one(dump_folder: Path) -> None:
     assert not (dump_folder / "metrics.jsonl").exists() and not (dump_folder / "checkpoint").exists()
     report = json.loads((dump_folder / "seed_report.json").read_text())
     assert report["world_size"] == 2
+    # Two shards make one model: nobody has read more than its own part of the bfloat16 file.
+    assert report["bytes_read"] == 2 * sum(p.numel() for p in stock_model().parameters())
     verification = report["verification"]
     assert verification["passed"] and verification["max_abs_diff"] == 0.0
     assert verification["loss"] == verification["reference_loss"] < 0.6 * math.log(264)

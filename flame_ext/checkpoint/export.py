@@ -24,9 +24,9 @@ from transformers import GenerationConfig, PreTrainedConfig
 from flame_ext.checkpoint.steps import put_in_place, start, temporary_path
 from flame_ext.distributed import failing_together, is_main_rank
 from flame_ext.errors import CheckpointError
+from flame_ext.files import write_json
 from flame_ext.heads.future_encoder import FutureEncoder
 from flame_ext.heads.future_predictor import FuturePredictor
-from flame_ext.seeding.report import write_json
 from flame_ext.seeding.source import INDEX_NAME
 
 HEADS_FOLDER = "future_heads"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flame_ext.errors import CheckpointError
-from flame_ext.seeding.report import write_json
+from flame_ext.files import write_json
 
 MANIFEST_NAME = "manifest.json"
 _STEP_NAME = re.compile(r"step-(\d+)")

@@ -47,7 +47,7 @@ class HFModelArgs(BaseModelArgs):
 
         6 for each weight that multiplies, plus the attention scores and values, causal sparsity not counted (PaLM,
         https://arxiv.org/abs/2204.02311, appendix B, as the host counts). The output embedding multiplies even where
-        it is tied; the input embedding does not.
+        it is tied; the input embedding does not. The gradient-free forward of the future encoder is not counted.
         """
         config = self.load().get_text_config()
         nparams = sum(p.numel() for p in model.parameters())
@@ -149,6 +149,11 @@ class HFCausalLM(nn.Module):
                     self._buffer_values.append((module, name, buffer.clone()))
                     if name in module._non_persistent_buffers_set:
                         self.computed_buffers.append(f"{prefix}.{name}".lstrip("."))
+
+    @property
+    def tied_modules(self) -> set[nn.Module]:
+        """Modules that share a parameter with another one."""
+        return {module for tie in self._ties for module in (tie[0], tie[2])}
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Called by the host after ``to_empty``: put buffers and ties back.

@@ -72,7 +72,7 @@ def apply_fsdp(model: HFCausalLM, mesh: DeviceMesh, job_config: JobConfig) -> No
         )
 
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = {owner for _, _, owner, _ in model._ties} | {module for module, _, _, _ in model._ties}
+    tied = model.tied_modules
     if embedding not in tied:
         shard(embedding, policy != "never")
     for layer in model.layers:

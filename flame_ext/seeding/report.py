@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from flame_ext.files import write_json
 from flame_ext.seeding.accounting import Account
 from flame_ext.seeding.verify import Verification
 
@@ -32,15 +30,3 @@ class SeedReport:
     def write(self, folder: Path) -> None:
         """Write the file atomically."""
         write_json(folder / REPORT_NAME, asdict(self))
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write JSON to a temporary name, flush it to disk and rename it: the file is complete or absent."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
