@@ -266,6 +266,24 @@ def test_the_export_is_the_trained_model(debug_run: TrainRun) -> None:
         assert torch.equal(trained(inputs).logits, model.eval()(inputs).logits)
 
 
+def test_an_export_seeds_the_next_run_heads_included(debug_run: TrainRun, dump_folder: Path) -> None:
+    export = debug_run.dump_folder / "hf" / "step-60"
+    options = [f"--checkpoint.initial_load_path={export}", "--training.steps=1"]
+    spread = "--training.local_batch_size=4"  # the same number of negatives
+    run = train(dump_folder, *TEN_STEPS, *options, spread, world_size=2)
+    report = json.loads((dump_folder / "seed_report.json").read_text())
+    assert report["keys"]["initialised"] == []
+    assert sum(key.startswith("future_predictor.") for key in report["keys"]["loaded"]) == 6
+    assert run.values("loss_future")[0] < debug_run.values("loss_future")[0] - 1.0, "the head goes on where it was"
+
+    plain = ["--model.converters=", "--future_encoder.no-enable", "--future_predictor.no-enable"]
+    refused = train(dump_folder / "plain", *TEN_STEPS, *options, *plain, check=False)
+    assert refused.exit_codes == [1]
+    assert "'future_predictor.norm.bias' [128] in model.safetensors is not in the model" in refused.ranks[0].output
+    ignored = ["--seed.ignore_source_keys=future_predictor.*"]
+    train(dump_folder / "ignored", *TEN_STEPS, *options, *plain, *ignored)
+
+
 def test_steps_are_kept_and_complete(debug_run: TrainRun) -> None:
     folder = debug_run.dump_folder / "checkpoint"
     assert sorted(p.name for p in folder.iterdir()) == ["step-40", "step-60"], "keep_latest_k = 2"

@@ -27,9 +27,7 @@ from flame_ext.errors import CheckpointError
 from flame_ext.files import write_json
 from flame_ext.heads.future_encoder import FutureEncoder
 from flame_ext.heads.future_predictor import FuturePredictor
-from flame_ext.seeding.source import INDEX_NAME
-
-HEADS_FOLDER = "future_heads"
+from flame_ext.seeding.source import HEADS_FOLDER, INDEX_NAME
 
 # What belongs to a tokenizer or to generation. Named one by one: modelling code in the source must not be carried on.
 _COPIED_FILES = (

@@ -14,6 +14,7 @@ import torch
 
 from flame_ext.errors import SeedError
 
+HEADS_FOLDER = "future_heads"  # of an export: the heads beside the backbone (checkpoint/export.py)
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
@@ -55,7 +56,7 @@ class Source:
 
 
 def open_source(path: str | Path) -> Source:
-    """Read the index and the headers of a Hugging Face folder of safetensors.
+    """Read the index and the headers of a Hugging Face folder of safetensors, with the heads of an export if it is one.
 
     Raises:
         SeedError: the folder or a file is missing, a header does not describe its file, a key stands in two files, the
@@ -83,6 +84,9 @@ def open_source(path: str | Path) -> Source:
             f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME} (found: {_listing(folder)}); save the model with "
             "save_pretrained() as safetensors"
         )
+    heads = f"{HEADS_FOLDER}/{SINGLE_NAME}"
+    if (folder / heads).is_file():
+        names.append(heads)
     entries: dict[str, TensorEntry] = {}
     for name in names:
         file = folder / name
@@ -91,7 +95,7 @@ def open_source(path: str | Path) -> Source:
         for key, entry in header.items():
             if key in entries:
                 raise SeedError(f"{folder}: key {key!r} stands in both {entries[key].file.name} and {name}; keep one")
-            if weight_map is not None and weight_map.get(key) != name:
+            if weight_map is not None and name != heads and weight_map.get(key) != name:
                 raise SeedError(
                     f"{file}: holds key {key!r}, which {INDEX_NAME} puts in {weight_map.get(key)!r}; write the index anew"
                 )

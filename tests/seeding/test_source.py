@@ -47,6 +47,18 @@ def test_the_index_is_authoritative(folder: Path) -> None:
     assert source.passed_over == ("zzz.safetensors",) and source.entries["a"].file.name == "one.safetensors"
 
 
+def test_the_heads_of_an_export_are_part_of_it(folder: Path) -> None:
+    before = open_source(folder).digest
+    (folder / "future_heads").mkdir()
+    save_file({"future_predictor.norm.weight": torch.ones(5)}, folder / "future_heads" / "model.safetensors")
+    source = open_source(folder)
+    assert source.entries["future_predictor.norm.weight"].file == folder / "future_heads" / "model.safetensors"
+    assert source.digest != before and source.passed_over == ()
+    save_file({"a": torch.ones(2, 3)}, folder / "future_heads" / "model.safetensors")
+    with pytest.raises(SeedError, match="'a' stands in both one.safetensors and future_heads/model.safetensors"):
+        open_source(folder)
+
+
 def test_the_digest_is_of_the_headers(folder: Path) -> None:
     before = open_source(folder).digest
     assert open_source(folder).digest == before
