@@ -178,6 +178,7 @@ class FutureTrainer(torchtitan.train.Trainer):
             tied=model.tied_keys,
             computed_buffers=model.computed_buffers,
             inits=model.parameter_inits,
+            config=self.model_args.load(),
         )
         seed(target, path, self.job_config.seed, self._probe(), self._dump_folder)
         self.metrics_processor.rewind(0)

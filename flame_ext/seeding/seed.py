@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchtitan.tools.logging import logger
+from transformers import PreTrainedConfig
 
 from flame_ext.config.sections import Seed
 from flame_ext.distributed import failing_together, is_main_rank
@@ -20,6 +21,7 @@ from flame_ext.seeding.accounting import account
 from flame_ext.seeding.new_parameters import initialise
 from flame_ext.seeding.read import read_weights
 from flame_ext.seeding.report import SeedReport
+from flame_ext.seeding.same_function import require_same_function
 from flame_ext.seeding.source import open_source
 from flame_ext.seeding.verify import Probe, verify
 
@@ -36,6 +38,8 @@ class SeedTarget:
     """Names of buffers outside ``state``."""
     inits: Mapping[str, ParameterInit]
     """The initialisation of those keys that have one."""
+    config: PreTrainedConfig
+    """The configuration that the model was built from."""
 
 
 def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_folder: Path) -> SeedReport:
@@ -49,6 +53,7 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
     begin = time.perf_counter()
     with failing_together(SeedError):
         source = open_source(path)
+        require_same_function(source, target.config, options.trust_remote_code)
         shapes = {key: tuple(tensor.shape) for key, tensor in target.state.items()}
         keys = account(
             shapes,

@@ -118,7 +118,7 @@ def _require_parity(result: Verification, reference: Tensor, tolerance: float, s
         raise SeedError(
             f"{source}: the seeded model does not compute what from_pretrained computes: loss {result.loss:.6f} against "
             f"{result.reference_loss:.6f}, logits differ by up to {result.max_abs_diff:.3g} (allowed: {logits_bound:.3g}); "
-            "the weights were read exactly, so config.json at model.hf_assets_path and at the source differ, or a buffer is wrong"
+            "the weights were read exactly and the configurations agree, so a buffer or the modelling code differs"
         )
 
 

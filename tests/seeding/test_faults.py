@@ -164,15 +164,21 @@ def test_a_tied_model_with_the_same_lm_head_is_seeded(tmp_path: Path, dump_folde
     assert report["keys"]["tied"] == ["lm_head.weight"]
 
 
-def test_a_changed_function_fails_parity(tmp_path: Path, dump_folder: Path, assets: Path) -> None:
-    """The weights are the same; only config.json tells that the model is another one."""
+def test_a_source_of_another_function_is_refused(tmp_path: Path, dump_folder: Path, assets: Path) -> None:
+    """The weights fit; only config.json tells that the model is another one."""
     source = save_tiny("olmo2", tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 10.0
+    config["rms_norm_eps"] = 1e-3
+    config["transformers_version"] = "5.0.0"
     (source / "config.json").write_text(json.dumps(config))
-    run = run_with_source(source, assets, dump_folder, "--seed.verify=parity")
+    run = run_with_source(source, assets, dump_folder)
     assert run.exit_codes == [1, 1]
-    assert all("does not compute what from_pretrained computes" in rank.output for rank in run.ranks)
+    for rank in run.ranks:
+        message = rank.output[rank.output.index("error: ") :]
+        assert "rms_norm_eps: 0.001 in the source, 1e-05 in the model" in message
+        assert "rope_parameters: {'rope_theta': 10.0" in message
+        assert "transformers_version" not in message
     assert not (dump_folder / "seed_report.json").exists()
 
 
