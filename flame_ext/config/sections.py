@@ -13,7 +13,9 @@ from torchtitan.config import JobConfig
 class Seed:
     """How step 0 gets its weights from ``checkpoint.initial_load_path``."""
 
-    new_parameters: list[str] = field(default_factory=lambda: ["future_encoder.*", "future_predictor.*"])
+    new_parameters: list[str] = field(
+        default_factory=lambda: ["future_encoder.*", "future_predictor.*", "action_layer.*"]
+    )
     """
     Patterns (fnmatch) of parameters that may be missing from the source. Those that are missing are initialised from
     `rng_seed` and their name; a parameter that is missing without being declared here is an error.
