@@ -15,7 +15,7 @@ import sys
 import torch.distributed as dist
 import transformers
 from torch.distributed.elastic.multiprocessing.errors import record
-from torchtitan.tools.logging import init_logger, logger
+from torchtitan.tools.logging import init_logger
 
 from flame_ext.config.checks import check_config
 from flame_ext.config.manager import FlameConfigManager
@@ -81,7 +81,6 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _fail(error: UserError, code: int) -> None:
-    logger.error(f"[rank {os.environ.get('RANK', '0')}] {error}")
     print(f"error: {error}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 

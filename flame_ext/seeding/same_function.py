@@ -22,7 +22,6 @@ _HARMLESS = {
     "dtype",
     "eos_token_id",
     "initializer_range",
-    "max_position_embeddings",  # how far it was trained; where RoPE depends on it, rope_parameters says so as well
     "output_attentions",
     "output_hidden_states",
     "pad_token_id",

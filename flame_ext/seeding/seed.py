@@ -20,10 +20,10 @@ from flame_ext.heads.initialisation import ParameterInit
 from flame_ext.seeding.accounting import account
 from flame_ext.seeding.new_parameters import initialise
 from flame_ext.seeding.read import read_weights
-from flame_ext.seeding.report import SeedReport
+from flame_ext.seeding.report import REPORT_NAME, SeedReport
 from flame_ext.seeding.same_function import require_same_function
 from flame_ext.seeding.source import open_source
-from flame_ext.seeding.verify import Probe, verify
+from flame_ext.seeding.verify import Probe, Verification, verify
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
         nbytes = read_weights(source, target.state, target.tied, check_finite=options.verify != "none")
         initialise({key: target.state[key] for key in keys.initialised}, target.inits, options.rng_seed)
     seconds, total_bytes = _slowest_and_sum(time.perf_counter() - begin, nbytes, probe.device)
-    elements = sum(t.numel() for key, t in target.state.items() if key in set(keys.loaded))
+    elements = sum(target.state[key].numel() for key in keys.loaded)
     logger.info(
         f"Seeded from {path} ({source.layout}): {len(keys.loaded)} tensors ({elements:,} elements) loaded, "
         f"{len(keys.initialised)} initialised from rng_seed {options.rng_seed}, {len(keys.tied)} tied, "
@@ -85,13 +85,12 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
     with failing_together(SeedError):
         if is_main_rank():
             report.write(report_folder)
-    logger.info(
-        f"Verified the seeded model ({_spelled(verification)}); recorded in {report_folder / 'seed_report.json'}"
-    )
+    verified = "Did not verify" if options.verify == "none" else "Verified"
+    logger.info(f"{verified} the seeded model ({_spelled(verification)}); recorded in {report_folder / REPORT_NAME}")
     return report
 
 
-def _spelled(verification) -> str:
+def _spelled(verification: Verification) -> str:
     words = [f"mode {verification.mode}"]
     if verification.loss is not None:
         words.append(f"loss on the probe text {verification.loss:.4f}")
