@@ -16,11 +16,11 @@ def is_main_rank() -> bool:
 
 
 @contextmanager
-def failing_together(error_type: type[UserError]) -> Iterator[None]:
+def failing_together(error_type: type[UserError], group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Run the body on every rank; if it fails anywhere, raise ``error_type`` everywhere with the first rank's message.
 
     The body must not contain collectives: a rank that fails in the middle would leave the others waiting in them.
-    Leaving the context is a collective over the default process group.
+    Leaving the context is a collective over ``group``, which has to hold all ranks (default: the default group).
 
     Raises:
         error_type: on all ranks, when the body raised on any. The exception of the rank itself is its ``__cause__``.
@@ -33,7 +33,7 @@ def failing_together(error_type: type[UserError]) -> Iterator[None]:
     messages: list[str | None] = [None] if error is None else [describe(error)]
     if dist.is_initialized() and dist.get_world_size() > 1:
         gathered: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, messages[0])
+        dist.all_gather_object(gathered, messages[0], group=group)
         messages = gathered
     for rank, message in enumerate(messages):
         if message is not None:

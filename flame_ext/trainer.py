@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -25,11 +23,13 @@ import flame_ext
 from flame_ext.checkpoint.export import ExportSpec, export_hf
 from flame_ext.checkpoint.manager import SeedingCheckpointManager
 from flame_ext.config.sections import FlameJobConfig
+from flame_ext.distributed import is_main_rank
 from flame_ext.errors import ConfigError
 from flame_ext.model.hf_causal_lm import HFCausalLM
 from flame_ext.objective.contrastive import ContrastiveOutput, info_nce
 from flame_ext.objective.masks import doc_ids_from_eos, has_future, pair_mask
-from flame_ext.seeding.report import REPORT_NAME
+from flame_ext.seeding.identity import changed_source
+from flame_ext.seeding.key_names import KeyNames
 from flame_ext.seeding.seed import SeedTarget, seed
 from flame_ext.seeding.verify import Probe
 
@@ -50,8 +50,14 @@ class FutureTrainer(torchtitan.train.Trainer):
     job_config: FlameJobConfig
 
     def __init__(self, job_config: FlameJobConfig) -> None:
+        self.seed_identity: dict[str, Any] | None = None
+        """What the run grew from; every step's manifest carries it on."""
         manager = partial(
-            SeedingCheckpointManager, seed=self._seed_from, export=self._export_step, facts=self._manifest_facts
+            SeedingCheckpointManager,
+            seed=self._seed_from,
+            export=self._export_step,
+            facts=self._manifest_facts,
+            resumed=self._resumed_from,
         )
         # The host's __init__ builds its CheckpointManager by this name and offers no other place to exchange it.
         with mock.patch.object(torchtitan.train, "CheckpointManager", manager):
@@ -173,15 +179,27 @@ class FutureTrainer(torchtitan.train.Trainer):
 
     def _seed_from(self, path: str) -> None:
         model: HFCausalLM = self.model_parts[0]
+        state = self.checkpointer.states[MODEL].state_dict()
+        shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+        shapes |= {name: shapes[key] for name, key in model.tied_keys.items()}
         target = SeedTarget(
-            state=self.checkpointer.states[MODEL].state_dict(),
+            state=state,
             tied=model.tied_keys,
             computed_buffers=model.computed_buffers,
             inits=model.parameter_inits,
+            vocabulary=frozenset(model.vocabulary_keys),
+            names=KeyNames(model.config.architectures[0], shapes, model.weight_transforms, model.base_model_prefix),
             config=self.model_args.load(),
         )
-        seed(target, path, self.job_config.seed, self._probe(), self._dump_folder)
+        report = seed(target, path, self.job_config.seed, self._probe(), self._dump_folder)
+        self.seed_identity = report.identity
         self.metrics_processor.rewind(0)
+
+    def _resumed_from(self, manifest: dict[str, Any]) -> None:
+        self.seed_identity = manifest.get("seed")
+        path, allow_pickle = self.job_config.checkpoint.initial_load_path, self.job_config.seed.allow_pickle
+        if is_main_rank() and (change := changed_source(self.seed_identity, path, allow_pickle)) is not None:
+            logger.warning(change)
 
     def _probe(self) -> Probe:
         training = self.job_config.training
@@ -225,14 +243,12 @@ class FutureTrainer(torchtitan.train.Trainer):
             heads_config=heads_config,
         )
         state = self.checkpointer.states[MODEL].state_dict()
+        file_keys = self.model.file_keys(state)
+        state = {file_keys[key]: tensor for key, tensor in state.items()}
         export_hf(state, self.model.head_names, self._dump_folder / "hf" / f"step-{step}", spec)
 
     def _manifest_facts(self) -> dict[str, Any]:
         """What a step's manifest records of its run; the seed's identity, so that a step knows what it grew from."""
-        identity = None
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            report = json.loads((self._dump_folder / REPORT_NAME).read_text())
-            identity = {"source": report["source"], "source_digest": report["source_digest"]}
         dims = self.parallel_dims
         return {
             "parallelism": {"dp_replicate": dims.dp_replicate, "dp_shard": dims.dp_shard},
@@ -242,5 +258,5 @@ class FutureTrainer(torchtitan.train.Trainer):
                 "torchtitan": torchtitan.__version__,
                 "transformers": transformers.__version__,
             },
-            "seed": identity,
+            "seed": self.seed_identity,
         }

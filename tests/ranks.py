@@ -101,7 +101,8 @@ def _rank_main(function: Callable[..., Any], args: tuple, variables: dict[str, s
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.chdir(REPOSITORY)
-    os.environ.update(variables)
+    # Whatever seeding or resuming did not write is NaN, and shows.
+    os.environ.update({"FLAME_EXT_POISON_PARAMETERS": "1", **variables})
     import torch
 
     torch.set_num_threads(1)

@@ -6,7 +6,22 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Olmo2Config, OlmoConfig, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Olmo2Config,
+    Olmo3Config,
+    OlmoConfig,
+    Phi3Config,
+    PhiConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
 
 from tests.ranks import TINY_OLMO
 
@@ -38,6 +53,21 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         **_SHAPE, num_key_value_heads=2, tie_word_embeddings=True, rope_parameters=_LLAMA3_ROPE
     ),
     "gemma2": Gemma2Config(**_SHAPE, num_key_value_heads=2, head_dim=8, sliding_window=16, tie_word_embeddings=True),
+    "olmo3-sliding-window": Olmo3Config(**_SHAPE, num_key_value_heads=2, sliding_window=16, tie_word_embeddings=False),
+    "gpt-neox-renamed-keys": GPTNeoXConfig(**_SHAPE, tie_word_embeddings=False),
+    "gpt-neox-tied": GPTNeoXConfig(**_SHAPE, tie_word_embeddings=True),
+    "gpt2-learned-positions": GPT2Config(**_SHAPE, n_inner=48),
+    "qwen3-qk-norm": Qwen3Config(**_SHAPE, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True),
+    "phi-biases-partial-rope": PhiConfig(**_SHAPE),
+    "phi3-fused-qkv": Phi3Config(**_SHAPE, num_key_value_heads=2),
+    "falcon-multi-query": FalconConfig(**_SHAPE, multi_query=True, new_decoder_architecture=False),
+    "gemma3-rope-per-layer": Gemma3TextConfig(
+        **_SHAPE,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
 }
 
 

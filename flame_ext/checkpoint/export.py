@@ -27,7 +27,7 @@ from flame_ext.errors import CheckpointError
 from flame_ext.files import write_json
 from flame_ext.heads.future_encoder import FutureEncoder
 from flame_ext.heads.future_predictor import FuturePredictor
-from flame_ext.seeding.source import HEADS_FOLDER, INDEX_NAME
+from flame_ext.seeding.layouts.hf_safetensors import HEADS_FOLDER, INDEX_NAME
 
 # What belongs to a tokenizer or to generation. Named one by one: modelling code in the source must not be carried on.
 _COPIED_FILES = (
@@ -61,6 +61,7 @@ def export_hf(state: Mapping[str, Tensor], head_names: list[str], folder: Path, 
 
     Args:
         state: key to parameter or buffer, each tied parameter once; keys that start with a head's name are the heads'.
+            The backbone's are as files spell them (:func:`flame_ext.model.hf_causal_lm.HFCausalLM.file_keys`).
         head_names: names of the heads.
         folder: ``hf/step-N``.
         spec: the rest.

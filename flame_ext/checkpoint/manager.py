@@ -37,6 +37,7 @@ class SeedingCheckpointManager(CheckpointManager):
         seed: puts the weights of a folder into the model (``checkpoint.initial_load_path``); collective.
         export: writes the model as a Hugging Face folder for a step; collective.
         facts: what every manifest records beside step and files.
+        resumed: called with the manifest of the step that is resumed.
         **kwargs: the host's.
     """
 
@@ -46,10 +47,11 @@ class SeedingCheckpointManager(CheckpointManager):
         seed: Callable[[str], None],
         export: Callable[[int], None],
         facts: Callable[[], dict[str, Any]],
+        resumed: Callable[[dict[str, Any]], None],
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self._seed, self._export, self._facts = seed, export, facts
+        self._seed, self._export, self._facts, self._resumed = seed, export, facts, resumed
         self.states[MODEL] = UntiedModelWrapper(kwargs["model_parts"])
         self.hf_assets_path = self.sd_adapter.hf_assets_path
 
@@ -91,6 +93,7 @@ class SeedingCheckpointManager(CheckpointManager):
             )
         self.dcp_load(self._states_to_load(model_only=False), str(chosen.path), from_hf=False, from_quantized=False)
         GarbageCollection.collect("GC collection for checkpoint loading.")
+        self._resumed(chosen.manifest)
         logger.info(f"Resumed from {chosen.path} (complete: {', '.join(str(s.step) for s in steps)})")
         return True
 

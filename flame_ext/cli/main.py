@@ -1,6 +1,6 @@
 """``flame-ext``: thin commands over the library.
 
-flame-ext inspect PATH [--json]
+flame-ext inspect PATH [--json] [--allow-pickle]
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from flame_ext.errors import UserError
-from flame_ext.seeding.source import Source, open_source
+from flame_ext.seeding.layouts import open_source
+from flame_ext.seeding.source import Source
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,11 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="flame-ext", description="Look at what a training job could be seeded from.")
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="say what lies at a path, from headers alone")
-    inspect.add_argument("path", help="a Hugging Face folder of safetensors")
+    inspect.add_argument("path", help="a Hugging Face folder or a DCP checkpoint")
+    inspect.add_argument("--allow-pickle", action="store_true", help="read .bin files, with weights_only")
     inspect.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     options = parser.parse_args(arguments)
     try:
-        source = open_source(options.path)
+        source = open_source(options.path, options.allow_pickle)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -46,12 +48,13 @@ def as_json(source: Source) -> dict[str, object]:
         "source_digest": source.digest,
         "bytes": sum(entry.nbytes for entry in source.entries.values()),
         "passed_over": list(source.passed_over),
+        "objects": sorted(source.objects),
         "keys": {
             key: {
                 "shape": list(entry.shape),
                 "dtype": str(entry.dtype).removeprefix("torch."),
                 "bytes": entry.nbytes,
-                "file": entry.file.name,
+                "file": entry.place,
             }
             for key, entry in sorted(source.entries.items())
         },
@@ -69,11 +72,13 @@ def print_table(source: Source) -> None:
         f"{facts['bytes']:,} bytes, digest {source.digest[:16]}"
     )
     for name in source.passed_over:
-        console.print(f"passed over: {name} (not in the index)")
+        console.print(f"passed over: {name}")
+    if source.objects:
+        console.print(f"not tensors: {', '.join(sorted(source.objects))}")
     table = Table(Column("key", overflow="fold"), "shape", "dtype", "bytes", Column("file", overflow="fold"))
     for key, entry in sorted(source.entries.items()):
         dtype = str(entry.dtype).removeprefix("torch.")
-        table.add_row(key, "x".join(map(str, entry.shape)), dtype, f"{entry.nbytes:,}", entry.file.name)
+        table.add_row(key, "x".join(map(str, entry.shape)), dtype, f"{entry.nbytes:,}", entry.place)
     console.print(table)
 
 

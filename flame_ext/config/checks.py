@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torchtitan.protocols.model_converter import _registry_model_converter_cls
 from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError
@@ -133,7 +134,9 @@ def _check_data(config: FlameJobConfig) -> Iterator[str]:
 
 
 def _check_against_model(config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterator[str]:
-    if not hf_config.architectures or not hf_config.architectures[0].endswith("ForCausalLM"):
+    # By name, since a folder may bring its own class; by transformers' table, since GPT-2's is a GPT2LMHeadModel.
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    if not any(name.endswith("ForCausalLM") or name in known for name in (hf_config.architectures or [])[:1]):
         yield (
             f"{Path(config.model.hf_assets_path) / 'config.json'}: architectures is {hf_config.architectures}; only decoder-only "
             "causal LMs (…ForCausalLM) can be trained"

@@ -28,10 +28,14 @@ class Seed:
     """
     Proof after seeding. 'finite': every weight that was read is finite. 'parity': also, loss and logits on fixed tokens
     equal those of stock `from_pretrained` (rank 0 holds a second copy of the model for the time of the comparison).
+    'none': neither. In all of them, every element is known to have been written once, and a loss near chance is warned of.
     """
 
     ignore_source_keys: list[str] = field(default_factory=list)
     """Patterns (fnmatch) of keys in the source that are not read. Any other key that the model lacks is an error."""
+
+    allow_pickle: bool = False
+    """Read a source that has `.bin` files only. They are pickles; they are read with `weights_only`, memory-mapped."""
 
     trust_remote_code: bool = False
     """Run the modelling code that lies in the model's folder, as transformers does under the same name."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -20,9 +21,13 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torchtitan.config import JobConfig
 from torchtitan.protocols import BaseModelArgs
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightTransform, revert_weight_conversion
 
 from flame_ext.errors import ConfigError
 from flame_ext.heads.initialisation import ParameterInit
+
+POISON_VARIABLE = "FLAME_EXT_POISON_PARAMETERS"
 
 
 @dataclass
@@ -94,9 +99,11 @@ class HFCausalLM(nn.Module):
         parameter_inits: name of a head's parameter to its initialisation.
         tied_keys: name of a tied parameter to the name that the state dict keeps, e.g. lm_head to the embedding.
         computed_buffers: names of the buffers that are in no state dict (RoPE frequencies and the like).
+        weight_transforms: what transformers does to the keys of this architecture's files while loading.
     """
 
     model_args: HFModelArgs
+    weight_transforms: tuple[WeightTransform, ...]
     head_names: list[str]
     parameter_inits: dict[str, ParameterInit]
     tied_keys: dict[str, str]
@@ -112,6 +119,19 @@ class HFCausalLM(nn.Module):
         raise ConfigError(
             f"{type(self).__name__} has no list of {depth} decoder layers; this architecture is not supported"
         )
+
+    @property
+    def vocabulary_keys(self) -> set[str]:
+        """Names of the parameters with one row for each token: the embeddings' weights, and a bias of the output's."""
+        modules = [m for m in (self.get_input_embeddings(), self.get_output_embeddings()) if m is not None]
+        owned = {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
+        return {name for name, parameter in self.named_parameters() if id(parameter) in owned}
+
+    def file_keys(self, keys: Iterable[str]) -> dict[str, str]:
+        """The model's keys to those that its architecture's files have, as ``save_pretrained`` writes them."""
+        marked = {key: torch.tensor(number) for number, key in enumerate(keys)}
+        names = {int(number): name for name, number in revert_weight_conversion(self, marked).items()}
+        return {key: names[int(number)] for key, number in marked.items()}
 
     def add_head(self, name: str, head: nn.Module, inits: dict[str, ParameterInit]) -> None:
         """Attach a module beside the backbone; its parameters are named ``name.…`` and initialised by ``inits``.
@@ -159,8 +179,12 @@ class HFCausalLM(nn.Module):
         """Called by the host after ``to_empty``: put buffers and ties back.
 
         Parameters are left as they are: seeding or resuming writes every element and accounts for it, so a random
-        initialisation of the backbone would only be overwritten.
+        initialisation of the backbone would only be overwritten. With the environment variable
+        ``FLAME_EXT_POISON_PARAMETERS`` set they are NaN first, so that tests see anything that was not written.
         """
+        if os.environ.get(POISON_VARIABLE):
+            for parameter in self.parameters():
+                parameter.detach().fill_(float("nan"))
         device = buffer_device or next(self.parameters()).device
         for module, name, value in self._buffer_values:
             module._buffers[name] = value.to(device=device, copy=True)
@@ -224,6 +248,14 @@ def build_hf_causal_lm(model_args: HFModelArgs) -> HFCausalLM:
             )
     except ValueError as e:
         raise ConfigError(f"model.hf_assets_path {model_args.hf_assets_path!r}: {str(e).splitlines()[0]}") from e
+    # Asked for before the class changes: transformers takes a class from elsewhere for one that it knows nothing of.
+    model.weight_transforms = tuple(get_model_conversion_mapping(model))
+    # What save_pretrained takes back: not the renamings of old files, and no prefix that its files never had.
+    model._weight_conversions = [
+        transform
+        for transform in get_model_conversion_mapping(model, add_legacy=False)
+        if not isinstance(transform, PrefixChange)
+    ]
     model.__class__ = _with_training_interface(type(model))
     model.model_args = model_args
     model.head_names = []

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
+
 from flame_ext.errors import SeedError
-from flame_ext.seeding.source import Source
+from flame_ext.seeding.source import Source, TensorEntry
+
+# What a weight can be seeded from: numbers that mean themselves. Quantised ones mean something only with their scales.
+SOURCE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+_SHOWN_PROBLEMS = 10
+
+
+@dataclass(frozen=True)
+class ModelKey:
+    """What the model needs under one key."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_vocabulary: bool = False
+    """Whether its first dimension is the vocabulary: an input or output embedding."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +45,7 @@ class Account:
 
 
 def account(
-    shapes: Mapping[str, tuple[int, ...]],
+    model: Mapping[str, ModelKey],
     tied: Mapping[str, str],
     computed_buffers: Collection[str],
     initialisable: Collection[str],
@@ -38,68 +56,101 @@ def account(
     """Match the model's keys with the source's, before any weight is read.
 
     Args:
-        shapes: key to shape of everything in the model's state dict, each tied parameter once.
-        tied: name of a tied parameter to the key in ``shapes`` that it shares its values with.
+        model: everything in the model's state dict, each tied parameter once.
+        tied: name of a tied parameter to the key in ``model`` that it shares its values with.
         computed_buffers: names of the buffers outside the state dict.
         initialisable: keys that have an initialisation.
-        source: from :func:`flame_ext.seeding.source.open_source`.
+        source: what lies there, under the model's names.
         new_parameters: patterns of the keys that may be missing from the source.
         ignore_source_keys: patterns of the source's keys that may be left unread.
 
     Raises:
-        SeedError: one message with every missing, unexpected or misshapen key.
+        SeedError: one message with every missing, unexpected, misshapen or unreadable key.
     """
     new_parameters, ignore_source_keys = list(new_parameters), list(ignore_source_keys)
     loaded, initialised, ignored, problems = [], [], [], []
-    for key, shape in sorted(shapes.items()):
+    for key, needed in sorted(model.items()):
         # A tied weight may be saved under any of its names.
         names = [key, *sorted(alias for alias, owner in tied.items() if owner == key)]
-        held = next((name for name in names if name in source.entries), None)
-        if held is not None:
+        held = [source.entries[name] for name in names if name in source.entries]
+        if held:
             loaded.append(key)
-            for name in names:
-                entry = source.entries.get(name)
-                if entry is not None and entry.shape != shape:
-                    problems.append(_misshapen(name, shape, entry.shape, entry.file.name))
+            problems += [problem for entry in held for problem in _misfits(entry, needed)]
         elif _matches(key, new_parameters) and key in initialisable:
             initialised.append(key)
         elif _matches(key, new_parameters):
             problems.append(
-                f"{key!r} {list(shape)} is missing from the source; seed.new_parameters matches it, but it belongs to the "
-                "backbone, which has no initialisation here: narrow the pattern"
+                f"{key!r} {list(needed.shape)} is missing from the source; seed.new_parameters matches it, but it belongs to "
+                "the backbone, which has no initialisation here: narrow the pattern"
             )
         else:
             problems.append(
-                f"{key!r} {list(shape)} is missing from the source; if it is meant to start from its initialisation, "
+                f"{key!r} {list(needed.shape)} is missing from the source; if it is meant to start from its initialisation, "
                 "declare it in seed.new_parameters"
             )
-    for key, entry in sorted(source.entries.items()):
-        if key in shapes or key in tied:
+    unexpected = []
+    for name, entry in sorted(source.entries.items()):
+        if name in model or name in tied:
             continue
+        if _matches(entry.key, ignore_source_keys) or _matches(name, ignore_source_keys):
+            ignored.append(entry.key)
+        else:
+            unexpected.append(entry.key)
+            problems.append(f"{entry.key!r} {list(entry.shape)} in {entry.place} is not in the model")
+    for key, file in sorted(source.objects.items()):
         if _matches(key, ignore_source_keys):
             ignored.append(key)
         else:
-            problems.append(
-                f"{key!r} {list(entry.shape)} in {entry.file.name} is not in the model; if it is to be left out, "
-                f'add it to seed.ignore_source_keys = ["{key}"]'
-            )
+            unexpected.append(key)
+            problems.append(f"{key!r} in {file.name} is not a tensor")
     if problems:
-        shown = problems[:10] + ([f"… and {len(problems) - 10} more"] if len(problems) > 10 else [])
+        shown = problems[:_SHOWN_PROBLEMS]
+        if len(problems) > _SHOWN_PROBLEMS:
+            shown.append(f"… and {len(problems) - _SHOWN_PROBLEMS} more")
+        if unexpected:
+            patterns = ", ".join(f'"{pattern}"' for pattern in _patterns(unexpected))
+            shown.append(f"to leave out what is not in the model: seed.ignore_source_keys = [{patterns}]")
         raise SeedError(f"{source.path} does not fit the model:\n  - " + "\n  - ".join(shown))
-    return Account(loaded, initialised, sorted(tied), sorted(computed_buffers), ignored)
+    return Account(loaded, initialised, sorted(tied), sorted(computed_buffers), sorted(ignored))
 
 
 def _matches(key: str, patterns: list[str]) -> bool:
     return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
-def _misshapen(name: str, expected: tuple[int, ...], found: tuple[int, ...], file: str) -> str:
-    message = f"{name!r}: shape {list(found)} in {file}, the model has {list(expected)}"
+def _patterns(keys: Iterable[str]) -> list[str]:
+    """One pattern for keys that differ in numbers alone."""
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", key), []).append(key)
+    return [pattern if len(group) > 1 else group[0] for pattern, group in groups.items()]
+
+
+def _misfits(entry: TensorEntry, needed: ModelKey) -> Iterable[str]:
+    """What keeps one tensor of the source out of the model."""
+    # An integer buffer is the same integers in the model, or nothing.
+    if entry.dtype not in SOURCE_DTYPES and (entry.dtype != needed.dtype or needed.dtype.is_floating_point):
+        yield (
+            f"{entry.key!r} in {entry.place} has dtype {_name(entry.dtype)}; only unquantised weights can be seeded from "
+            f"({', '.join(map(_name, SOURCE_DTYPES))}): dequantise the model first"
+        )
+    if entry.shape != needed.shape:
+        yield _misshapen(entry, needed)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _misshapen(entry: TensorEntry, needed: ModelKey) -> str:
+    found, expected = entry.shape, needed.shape
+    message = f"{entry.key!r}: shape {list(found)} in {entry.place}, the model has {list(expected)}"
+    if needed.is_vocabulary and len(found) == len(expected) and found[1:] == expected[1:]:
+        return (
+            f"{message}: a vocabulary of {found[0]} in the source, of {expected[0]} in the model. Set vocab_size = {found[0]} "
+            "in config.json at model.hf_assets_path (rows beyond the tokenizer's are padding and do no harm), or save the "
+            f"source anew after resize_token_embeddings({expected[0]})"
+        )
     if expected == found[::-1]:
         return message + " (transposed)"
-    if len(expected) == len(found) and expected[1:] == found[1:]:
-        return (
-            message
-            + f"; if this is the vocabulary, {found[0]} against {expected[0]}: set vocab_size in the model's config.json"
-        )
     return message

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flame_ext.heads.initialisation import Constant, ParameterInit
-from flame_ext.seeding.placement import local_region
+from flame_ext.seeding.placement import Box, local_part
 
 # Elements of one block, rounded down to whole rows. Changing it changes every initial value.
 _BLOCK_ELEMENTS = 1 << 18
@@ -31,31 +31,29 @@ def initialise(state: Mapping[str, Tensor], inits: Mapping[str, ParameterInit], 
         rng_seed: the integer of the whole job.
     """
     for key, tensor in state.items():
-        local, region = local_region(tensor)
+        local, box = local_part(tensor)
         if local.numel() == 0:
             continue
         init = inits[key]
         if isinstance(init, Constant):
             local.fill_(init.value)
         else:
-            _fill_uniform(local, region, tuple(tensor.shape), init.bound, rng_seed, key)
+            _fill_uniform(local, box, tuple(tensor.shape), init.bound, rng_seed, key)
 
 
-def _fill_uniform(
-    local: Tensor, region: tuple[slice, ...], shape: tuple[int, ...], bound: float, rng_seed: int, key: str
-) -> None:
-    """Write the ``region`` of the full tensor of ``shape`` into ``local``."""
+def _fill_uniform(local: Tensor, box: Box, shape: tuple[int, ...], bound: float, rng_seed: int, key: str) -> None:
+    """Write the ``box`` of the full tensor of ``shape`` into ``local``."""
     if not shape:
-        local, region, shape = local.view(1), (slice(0, 1),), (1,)
+        local, box, shape = local.view(1), ((0, 1),), (1,)
     row = math.prod(shape[1:])
     rows = max(1, _BLOCK_ELEMENTS // max(1, row))
-    begin, end = region[0].start, region[0].stop
+    (begin, end), others = box[0], box[1:]
     for block in range(begin // rows, math.ceil(end / rows)):
         first, last = block * rows, min((block + 1) * rows, shape[0])
         values = torch.rand((last - first, *shape[1:]), generator=_generator(rng_seed, key, block), dtype=torch.float32)
-        inside = slice(max(begin, first), min(end, last))
-        values = values[inside.start - first : inside.stop - first][(slice(None), *region[1:])]
-        local[inside.start - begin : inside.stop - begin].copy_(values.mul_(2 * bound).sub_(bound))
+        low, high = max(begin, first), min(end, last)
+        values = values[(slice(low - first, high - first), *(slice(*ends) for ends in others))]
+        local[low - begin : high - begin].copy_(values.mul_(2 * bound).sub_(bound))
 
 
 def _generator(rng_seed: int, key: str, block: int) -> torch.Generator:

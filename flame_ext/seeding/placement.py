@@ -1,24 +1,74 @@
-"""Which part of a full tensor this rank holds. Arithmetic only."""
+"""Which part of a full tensor lies where: boxes of index ranges. Arithmetic only; no file, no weight."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+# A box of a full tensor: one (begin, end) for each dimension. Of a scalar: ().
+Box = tuple[tuple[int, int], ...]
 
-def local_region(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """The local tensor, to write into, and the slices of the full tensor that it holds.
 
-    A plain tensor is its own full tensor. A rank without any row of an unevenly sharded tensor gets an empty region.
+def full_box(shape: Sequence[int]) -> Box:
+    """The whole tensor."""
+    return tuple((0, n) for n in shape)
+
+
+def box_at(offsets: Sequence[int], sizes: Sequence[int]) -> Box:
+    """The box that begins at ``offsets``."""
+    return tuple((begin, begin + n) for begin, n in zip(offsets, sizes, strict=True))
+
+
+def volume(box: Box) -> int:
+    """Elements in the box; 1 for a scalar's."""
+    return math.prod(end - begin for begin, end in box)
+
+
+def intersection(a: Box, b: Box) -> Box | None:
+    """The elements in both boxes; None if there are none."""
+    common = tuple((max(x[0], y[0]), min(x[1], y[1])) for x, y in zip(a, b, strict=True))
+    return common if all(begin < end for begin, end in common) else None
+
+
+def inside(box: Box, outer: Box) -> tuple[slice, ...]:
+    """Where ``box`` lies in a tensor that holds just ``outer``."""
+    return tuple(slice(begin - start, end - start) for (begin, end), (start, _) in zip(box, outer, strict=True))
+
+
+def tiles_exactly(box: Box, parts: Iterable[Box]) -> bool:
+    """Whether every element of ``box`` lies in exactly one of ``parts``, and nothing lies outside."""
+    tiles = sorted(part for part in parts if volume(part) > 0)
+    if sum(volume(tile) for tile in tiles) != volume(box):
+        return False
+    if any(intersection(tile, box) != tile for tile in tiles):
+        return False
+    # As many elements as the box, all inside: exact if no two overlap. Sorted by the first dimension, only those
+    # that begin before a tile ends there can overlap it.
+    for i, tile in enumerate(tiles):
+        for other in tiles[i + 1 :]:
+            if tile and other[0][0] >= tile[0][1]:
+                break
+            if intersection(tile, other) is not None:
+                return False
+    return True
+
+
+def local_part(tensor: Tensor) -> tuple[Tensor, Box]:
+    """The local tensor, to write into, and the box of the full tensor that it holds.
+
+    A plain tensor is its own full tensor. A rank without any row of an unevenly sharded tensor gets an empty box.
 
     Raises:
         RuntimeError: if torch's own description of the shard disagrees with the shard; a write would be misplaced.
     """
     if not isinstance(tensor, DTensor):
-        return tensor, tuple(slice(0, n) for n in tensor.shape)
+        return tensor, full_box(tensor.shape)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     local = tensor.to_local()
     if tuple(local.shape) != tuple(shape) and local.numel() > 0:
         raise RuntimeError(f"shard of shape {tuple(local.shape)} is described as {tuple(shape)} ({tensor.placements})")
-    return local, tuple(slice(begin, begin + n) for begin, n in zip(offset, shape, strict=True))
+    return local, box_at(offset, shape)

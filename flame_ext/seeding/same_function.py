@@ -45,7 +45,7 @@ def require_same_function(source: Source, model_config: PreTrainedConfig, trust_
         )
     except (OSError, ValueError, KeyError) as e:
         raise SeedError(f"{source.path / 'config.json'}: {str(e).strip().splitlines()[0]}") from e
-    found, expected = _functional(found_config), _functional(model_config)
+    found, expected = _flat(found_config.to_dict()), _flat(model_config.to_dict())
     differences = [
         f"{field}: {found.get(field, 'absent')!r} in the source, {expected.get(field, 'absent')!r} in the model"
         for field in sorted(found.keys() | expected.keys())
@@ -58,14 +58,11 @@ def require_same_function(source: Source, model_config: PreTrainedConfig, trust_
         )
 
 
-def _functional(config: PreTrainedConfig) -> dict[str, Any]:
-    return _without_harmless(config.to_dict())
-
-
-def _without_harmless(fields: dict[str, Any]) -> dict[str, Any]:
-    """Without harmless fields, in nested configurations too."""
-    return {
-        key: _without_harmless(value) if isinstance(value, dict) else value
-        for key, value in fields.items()
-        if key not in _HARMLESS and "dropout" not in str(key)
-    }
+def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Without harmless fields; a field of a nested table under its full name."""
+    flat: dict[str, Any] = {}
+    for key, value in fields.items():
+        if key in _HARMLESS or "dropout" in str(key):
+            continue
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

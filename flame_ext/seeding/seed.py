@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,12 +19,19 @@ from flame_ext.config.sections import Seed
 from flame_ext.distributed import failing_together, is_main_rank
 from flame_ext.errors import SeedError
 from flame_ext.heads.initialisation import ParameterInit
-from flame_ext.seeding.accounting import account
+from flame_ext.seeding.accounting import Account, ModelKey, account
+from flame_ext.seeding.hub import locate
+from flame_ext.seeding.key_names import KeyNames, in_model_names
+from flame_ext.seeding.layouts import open_source
+from flame_ext.seeding.layouts.dcp import DcpSource
 from flame_ext.seeding.new_parameters import initialise
+from flame_ext.seeding.progress import ReadProgress
 from flame_ext.seeding.read import read_weights
+from flame_ext.seeding.replicas import compare_replicas, weights_digest
 from flame_ext.seeding.report import REPORT_NAME, SeedReport
 from flame_ext.seeding.same_function import require_same_function
-from flame_ext.seeding.source import open_source
+from flame_ext.seeding.source import Source
+from flame_ext.seeding.stock import load_stock_model
 from flame_ext.seeding.verify import Probe, Verification, verify
 
 
@@ -37,7 +46,11 @@ class SeedTarget:
     computed_buffers: list[str]
     """Names of buffers outside ``state``."""
     inits: Mapping[str, ParameterInit]
-    """The initialisation of those keys that have one."""
+    """The initialisation of those keys that have one: the heads'."""
+    vocabulary: frozenset[str]
+    """Keys whose first dimension is the vocabulary."""
+    names: KeyNames
+    """How the model's keys are spelled in files."""
     config: PreTrainedConfig
     """The configuration that the model was built from."""
 
@@ -50,44 +63,61 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
     Raises:
         SeedError: on every rank with the same message.
     """
+    folder, revision = locate(path, options.allow_pickle)
     begin = time.perf_counter()
     with failing_together(SeedError):
-        source = open_source(path)
-        require_same_function(source, target.config, options.trust_remote_code)
-        shapes = {key: tuple(tensor.shape) for key, tensor in target.state.items()}
-        keys = account(
-            shapes,
-            target.tied,
-            target.computed_buffers,
-            target.inits.keys(),
-            source,
-            options.new_parameters,
-            options.ignore_source_keys,
-        )
+        source, keys = _matched(target, folder, options)
     _require_same_source(source.digest)
-    if source.passed_over:
-        logger.info(f"Passed over, not in the index of {path}: {', '.join(source.passed_over)}")
-    _log_casts(target, {source.entries[key].dtype for key in keys.loaded if key in source.entries})
+    for line in source.passed_over:
+        logger.info(f"Passed over in {folder}: {line}")
+    _log_casts(target, source, keys)
     with failing_together(SeedError):
-        nbytes = read_weights(source, target.state, target.tied, check_finite=options.verify != "none")
+        check_finite = options.verify != "none"
+        nbytes = read_weights(source, target.state, target.tied, check_finite, ReadProgress())
         initialise({key: target.state[key] for key in keys.initialised}, target.inits, options.rng_seed)
-    seconds, total_bytes = _slowest_and_sum(time.perf_counter() - begin, nbytes, probe.device)
+    seconds, slowest, total_bytes = _slowest_and_sum(time.perf_counter() - begin, nbytes)
     elements = sum(target.state[key].numel() for key in keys.loaded)
     logger.info(
         f"Seeded from {path} ({source.layout}): {len(keys.loaded)} tensors ({elements:,} elements) loaded, "
         f"{len(keys.initialised)} initialised from rng_seed {options.rng_seed}, {len(keys.tied)} tied, "
         f"{len(keys.buffers)} buffers computed, {len(keys.ignored)} source keys ignored; "
-        f"{total_bytes / 2**20:,.1f} MiB in {seconds:.2f} s"
+        f"{total_bytes / 2**20:,.1f} MiB in {seconds:.2f} s ({total_bytes / 2**20 / seconds:,.0f} MiB/s, slowest: rank {slowest})"
     )
-    verification = verify(options.verify, probe, source.path, options.trust_remote_code)
+    digest = weights_digest(compare_replicas(target.state), target.state, keys.loaded)
+    backbone = {key for key in (*target.state, *target.tied) if key not in target.inits}
+    load_stock = partial(load_stock_model, source, target.config, backbone, probe.dtype, options.trust_remote_code)
+    verification = verify(options.verify, probe, load_stock, folder)
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    report = SeedReport(path, source.layout, keys, total_bytes, seconds, world_size, source.digest, verification)
+    report = SeedReport(
+        path, source.layout, keys, total_bytes, seconds, world_size, source.digest, verification, revision, digest
+    )
     with failing_together(SeedError):
         if is_main_rank():
             report.write(report_folder)
     verified = "Did not verify" if options.verify == "none" else "Verified"
     logger.info(f"{verified} the seeded model ({_spelled(verification)}); recorded in {report_folder / REPORT_NAME}")
     return report
+
+
+def _matched(target: SeedTarget, folder: Path, options: Seed) -> tuple[Source, Account]:
+    """The source under the model's names, and the account of every key; from headers alone."""
+    source = in_model_names(open_source(folder, options.allow_pickle), target.names)
+    # A DCP checkpoint has no configuration, unless somebody put it there.
+    if not isinstance(source, DcpSource) or (folder / "config.json").exists():
+        require_same_function(source, target.config, options.trust_remote_code)
+    model = {
+        key: ModelKey(tuple(tensor.shape), tensor.dtype, key in target.vocabulary)
+        for key, tensor in target.state.items()
+    }
+    return source, account(
+        model,
+        target.tied,
+        target.computed_buffers,
+        target.inits.keys(),
+        source,
+        options.new_parameters,
+        options.ignore_source_keys,
+    )
 
 
 def _spelled(verification: Verification) -> str:
@@ -114,21 +144,26 @@ def _require_same_source(digest: str) -> None:
             )
 
 
-def _log_casts(target: SeedTarget, source_dtypes: set[torch.dtype]) -> None:
-    model_dtypes = {tensor.dtype for tensor in target.state.values()}
-    if source_dtypes != model_dtypes:
-        logger.info(f"Casting while reading: {_names(source_dtypes)} in the files, {_names(model_dtypes)} in the model")
+def _log_casts(target: SeedTarget, source: Source, keys: Account) -> None:
+    loaded = set(keys.loaded)
+    casts = Counter()
+    for name, entry in source.entries.items():
+        key = target.tied.get(name, name)
+        if key in loaded and entry.dtype != target.state[key].dtype:
+            casts[entry.dtype, target.state[key].dtype] += 1
+    for (found, needed), n in sorted(casts.items(), key=str):
+        logger.info(f"Casting {n} tensors while reading: {_name(found)} in the files, {_name(needed)} in the model")
 
 
-def _names(dtypes: set[torch.dtype]) -> str:
-    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _slowest_and_sum(seconds: float, nbytes: int, device: torch.device) -> tuple[float, int]:
-    if not dist.is_initialized():
-        return seconds, nbytes
-    slowest = torch.tensor(seconds, dtype=torch.float64, device=device)
-    total = torch.tensor(nbytes, dtype=torch.int64, device=device)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    dist.all_reduce(total, op=dist.ReduceOp.SUM)
-    return slowest.item(), total.item()
+def _slowest_and_sum(seconds: float, nbytes: int) -> tuple[float, int, int]:
+    """Seconds of the slowest rank, which rank that is, bytes of all."""
+    figures = [(seconds, nbytes)]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        figures = [(0.0, 0)] * dist.get_world_size()
+        dist.all_gather_object(figures, (seconds, nbytes))
+    slowest = max(range(len(figures)), key=lambda rank: figures[rank][0])
+    return figures[slowest][0], slowest, sum(n for _, n in figures)

@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchtitan.tools.logging import logger
-from transformers import AutoModelForCausalLM
 
 from flame_ext.distributed import failing_together, is_main_rank
 from flame_ext.errors import SeedError
@@ -57,25 +56,30 @@ class Verification:
     max_abs_diff: float | None = None
 
 
-def verify(mode: str, probe: Probe, source: Path, trust_remote_code: bool) -> Verification:
-    """Measure the seeded model on the probe; in mode "parity" compare it with stock ``from_pretrained``.
+def verify(mode: str, probe: Probe, load_stock: Callable[[], nn.Module], source: Path) -> Verification:
+    """Measure the seeded model on the probe; in mode "parity" compare it with the stock model.
+
+    Args:
+        mode: "finite", "parity" or "none". In each, a loss near chance is warned of.
+        probe: the distributed model and what it is run on.
+        load_stock: the model of the same weights by transformers' own code, on CPU; called on the main rank.
+        source: for messages.
 
     Collective. Raises on all ranks:
         SeedError: loss or logits differ from the stock model's by more than :data:`TOLERANCE`, or are not finite.
     """
-    if mode == "none":
-        return Verification(mode)
     reference = None
     if mode == "parity":
         with failing_together(SeedError):
             if is_main_rank():
-                reference = stock_logits(probe, source, trust_remote_code)
+                reference = stock_logits(probe, load_stock())
+                gc.collect()  # the host has switched automatic collection off
     # Compiled at the probe's shape, the layers would be compiled again, with dynamic shapes, at the batch's.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         logits = probe.forward(probe.tokens).float().cpu()
     result = Verification(mode, loss=next_token_loss(logits, probe.tokens))
     with failing_together(SeedError):
-        if not math.isfinite(result.loss):
+        if mode != "none" and not math.isfinite(result.loss):
             raise SeedError(
                 f"{source}: the seeded model's loss on the probe text is {result.loss}; its weights are damaged"
             )
@@ -91,17 +95,11 @@ def verify(mode: str, probe: Probe, source: Path, trust_remote_code: bool) -> Ve
     return result
 
 
-def stock_logits(probe: Probe, source: Path, trust_remote_code: bool) -> Tensor:
-    """(1, T, V) float32 on CPU: what ``from_pretrained`` computes on the probe, on the same device in the same dtype."""
-    stock = AutoModelForCausalLM.from_pretrained(
-        source, dtype=probe.dtype, local_files_only=True, trust_remote_code=trust_remote_code
-    )
+def stock_logits(probe: Probe, stock: nn.Module) -> Tensor:
+    """(1, T, V) float32 on CPU: what the stock model computes on the probe, on the trainer's device in the same dtype."""
     stock.to(probe.device).eval()
     with torch.no_grad(), probe.context:
-        logits = stock(probe.tokens.to(probe.device), use_cache=False).logits.float().cpu()
-    del stock
-    gc.collect()  # the host has switched automatic collection off
-    return logits
+        return stock(probe.tokens.to(probe.device), use_cache=False).logits.float().cpu()
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> float:
@@ -124,8 +122,9 @@ def _require_parity(result: Verification, reference: Tensor, tolerance: float, s
 
 def _warn_if_near_chance(loss: float, vocab_size: int) -> None:
     chance = math.log(vocab_size)
-    if loss > SUSPICIOUS_SHARE_OF_CHANCE * chance:
+    if not loss <= SUSPICIOUS_SHARE_OF_CHANCE * chance:  # NaN included
         logger.warning(
-            f"The seeded model's loss on plain text is {loss:.3f}, chance is ln({vocab_size}) = {chance:.3f}. A pre-trained "
-            "model is far below: usually the source was never trained, its tokenizer is not this one, or a part of it is dead."
+            f"The seeded model's loss on plain text is {loss:.3f}, chance is ln({vocab_size}) = {chance:.3f}. A trained "
+            "language model is far below; 4 to 5 where 2 is usual means that only a part of it is at work. Usually the "
+            "source is not the trained model, its tokenizer is not this one, or a part (RoPE, an embedding, a norm) is dead."
         )

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from flame_ext.errors import SeedError
-from flame_ext.seeding.source import INDEX_NAME, open_source, read_header
+from flame_ext.seeding.layouts import open_source
+from flame_ext.seeding.layouts.hf_safetensors import INDEX_NAME, read_header
 
 FILES = {
     "one.safetensors": {"a": torch.ones(2, 3), "b": torch.ones(4).half()},
@@ -38,13 +39,14 @@ def test_entries_are_those_of_the_files(folder: Path) -> None:
     assert source.layout == "hf-safetensors" and set(source.entries) == {"a", "b", "c"}
     assert source.entries["a"].shape == (2, 3) and source.entries["a"].nbytes == 24
     assert source.entries["b"].dtype is torch.float16 and source.entries["b"].nbytes == 8
-    assert source.entries["c"].shape == () and source.entries["c"].file.name == "two.safetensors"
+    assert source.entries["c"].shape == () and source.entries["c"].place == "two.safetensors"
 
 
 def test_the_index_is_authoritative(folder: Path) -> None:
     save_file({"a": torch.zeros(2, 3)}, folder / "zzz.safetensors")
     source = open_source(folder)
-    assert source.passed_over == ("zzz.safetensors",) and source.entries["a"].file.name == "one.safetensors"
+    assert source.passed_over == ("zzz.safetensors (not in model.safetensors.index.json)",)
+    assert source.entries["a"].place == "one.safetensors"
 
 
 def test_the_heads_of_an_export_are_part_of_it(folder: Path) -> None:
@@ -52,7 +54,8 @@ def test_the_heads_of_an_export_are_part_of_it(folder: Path) -> None:
     (folder / "future_heads").mkdir()
     save_file({"future_predictor.norm.weight": torch.ones(5)}, folder / "future_heads" / "model.safetensors")
     source = open_source(folder)
-    assert source.entries["future_predictor.norm.weight"].file == folder / "future_heads" / "model.safetensors"
+    (chunk,) = source.entries["future_predictor.norm.weight"].chunks
+    assert chunk.file == folder / "future_heads" / "model.safetensors"
     assert source.digest != before and source.passed_over == ()
     save_file({"a": torch.ones(2, 3)}, folder / "future_heads" / "model.safetensors")
     with pytest.raises(SeedError, match="'a' stands in both one.safetensors and future_heads/model.safetensors"):
@@ -140,7 +143,8 @@ def entry(dtype: str, shape: list, offsets: list) -> dict:
     ("header", "message"),
     [
         ({"x": entry("F32", [2], [0, 4])}, "needs 8 bytes, its range has 4"),
-        ({"x": entry("F8_E4M3", [8], [0, 8])}, "dtype 'F8_E4M3'"),
+        ({"x": entry("F4", [16], [0, 8])}, "dtype 'F4'"),
+        ({"x": entry(["F32"], [2], [0, 8])}, "dtype ['F32']"),
         ({"x": entry("F32", [-2], [0, 8])}, "non-negative"),
         ({"x": entry("F32", [2.0], [0, 8])}, "non-negative"),
         ({"x": entry("F32", "2", [0, 8])}, "malformed"),

@@ -9,22 +9,31 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from flame_ext.errors import SeedError
-from flame_ext.seeding.verify import Probe, verify
+from flame_ext.seeding.verify import Probe, Verification, verify
 from tests.ranks import TINY_OLMO
 
 TOKENS = torch.arange(2, 66)[None]
 
 
+def stock(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(TINY_OLMO, dtype=dtype)
+
+
+def run(mode: str, probe: Probe) -> Verification:
+    return verify(mode, probe, lambda: stock(probe.dtype), TINY_OLMO)
+
+
 def probe(change: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float32) -> Probe:
     """The stock model's own logits, changed."""
-    stock = AutoModelForCausalLM.from_pretrained(TINY_OLMO, dtype=dtype).eval()
+    model = stock(dtype).eval()
     return Probe(
         tokens=TOKENS,
-        forward=lambda tokens: change(stock(tokens).logits),
+        forward=lambda tokens: change(model(tokens).logits),
         context=contextlib.nullcontext(),
         dtype=dtype,
         compute_dtype=dtype,
@@ -34,7 +43,7 @@ def probe(change: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float32
 
 
 def test_the_same_model_passes() -> None:
-    result = verify("parity", probe(lambda logits: logits), TINY_OLMO, trust_remote_code=False)
+    result = run("parity", probe(lambda logits: logits))
     assert result.passed and result.max_abs_diff == 0.0 and result.loss == result.reference_loss
 
 
@@ -50,20 +59,23 @@ def test_the_same_model_passes() -> None:
 )
 def test_another_function_fails(dtype: torch.dtype, change: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(SeedError, match="does not compute what from_pretrained computes"):
-        verify("parity", probe(change, dtype), TINY_OLMO, trust_remote_code=False)
+        run("parity", probe(change, dtype))
 
 
 @pytest.mark.parametrize("mode", ["finite", "parity"])
 def test_nan_fails(mode: str) -> None:
     with pytest.raises(SeedError, match="is nan"):
-        verify(mode, probe(lambda logits: logits * float("nan")), TINY_OLMO, trust_remote_code=False)
+        run(mode, probe(lambda logits: logits * float("nan")))
 
 
 def test_a_loss_near_chance_is_a_loud_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        result = verify("finite", probe(lambda logits: logits * 0.0), TINY_OLMO, trust_remote_code=False)
+        result = run("finite", probe(lambda logits: logits * 0.0))
     assert result.loss == pytest.approx(math.log(264), rel=1e-6) and result.reference_loss is None
     assert "chance is ln(264) = 5.576" in caplog.text
     caplog.clear()
-    verify("none", probe(lambda logits: logits * 0.0), TINY_OLMO, trust_remote_code=False)
+    assert run("none", probe(lambda logits: logits * 0.0)).loss == result.loss
+    assert "chance is ln(264)" in caplog.text, "no mode keeps it to itself"
+    caplog.clear()
+    run("finite", probe(lambda logits: 20.0 * F.one_hot(TOKENS.roll(-1, 1), logits.shape[-1])))
     assert "chance" not in caplog.text

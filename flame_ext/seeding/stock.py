@@ -1,0 +1,68 @@
+"""The model on disk as transformers itself makes it: what the model in the trainer is compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from flame_ext.errors import SeedError
+from flame_ext.seeding.layouts.dcp import METADATA_NAME, NESTED_PREFIX, DcpSource, read_metadata
+from flame_ext.seeding.source import Source
+
+
+def load_stock_model(
+    source: Source, config: PreTrainedConfig, backbone: set[str], dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
+    """By ``from_pretrained``, on CPU. A DCP checkpoint is read by torch's own reader and goes through it as a state dict.
+
+    Args:
+        source: under the model's names.
+        config: of the model; a Hugging Face folder has its own, which was compared with it.
+        backbone: names in ``source`` that are not the heads'.
+        dtype: of its parameters.
+        trust_remote_code: as in transformers.
+
+    Raises:
+        SeedError: there is not the memory for it.
+    """
+    entries = {name: entry for name, entry in source.entries.items() if name in backbone}
+    _require_memory(
+        sum(entry.nbytes // entry.dtype.itemsize * dtype.itemsize for entry in entries.values()), source.path
+    )
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if not isinstance(source, DcpSource):
+        return AutoModelForCausalLM.from_pretrained(source.path, local_files_only=True, **options)
+    prefix = NESTED_PREFIX if source.layout == "dcp-nested" else ""
+    state = {entry.key: torch.empty(entry.shape, dtype=entry.dtype) for entry in entries.values()}
+    dcp.load(state, storage_reader=_Reader(source.path), no_dist=True)
+    weights = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    return AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=weights, **options)
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's, except that the metadata may not run code."""
+
+    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
+        metadata = read_metadata(Path(self.path) / METADATA_NAME)[1]
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = self.storage_meta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def _require_memory(nbytes: int, path: Path) -> None:
+    """Raise if the second copy would not fit; where the system does not tell, go on."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return
+    values = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    available = int(values["MemAvailable"].split()[0]) * 1024
+    if nbytes > available:
+        raise SeedError(
+            f"{path}: seed.verify = 'parity' loads a second copy of the model ({nbytes / 2**30:.1f} GiB), but this machine has "
+            f"{available / 2**30:.1f} GiB of memory left; use seed.verify = 'finite', or run the proof once where there is more"
+        )
