@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor
 from torchtitan.components.checkpoint import MODEL
 from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 
@@ -75,6 +76,16 @@ class FutureTrainer(torchtitan.train.Trainer):
         self._shift = 1
         self._global_pairs = 1.0
         self.metrics_processor.step_metrics = self._step_metrics
+
+    def init_distributed(self) -> ParallelDims:
+        """As the host's, which with CPU offload asks for gloo beside the device's backend: on a CPU that is gloo, twice."""
+        training = self.job_config.training
+        offload = training.enable_cpu_offload
+        training.enable_cpu_offload = offload and self.device.type != "cpu"
+        try:
+            return super().init_distributed()
+        finally:
+            training.enable_cpu_offload = offload
 
     # -- training ------------------------------------------------------------------------------------------------
 

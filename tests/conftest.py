@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 # No hub and no surprises from the user's environment; before transformers is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A cache of our own; huggingface_hub looks for it once, when it is imported.
+_hf_home = tempfile.TemporaryDirectory(prefix="flame_ext-hf-home-")
+os.environ["HF_HOME"] = _hf_home.name
+os.environ.pop("HF_HUB_CACHE", None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What is bit-equal here is so on a CPU, and several ranks need not find several accelerators.
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
 
-import pytest
+import pytest  # noqa: E402
 
-import flame_ext  # noqa: F401  (before torchtitan)
-from tests.ranks import TrainRun, train
+import flame_ext  # noqa: E402, F401  (before torchtitan)
+from tests.ranks import TrainRun, train  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,11 @@ def load_dcp(folder: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def save_hub_cache(model: Path, home: Path) -> str:
-    """A model as huggingface_hub's cache has it, links and all; returns its ``hf://`` path."""
-    repository = home / "hub" / f"models--{HUB_REPOSITORY.replace('/', '--')}"
+def save_hub_cache(model: Path) -> str:
+    """A model as huggingface_hub's cache (``HF_HOME``) has it, links and all; returns its ``hf://`` path."""
+    repository = Path(os.environ["HF_HOME"]) / "hub" / f"models--{HUB_REPOSITORY.replace('/', '--')}"
     snapshot = repository / "snapshots" / HUB_REVISION
+    shutil.rmtree(repository, ignore_errors=True)
     snapshot.mkdir(parents=True)
     (repository / "blobs").mkdir()
     (repository / "refs").mkdir()
@@ -71,7 +73,7 @@ def save_all_sources(folder: Path, dtype: torch.dtype = torch.bfloat16) -> dict[
     stock.config.save_pretrained(bin_folder)
     torch.save(stock.state_dict(), bin_folder / "pytorch_model.bin")
     add("hf-bin", bin_folder, backbone)
-    add("hub", save_hub_cache(assets, folder / "hf-home"), backbone)
+    add("hub", save_hub_cache(assets), backbone)
 
     add("dcp-flat", save_dcp(backbone, folder / "dcp-flat"), backbone)
     add("dcp-nested", save_dcp({"model": backbone}, folder / "dcp-nested"), backbone)

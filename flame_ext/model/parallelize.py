@@ -60,7 +60,8 @@ def apply_fsdp(model: HFCausalLM, mesh: DeviceMesh, job_config: JobConfig) -> No
         param_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_param],
         reduce_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_reduce],
     )
-    offload_policy = CPUOffloadPolicy() if job_config.training.enable_cpu_offload else OffloadPolicy()
+    offload = job_config.training.enable_cpu_offload
+    offload_policy = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
 
     def shard(module: nn.Module, reshard_after_forward: bool | None) -> None:
         fully_shard(

@@ -43,14 +43,22 @@ class KeyNames:
     def _converters(self) -> list[WeightTransform]:
         return [t for t in self.transforms if isinstance(t, WeightConverter)]
 
-    def in_model(self, key: str) -> str:
+    def in_model(self, key: str, any_prefix: bool = True) -> str:
         """The model's name of a file's key; the key itself where nothing is known of it.
+
+        Args:
+            key: as a file has it.
+            any_prefix: whether the base model's prefix may be missing or stand twice, as ``from_pretrained`` lets it.
 
         Raises:
             SeedError: its values would have to be converted.
         """
         name, converted_by = rename_source_key(
-            key, self._renamings, self._converters, self.base_model_prefix, dict(self.model_keys)
+            key,
+            self._renamings,
+            self._converters,
+            self.base_model_prefix if any_prefix else None,
+            dict(self.model_keys),
         )
         if converted_by is not None:
             raise SeedError(
@@ -69,7 +77,8 @@ def in_model_names(source: Source, names: KeyNames) -> Source:
             nested at once.
     """
     if isinstance(source, DcpSource):
-        source = in_model_layout(source, lambda key: names.in_model(key) in names.model_keys)
+        # Not with any prefix: "model." before every key is what tells nested from flat.
+        source = in_model_layout(source, lambda key: names.in_model(key, any_prefix=False) in names.model_keys)
     entries: dict[str, TensorEntry] = {}
     for key in sorted(source.entries, key=dot_natural_key):  # the order in which transformers renames
         name = names.in_model(key)

@@ -40,7 +40,9 @@ def load_stock_model(
     state = {entry.key: torch.empty(entry.shape, dtype=entry.dtype) for entry in entries.values()}
     dcp.load(state, storage_reader=_Reader(source.path), no_dist=True)
     weights = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-    return AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=weights, **options)
+    with torch.device("meta"):
+        model_class = type(AutoModelForCausalLM.from_config(config, **options))
+    return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
 
 
 class _Reader(dcp.FileSystemReader):

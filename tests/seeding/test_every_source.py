@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,11 +75,10 @@ def seeded(
     """Placement to the folder of its reports and, for each rank, the tensors of every source."""
     assets, results = sources["hf-single"][0], {}
     paths = {name: path for name, (path, _) in sources.items()}
-    env = {"HF_HUB_CACHE": str(Path(assets).parent / "hf-home" / "hub"), "HF_HUB_OFFLINE": "1"}
     for (kind, world_size), options in PLACEMENTS.items():
         folder = tmp_path_factory.mktemp(f"{kind}-{world_size}")
         ranks = run_ranks(
-            seed_all, world_size, assets, paths, str(folder), options, folder=folder / "ranks", timeout=240, env=env
+            seed_all, world_size, assets, paths, str(folder), options, folder=folder / "ranks", timeout=240
         )
         assert all(rank.exit_code == 0 for rank in ranks), ranks[0].output[-3000:]
         results[kind, world_size] = (folder, [rank.value for rank in ranks])
