@@ -7,8 +7,10 @@ tiny model in ``tests/assets`` was trained from scratch on ``pretrain`` and neve
 
 from __future__ import annotations
 
+import os
 import sysconfig
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +29,13 @@ def split_of(relative_path: str) -> Split:
     return _SPLIT_OF_BUCKET[zlib.crc32(relative_path.encode()) % len(_SPLIT_OF_BUCKET)]
 
 
+def _sources(root: Path) -> Iterator[Path]:
+    for folder, subfolders, names in os.walk(root):
+        # Not entered at all: site-packages alone may hold a hundred thousand files.
+        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
+        yield from (Path(folder) / name for name in names if name.endswith(".py"))
+
+
 def read_stdlib(split: Split) -> list[str]:
     """The texts of one split, in the order of their paths.
 
@@ -35,9 +44,8 @@ def read_stdlib(split: Split) -> list[str]:
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     texts = []
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if _SKIPPED_FOLDERS.isdisjoint(relative.parts) and split_of(relative.as_posix()) == split:
+    for path in sorted(_sources(root)):
+        if split_of(path.relative_to(root).as_posix()) == split:
             text = path.read_text(encoding="utf-8", errors="replace")
             if text.strip():
                 texts.append(text)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import shutil
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.ranks import TrainRun, train
+from tests.sources import save_dcp
 from tests.tiny_models import save_tiny
 
 
@@ -83,20 +89,164 @@ def one_nan(folder: Path) -> None:
     rewrite(folder, change)
 
 
+def flipped_dtype(folder: Path) -> None:
+    """BF16 becomes I16 in the header alone: the same size, other numbers."""
+    rewrite(folder, lambda tensors: tensors.update({k: t.bfloat16() for k, t in tensors.items()}))
+    file = folder / "model.safetensors"
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header["model.norm.weight"]["dtype"] = "I16"
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+
+def two_files(folder: Path) -> tuple[Path, dict[str, str]]:
+    """Split the file of ``folder`` in two, with an index; returns the index's path and its map."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {key: f"part-{number % 2}.safetensors" for number, key in enumerate(tensors)}
+    for name in set(weight_map.values()):
+        save_file({k: t for k, t in tensors.items() if weight_map[k] == name}, folder / name, {"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    return index, weight_map
+
+
+def missing_shard(folder: Path) -> None:
+    two_files(folder)
+    (folder / "part-1.safetensors").unlink()
+
+
+def key_in_two_files(folder: Path) -> None:
+    two_files(folder)
+    tensors = load_file(folder / "part-1.safetensors")
+    tensors["model.norm.weight"] = torch.ones(32)
+    tensors["lm_head.weight"] = torch.ones(264, 32)
+    save_file(tensors, folder / "part-1.safetensors")
+
+
+def index_escapes(folder: Path) -> None:
+    index, weight_map = two_files(folder)
+    (folder / "part-1.safetensors").rename(folder.parent / "part-1.safetensors")
+    moved = {k: f"../{name}" if name == "part-1.safetensors" else name for k, name in weight_map.items()}
+    index.write_text(json.dumps({"weight_map": moved}))
+
+
+def absolute_index(folder: Path) -> None:
+    index, weight_map = two_files(folder)
+    index.write_text(json.dumps({"weight_map": {k: str(folder / name) for k, name in weight_map.items()}}))
+
+
+def link_out(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.rename(folder.parent / "elsewhere.safetensors")
+    file.symlink_to("../elsewhere.safetensors")
+
+
+def wrong_vocabulary(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for key in ("lm_head.weight", "model.embed_tokens.weight"):
+            tensors[key] = tensors[key][:200].clone()
+
+    rewrite(folder, change)
+
+
+def as_dcp(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Replace the Hugging Face files of ``folder`` by a DCP checkpoint of what ``change`` makes of the tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    shutil.rmtree(folder)
+    save_dcp(change(tensors), folder)
+
+
+def flat_and_nested(folder: Path) -> None:
+    as_dcp(folder, lambda t: {**t, "model": {"model.norm.weight": t["model.norm.weight"]}})
+
+
+def half_flat_half_nested(folder: Path) -> None:
+    as_dcp(folder, lambda t: {"lm_head.weight": t.pop("lm_head.weight"), "model": t})
+
+
+def dcp_missing_key(folder: Path) -> None:
+    as_dcp(folder, lambda t: {"model": {k: v for k, v in t.items() if k != "model.layers.1.mlp.up_proj.weight"}})
+
+
+def dcp_unfinished(folder: Path) -> None:
+    as_dcp(folder, lambda t: t)
+    (folder / ".metadata").unlink()
+
+
+def dcp_truncated(folder: Path) -> None:
+    as_dcp(folder, lambda t: t)
+    file = folder / "__0_3.distcp"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def dcp_one_nan(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        tensors["model.layers.2.self_attn.q_proj.weight"][31, 31] = float("nan")
+        return {"model": tensors}
+
+    as_dcp(folder, change)
+
+
+def dcp_runs_code(folder: Path) -> None:
+    as_dcp(folder, lambda t: t)
+    (folder / ".metadata").write_bytes(pickle.dumps(TouchesFile(folder.parent / "was-here")))
+
+
+def pickled_code(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": TouchesFile(folder.parent / "was-here")}, folder / "pytorch_model.bin")
+
+
+class TouchesFile:
+    """Unpickled, it would create a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.file),))
+
+
+def steps_of_a_run(folder: Path) -> None:
+    as_dcp(folder, lambda t: t)
+    folder.rename(folder.with_name("step-7"))
+    folder.mkdir()
+    folder.with_name("step-7").rename(folder / "step-7")
+
+
 FAULTS: list[tuple[Callable[[Path], None], list[str]]] = [
     (missing_folder, ["initial_load_path", "does not exist"]),
     (missing_config, ["no config.json", "not a Hugging Face model folder"]),
-    (no_weights, ["neither model.safetensors nor model.safetensors.index.json", "safetensors"]),
+    (no_weights, ["holds only .bin files", "safetensors", "seed.allow_pickle = true"]),
     (missing_key, ["'model.layers.1.mlp.up_proj.weight' [48, 32] is missing", "seed.new_parameters"]),
     (extra_key, ["'model.layers.7.extra' [3] in model.safetensors is not in the model", "seed.ignore_source_keys"]),
     (transposed, ["'model.layers.0.mlp.up_proj.weight'", "[32, 48]", "[48, 32]", "transposed"]),
-    (padded_vocabulary, ["'lm_head.weight'", "272 against 264", "vocab_size"]),
+    (padded_vocabulary, ["'lm_head.weight'", "a vocabulary of 272 in the source, of 264", "vocab_size = 272"]),
+    (wrong_vocabulary, ["'model.embed_tokens.weight'", "a vocabulary of 200 in the source", "resize_token_embeddings"]),
     (truncated, ["model.safetensors", "truncated or damaged"]),
     (appended, ["model.safetensors", "truncated or damaged"]),
     (empty_file, ["model.safetensors", "0 bytes can not hold a header"]),
     (endless_header, ["model.safetensors", "header of 9223372036854775808 bytes"]),
-    (integer_dtype, ["'model.norm.weight' has dtype 'I32'", "dequantise"]),
+    (integer_dtype, ["'model.norm.weight' in model.safetensors has dtype int32", "dequantise"]),
+    (flipped_dtype, ["'model.norm.weight' in model.safetensors has dtype int16", "dequantise"]),
     (one_nan, ["'model.layers.2.self_attn.q_proj.weight' holds NaN or infinity", "model.safetensors"]),
+    (missing_shard, ["part-1.safetensors: listed in model.safetensors.index.json but absent"]),
+    (key_in_two_files, ["stands in both part-0.safetensors and part-1.safetensors", "keep one"]),
+    (index_escapes, ["model.safetensors.index.json", "points to '../part-1.safetensors'"]),
+    (absolute_index, ["model.safetensors.index.json", "only plain file names in the same folder are read"]),
+    (link_out, ["model.safetensors: is a link to", "elsewhere.safetensors, outside the source"]),
+    (flat_and_nested, ["both flat (", "and nested under 'model' ('model.model.norm.weight')"]),
+    (half_flat_half_nested, ["both flat ('lm_head.weight') and nested under 'model' ('model.model."]),
+    (dcp_missing_key, ["'model.layers.1.mlp.up_proj.weight' [48, 32] is missing"]),
+    (dcp_unfinished, ["DCP files without .metadata", "the save did not finish"]),
+    (dcp_truncated, ["__0_3.distcp: has", "truncated or damaged"]),
+    (dcp_one_nan, ["'model.model.layers.2.self_attn.q_proj.weight' holds NaN or infinity", ".distcp"]),
+    (dcp_runs_code, [".metadata: asks for posix.mkdir", "made to run code"]),
+    (pickled_code, ["pytorch_model.bin: can not be read as tensors alone"]),
+    (steps_of_a_run, ["holds checkpoints (step-7); name one of them"]),
 ]
 
 
@@ -117,8 +267,11 @@ def test_a_damaged_source_is_refused_on_every_rank(
 ) -> None:
     source = save_tiny("olmo2", tmp_path / "source")
     damage(source)
-    run = run_with_source(source, assets, dump_folder)
-    assert run.exit_codes == [1, 1]
+    allow = ["--seed.allow_pickle"] if damage is pickled_code else []
+    begin = time.monotonic()
+    run = run_with_source(source, assets, dump_folder, *allow)
+    assert run.exit_codes == [1, 1] and time.monotonic() - begin < 60, "no rank waits for another that has failed"
+    assert not (tmp_path / "was-here").exists(), "nothing in a source runs"
     for rank in run.ranks:
         messages = [line for line in rank.output.splitlines() if line.startswith("error: ")]
         assert len(messages) == 1 and "Traceback" not in rank.output, rank.output[-3000:]
@@ -177,7 +330,7 @@ def test_a_source_of_another_function_is_refused(tmp_path: Path, dump_folder: Pa
     for rank in run.ranks:
         message = rank.output[rank.output.index("error: ") :]
         assert "rms_norm_eps: 0.001 in the source, 1e-05 in the model" in message
-        assert "rope_parameters: {'rope_theta': 10.0" in message
+        assert "rope_parameters.rope_theta: 10.0 in the source, 10000.0 in the model" in message
         assert "transformers_version" not in message
     assert not (dump_folder / "seed_report.json").exists()
 
@@ -203,7 +356,7 @@ def test_a_declared_extra_key_and_a_stray_file_are_passed_over(tmp_path: Path, d
     save_file({"model.norm.weight": torch.full((32,), 7.0)}, source / "zz-stray.safetensors")
     run = run_with_source(source, assets, dump_folder, "--seed.dry_run")
     assert run.exit_codes == [0, 0]
-    assert "Passed over, not in the index" in run.ranks[0].output and "zz-stray.safetensors" in run.ranks[0].output
+    assert f"Passed over in {source}: zz-stray.safetensors (not in model.safetensors.index.json)" in run.ranks[0].output
     single = save_tiny("olmo2", tmp_path / "single")
     extra_key(single)
     options = ["--seed.dry_run", "--seed.ignore_source_keys=model.layers.7.*"]
