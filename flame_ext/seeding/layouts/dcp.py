@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from flame_ext.errors import SeedError
 from flame_ext.seeding.folders import contained_file, require_plain_name
-from flame_ext.seeding.placement import Box, box_at, full_box, inside, tiles_exactly, volume
+from flame_ext.seeding.placement import Box, box_at, full_box, inside, tiles_exactly
 from flame_ext.seeding.source import Chunk, ReadBox, Source, TensorEntry
 
 METADATA_NAME = ".metadata"
@@ -79,14 +79,14 @@ class DcpSource(Source):
 
     @contextmanager
     def open(self, file: Path) -> Iterator[ReadBox]:
-        """Files are memory-mapped; a box is a view of the mapping, or a copy of just its rows if it is not aligned."""
+        """Files are memory-mapped; a box is a view of the mapping, or a copy if it is not aligned."""
         with file.open("rb") as stream:
             # Never closed by hand: it lives as long as the last view of it. Copy-on-write, since torch wants no
             # read-only memory; nothing writes to it.
             mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
 
             def read(entry: TensorEntry, chunk: Chunk, box: Box) -> Tensor:
-                return _mapped(mapping, stream, file, entry, chunk)[inside(box, chunk.box)]
+                return _values(mapping, stream, file, entry, chunk, box)
 
             yield read
 
@@ -287,32 +287,34 @@ def _require_filled(file: Path, ranges: list[tuple[int, int]]) -> int:
     return size
 
 
-def _mapped(mapping: mmap.mmap, stream: BinaryIO, file: Path, entry: TensorEntry, chunk: Chunk) -> Tensor:
-    """One piece as a view of the file: what ``torch.load`` would give, without reading it.
+def _values(mapping: mmap.mmap, stream: BinaryIO, file: Path, entry: TensorEntry, chunk: Chunk, box: Box) -> Tensor:
+    """A box of one piece, out of the mapped file: what ``torch.load`` would give, without reading the rest.
 
     A piece is stored as a file of ``torch.save``. Loaded under a fake mode, it says where its storage begins.
     """
-    piece = memoryview(mapping)[chunk.position : chunk.position + chunk.nbytes]
     try:
         with FakeTensorMode():
-            fake = torch.load(
-                _create_file_view(stream, chunk.position, chunk.nbytes), map_location="cpu", weights_only=True
-            )
+            view = _create_file_view(stream, chunk.position, chunk.nbytes)
+            fake = torch.load(view, map_location="cpu", weights_only=True)
         if not isinstance(fake, Tensor):
             raise TypeError(f"holds a {type(fake).__name__}")
-        sizes = tuple(end - begin for begin, end in chunk.box)
-        if tuple(fake.shape) != sizes or fake.dtype != entry.dtype:
-            raise ValueError(f"holds {list(fake.shape)} {fake.dtype}, {METADATA_NAME} says {list(sizes)} {entry.dtype}")
-        if volume(chunk.box) == 0:
-            return torch.empty(sizes, dtype=entry.dtype)
-        storage = fake.untyped_storage()
-        begin, nbytes = storage._checkpoint_offset, storage.nbytes()
-        if begin + nbytes > len(piece):
+        sizes = [end - begin for begin, end in chunk.box]
+        if list(fake.shape) != sizes or fake.dtype != entry.dtype:
+            raise ValueError(f"holds {list(fake.shape)} {fake.dtype}, {METADATA_NAME} says {sizes} {entry.dtype}")
+        storage, itemsize = fake.untyped_storage(), entry.dtype.itemsize
+        if storage._checkpoint_offset + storage.nbytes() > chunk.nbytes:
             raise ValueError("its storage ends beyond it")
-        bytes_ = torch.frombuffer(piece, dtype=torch.uint8, offset=begin, count=nbytes)
-        if bytes_.data_ptr() % entry.dtype.itemsize:
-            bytes_ = bytes_.clone()
-        return bytes_.view(entry.dtype).as_strided(fake.shape, fake.stride(), fake.storage_offset())
+        # The first and the last element of the box, as the storage counts.
+        where = list(zip(inside(box, chunk.box), fake.stride(), strict=True))
+        first = fake.storage_offset() + sum(part.start * stride for part, stride in where)
+        last = fake.storage_offset() + sum((part.stop - 1) * stride for part, stride in where)
+        if not 0 <= first <= last < storage.nbytes() // itemsize:
+            raise ValueError("its elements lie outside its storage")
+        begin = chunk.position + storage._checkpoint_offset + first * itemsize
+        raw = torch.frombuffer(mapping, dtype=torch.uint8, offset=begin, count=(last - first + 1) * itemsize)
+        if raw.data_ptr() % itemsize:
+            raw = raw.clone()  # not aligned in the file
+        return raw.view(entry.dtype).as_strided([end - begin for begin, end in box], fake.stride(), 0)
     except Exception as e:  # whatever a damaged pickle or archive makes of itself
         reason = " ".join(str(e).split())[:300]
         raise SeedError(
