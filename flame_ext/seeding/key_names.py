@@ -19,7 +19,7 @@ from transformers.core_model_loading import (
 )
 
 from flame_ext.errors import SeedError
-from flame_ext.seeding.layouts.dcp import DcpSource, in_model_layout
+from flame_ext.seeding.layouts.dcp import NESTED_PREFIX, DcpSource, in_model_layout
 from flame_ext.seeding.source import Source, TensorEntry
 
 
@@ -34,6 +34,10 @@ class KeyNames:
     """transformers' own, for this model (``get_model_conversion_mapping``)."""
     base_model_prefix: str | None = None
     """Files of the base model alone lack it."""
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(self.model_keys)
 
     @cached_property
     def _renamings(self) -> list[WeightTransform]:
@@ -77,8 +81,10 @@ def in_model_names(source: Source, names: KeyNames) -> Source:
             nested at once.
     """
     if isinstance(source, DcpSource):
-        # Not with any prefix: "model." before every key is what tells nested from flat.
-        source = in_model_layout(source, lambda key: names.in_model(key, any_prefix=False) in names.model_keys)
+        # "model." before every key is what tells nested from flat, so a prefix counts only where nothing fits without.
+        keys = {k for key in (*source.entries, *source.objects) for k in (key, key.removeprefix(NESTED_PREFIX))}
+        any_prefix = not any(names.in_model(key, any_prefix=False) in names.model_keys for key in keys)
+        source = in_model_layout(source, lambda key: names.in_model(key, any_prefix) in names.model_keys)
     entries: dict[str, TensorEntry] = {}
     for key in sorted(source.entries, key=dot_natural_key):  # the order in which transformers renames
         name = names.in_model(key)
