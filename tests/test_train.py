@@ -66,7 +66,8 @@ def test_metrics_have_the_contract_fields(ten_steps: TrainRun) -> None:
 def test_seed_report_has_the_contract_fields(ten_steps: TrainRun) -> None:
     report = json.loads((ten_steps.dump_folder / "seed_report.json").read_text())
     assert set(report) == {
-        "source", "layout", "keys", "bytes_read", "seconds", "world_size", "source_digest", "verification",
+        "source", "layout", "keys", "bytes_read", "seconds", "world_size", "source_digest", "verification", "revision",
+        "weights_digest",
     }  # fmt: skip
     stock = {name for name, _ in stock_model().named_parameters()}
     assert set(report["keys"]["loaded"]) == stock

@@ -56,7 +56,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "olmo3-sliding-window": Olmo3Config(**_SHAPE, num_key_value_heads=2, sliding_window=16, tie_word_embeddings=False),
     "gpt-neox-renamed-keys": GPTNeoXConfig(**_SHAPE, tie_word_embeddings=False),
     "gpt-neox-tied": GPTNeoXConfig(**_SHAPE, tie_word_embeddings=True),
-    "gpt2-learned-positions": GPT2Config(**_SHAPE, n_inner=48),
+    "gpt2-learned-positions": GPT2Config(**_SHAPE, n_inner=48, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
     "qwen3-qk-norm": Qwen3Config(**_SHAPE, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True),
     "phi-biases-partial-rope": PhiConfig(**_SHAPE),
     "phi3-fused-qkv": Phi3Config(**_SHAPE, num_key_value_heads=2),
