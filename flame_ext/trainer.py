@@ -199,7 +199,9 @@ class FutureTrainer(torchtitan.train.Trainer):
             computed_buffers=model.computed_buffers,
             inits=model.parameter_inits,
             vocabulary=frozenset(model.vocabulary_keys),
-            names=KeyNames(model.config.architectures[0], shapes, model.weight_transforms, model.base_model_prefix),
+            names=KeyNames(
+                type(model).__name__.removeprefix("Titan"), shapes, model.weight_transforms, model.base_model_prefix
+            ),
             config=self.model_args.load(),
         )
         report = seed(target, path, self.job_config.seed, self._probe(), self._dump_folder)

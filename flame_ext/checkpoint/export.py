@@ -102,7 +102,7 @@ def _write_small_files(folder: Path, spec: ExportSpec) -> None:
 def _write_tensors(state: Mapping[str, Tensor], folder: Path, spec: ExportSpec, max_shard_size: str) -> None:
     """Write ``model.safetensors``, or several files of at most ``max_shard_size`` and their index."""
     plan = split_state_dict_into_shards_factory(
-        {key: torch.empty(tensor.shape, dtype=spec.dtype, device="meta") for key, tensor in state.items()},
+        {key: torch.empty(t.shape, dtype=_file_dtype(t, spec.dtype), device="meta") for key, t in state.items()},
         get_storage_size=lambda tensor: tensor.nbytes,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
@@ -123,7 +123,12 @@ def _write_tensors(state: Mapping[str, Tensor], folder: Path, spec: ExportSpec, 
 def _gathered(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
     """The full tensor on the main rank's CPU, None on the others. Collective."""
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().to(device="cpu", dtype=dtype).contiguous() if is_main_rank() else None
+    return full.detach().to(device="cpu", dtype=_file_dtype(full, dtype)).contiguous() if is_main_rank() else None
+
+
+def _file_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Weights are cast; an integer buffer means its integers."""
+    return dtype if tensor.is_floating_point() else tensor.dtype
 
 
 def load_future_heads(folder: str | Path) -> torch.nn.ModuleDict:

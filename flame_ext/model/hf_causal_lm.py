@@ -73,6 +73,11 @@ def load_hf_config(path: str, trust_remote_code: bool = False) -> PreTrainedConf
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as e:
+        if "trust_remote_code" in str(e):
+            raise ConfigError(
+                f"model.hf_assets_path {path!r}: config.json asks for modelling code from the folder; to run it, set "
+                "seed.trust_remote_code = true"
+            ) from e
         reason = str(e).strip().splitlines()[0]
         raise ConfigError(
             f"model.hf_assets_path {path!r}: no usable config.json: {reason}; give the folder of a Hugging Face causal LM"

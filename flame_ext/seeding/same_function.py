@@ -44,7 +44,8 @@ def require_same_function(source: Source, model_config: PreTrainedConfig, trust_
             source.path, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError) as e:
-        raise SeedError(f"{source.path / 'config.json'}: {str(e).strip().splitlines()[0]}") from e
+        hint = " (seed.trust_remote_code = true runs the folder's code)" if "trust_remote_code" in str(e) else ""
+        raise SeedError(f"{source.path / 'config.json'}: {str(e).strip().splitlines()[0]}{hint}") from e
     found, expected = _flat(found_config.to_dict()), _flat(model_config.to_dict())
     differences = [
         f"{field}: {found.get(field, 'absent')!r} in the source, {expected.get(field, 'absent')!r} in the model"
