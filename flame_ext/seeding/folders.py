@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,46 @@ def read_weight_map(index_file: Path) -> dict[str, str]:
     for key, name in weight_map.items():
         require_plain_name(name, key, index_file)
     return weight_map
+
+
+class IndexedFiles:
+    """The files of a Hugging Face folder: those that its index lists, or the single one.
+
+    Args:
+        folder: the source.
+        index_name: of the index, if there is one.
+        single_name: of the file otherwise.
+
+    Raises:
+        SeedError: a file that is listed is absent, or lies elsewhere.
+    """
+
+    def __init__(self, folder: Path, index_name: str, single_name: str) -> None:
+        self._index: Path | None = None
+        self._weight_map: dict[str, str] = {}
+        self.raw_index = b""
+        names = [single_name]
+        if (folder / index_name).exists():
+            self._index = contained_file(folder, index_name, "the folder")
+            self._weight_map = read_weight_map(self._index)
+            self.raw_index = self._index.read_bytes()
+            names = sorted(set(self._weight_map.values()))
+        named_by = index_name if self._index is not None else "the folder"
+        self.files = {name: contained_file(folder, name, named_by) for name in names}
+
+    def require_place(self, key: str, name: str) -> None:
+        """Raise unless ``key``, which the file ``name`` holds, is listed there."""
+        if self._index is not None and self._weight_map.get(key) != name:
+            raise SeedError(
+                f"{self.files[name]}: holds key {key!r}, which {self._index.name} puts in {self._weight_map.get(key)!r}; write "
+                "the index anew"
+            )
+
+    def require_all(self, keys: Container[str]) -> None:
+        """Raise unless every key that is listed is in ``keys``."""
+        for key, name in self._weight_map.items():
+            if key not in keys:
+                raise SeedError(f"{self._index}: lists {key!r} in {name}, which does not hold it")
 
 
 def listing(folder: Path) -> str:

@@ -62,7 +62,7 @@ class KeyNames:
             self._renamings,
             self._converters,
             self.base_model_prefix if any_prefix else None,
-            dict(self.model_keys),
+            self._shapes,
         )
         if converted_by is not None:
             raise SeedError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -223,3 +224,31 @@ def test_damaged_and_old_bin_files_are_refused(tmp_path: Path) -> None:
         archive.writestr("nothing", "")
     with pytest.raises(SeedError, match="pytorch_model.bin: can not be read"):
         open_source(cut.parent, allow_pickle=True)
+
+
+def test_an_index_of_bin_files_is_authoritative(tmp_path: Path) -> None:
+    folder = save_bin(tmp_path / "bin")
+    (folder / "pytorch_model.bin").unlink()
+    torch.save({"model.a": STATE["model.a"]}, folder / "one.bin")
+    torch.save({"c": STATE["c"]}, folder / "two.bin")
+    torch.save({"c": torch.zeros(())}, folder / "zzz.bin")
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.a": "one.bin", "c": "two.bin"}}))
+    source = open_source(folder, allow_pickle=True)
+    assert set(source.entries) == {"model.a", "c"}
+    assert source.passed_over == ("zzz.bin (not in pytorch_model.bin.index.json)",)
+    assert values(source)["c"].item() == 3.5
+    for weight_map, message in (
+        ({"model.a": "one.bin", "c": "one.bin"}, "lists 'c' in one.bin, which does not hold it"),
+        ({"model.a": "two.bin", "c": "two.bin"}, "lists 'model.a' in two.bin, which does not hold it"),
+        ({"model.a": "one.bin", "c": "two.bin", "d": "../x.bin"}, "only plain file names"),
+        ({"model.a": "one.bin", "c": "three.bin"}, "three.bin: listed in pytorch_model.bin.index.json but absent"),
+        (
+            {"model.a": "one.bin", "x": "two.bin"},
+            "two.bin: holds key 'c', which pytorch_model.bin.index.json puts in None",
+        ),
+    ):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(SeedError) as e:
+            open_source(folder, allow_pickle=True)
+        assert message in str(e.value)

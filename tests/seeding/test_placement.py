@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,6 +43,21 @@ def test_a_grid_of_cuts_tiles_and_one_piece_less_does_not(shape: list[int], data
     assert tiles_exactly(full_box(shape), parts)
     assert not tiles_exactly(full_box(shape), parts[1:])
     assert not tiles_exactly(full_box(shape), [*parts, parts[0]])
+
+
+@pytest.mark.parametrize(
+    ("box", "parts"),
+    [
+        (((0, 4),), [((0, 2),), ((0, 2),)]),
+        (((0, 4),), [((0, 3),), ((2, 3),)]),
+        (((0, 2), (0, 4)), [((0, 2), (0, 2)), ((0, 1), (1, 3)), ((1, 2), (2, 4))]),
+        (((0, 3), (0, 2)), [((0, 2), (0, 1)), ((0, 1), (1, 2)), ((1, 3), (0, 1)), ((2, 3), (1, 2))]),
+        ((), [(), ()]),
+    ],
+)
+def test_as_many_elements_are_not_enough(box: Box, parts: list[Box]) -> None:
+    """One is written twice and another never."""
+    assert not tiles_exactly(box, parts)
 
 
 def test_inside_is_relative_to_the_outer_box() -> None:

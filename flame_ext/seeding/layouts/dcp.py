@@ -105,7 +105,9 @@ def open_dcp(folder: Path) -> DcpSource:
     digest = hashlib.sha256(raw)
     try:
         entries, objects, extents = _described(folder, metadata)
-    except (AttributeError, TypeError, ValueError, KeyError) as e:
+    except SeedError:
+        raise
+    except Exception as e:  # a class that is allowed may still hold anything
         raise SeedError(f"{metadata_file}: is malformed ({type(e).__name__}: {e}): damaged file; copy it again") from e
     for name, ranges in sorted(extents.items()):
         size = _require_filled(contained_file(folder, name, METADATA_NAME), sorted(ranges))

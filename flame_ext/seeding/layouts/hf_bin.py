@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flame_ext.errors import SeedError
-from flame_ext.seeding.folders import contained_file, read_weight_map
+from flame_ext.seeding.folders import IndexedFiles
 from flame_ext.seeding.placement import Box, full_box, inside
 from flame_ext.seeding.source import Chunk, ReadBox, Source, TensorEntry
 
@@ -52,38 +52,26 @@ def open_hf_bin(folder: Path, allow_pickle: bool) -> BinSource:
             f"{folder}: holds only .bin files, which are pickles; convert them once, with from_pretrained() and "
             "save_pretrained(), to safetensors, or trust them with seed.allow_pickle = true (then read with weights_only)"
         )
-    digest = hashlib.sha256()
-    weight_map: dict[str, str] | None = None
-    if (folder / BIN_INDEX_NAME).exists():
-        index_file = contained_file(folder, BIN_INDEX_NAME, "the folder")
-        weight_map = read_weight_map(index_file)
-        digest.update(index_file.read_bytes())
-        files = {name: contained_file(folder, name, BIN_INDEX_NAME) for name in sorted(set(weight_map.values()))}
-    else:
-        files = {BIN_NAME: contained_file(folder, BIN_NAME, "the folder")}
+    indexed = IndexedFiles(folder, BIN_INDEX_NAME, BIN_NAME)
+    digest = hashlib.sha256(indexed.raw_index)
     entries: dict[str, TensorEntry] = {}
     objects: dict[str, Path] = {}
-    for name, file in files.items():
-        tensors = _load(file)
+    for name, file in indexed.files.items():
         digest.update(f"{name}\0{file.stat().st_size}\0".encode() + _directory(file))
-        for position, (key, tensor) in enumerate(tensors.items()):
+        for position, (key, tensor) in enumerate(_load(file).items()):
             if key in entries or key in objects:
-                other = (entries[key].chunks[0].file if key in entries else objects[key]).name
+                other = entries[key].place if key in entries else objects[key].name
                 raise SeedError(f"{folder}: key {key!r} stands in both {other} and {name}; keep one")
-            if weight_map is not None and weight_map.get(key) != name:
-                raise SeedError(
-                    f"{file}: holds key {key!r}, which {BIN_INDEX_NAME} puts in {weight_map.get(key)!r}; write the index anew"
-                )
+            indexed.require_place(key, name)
             if isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_quantized:
                 shape = tuple(tensor.shape)
                 entries[key] = TensorEntry(key, shape, tensor.dtype, (Chunk(full_box(shape), file, position),))
             else:
                 objects[key] = file
-    for key, name in (weight_map or {}).items():
-        if key not in entries and key not in objects:
-            raise SeedError(f"{folder / BIN_INDEX_NAME}: lists {key!r} in {name}, which does not hold it")
-    stray = tuple(f"{p.name} (not listed)" for p in sorted(folder.glob("*.bin")) if p.name not in files)
-    return BinSource(folder, entries, digest.hexdigest(), stray, objects)
+    indexed.require_all({**entries, **objects})
+    where = f"not in {BIN_INDEX_NAME}" if indexed.raw_index else f"beside {BIN_NAME}"
+    stray = sorted(p.name for p in folder.glob("*.bin") if p.name not in indexed.files)
+    return BinSource(folder, entries, digest.hexdigest(), tuple(f"{name} ({where})" for name in stray), objects)
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -104,6 +92,8 @@ def _load(file: Path) -> dict[str, Any]:
 
 def _directory(file: Path) -> bytes:
     """Names, sizes and checksums of the archive's records."""
+    if not zipfile.is_zipfile(file):
+        return b""  # an old or damaged file; reading it says what is wrong
     try:
         with zipfile.ZipFile(file) as archive:
             return repr([(r.filename, r.file_size, r.CRC) for r in archive.infolist()]).encode()

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flame_ext.errors import SeedError
-from flame_ext.seeding.folders import MAX_JSON_BYTES, contained_file, parse_json, read_weight_map
+from flame_ext.seeding.folders import MAX_JSON_BYTES, IndexedFiles, contained_file, parse_json
 from flame_ext.seeding.placement import Box, full_box, inside
 from flame_ext.seeding.source import Chunk, ReadBox, Source, TensorEntry
 
@@ -71,17 +71,11 @@ def open_hf_safetensors(folder: Path) -> SafetensorsSource:
         SeedError: a file is missing, a header does not describe its file, a key stands in two files, or the index and
             the files disagree.
     """
-    digest = hashlib.sha256()
-    weight_map: dict[str, str] | None = None
-    if (folder / INDEX_NAME).exists():
-        index_file = contained_file(folder, INDEX_NAME, "the folder")
-        weight_map = read_weight_map(index_file)
-        digest.update(index_file.read_bytes())
-        files = {name: contained_file(folder, name, INDEX_NAME) for name in sorted(set(weight_map.values()))}
-    else:
-        files = {SINGLE_NAME: contained_file(folder, SINGLE_NAME, "the folder")}
+    indexed = IndexedFiles(folder, INDEX_NAME, SINGLE_NAME)
+    files = dict(indexed.files)
     if (folder / HEADS_FOLDER / SINGLE_NAME).exists():
         files[f"{HEADS_FOLDER}/{SINGLE_NAME}"] = contained_file(folder, SINGLE_NAME, "the folder", HEADS_FOLDER)
+    digest = hashlib.sha256(indexed.raw_index)
     entries: dict[str, TensorEntry] = {}
     names: dict[str, str] = {}
     for name, file in files.items():
@@ -90,19 +84,13 @@ def open_hf_safetensors(folder: Path) -> SafetensorsSource:
         for key, entry in header.items():
             if key in entries:
                 raise SeedError(f"{folder}: key {key!r} stands in both {names[key]} and {name}; keep one")
-            if weight_map is not None and name in weight_map.values() and weight_map.get(key) != name:
-                raise SeedError(
-                    f"{file}: holds key {key!r}, which {INDEX_NAME} puts in {weight_map.get(key)!r}; write the index anew"
-                )
+            if name in indexed.files:
+                indexed.require_place(key, name)
             entries[key], names[key] = entry, name
-    for key, name in (weight_map or {}).items():
-        if key not in entries:
-            raise SeedError(f"{folder / INDEX_NAME}: lists {key!r} in {name}, which does not hold it")
+    indexed.require_all(entries)
+    where = f"not in {INDEX_NAME}" if indexed.raw_index else f"beside {SINGLE_NAME}"
     stray = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in files)
-    passed_over = tuple(
-        f"{name} (not in {INDEX_NAME if weight_map else 'the layout: ' + SINGLE_NAME + ' is'})" for name in stray
-    )
-    return SafetensorsSource(folder, entries, digest.hexdigest(), passed_over)
+    return SafetensorsSource(folder, entries, digest.hexdigest(), tuple(f"{name} ({where})" for name in stray))
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorEntry], bytes]:
