@@ -19,6 +19,7 @@ from flame_ext.seeding.layouts import open_source
 from flame_ext.seeding.layouts.dcp import DcpSource, in_model_layout, read_metadata
 from flame_ext.seeding.placement import full_box
 from flame_ext.seeding.read import read_weights
+from tests.ranks import run_ranks
 from tests.sources import save_dcp
 
 STATE = {
@@ -252,3 +253,46 @@ def test_an_index_of_bin_files_is_authoritative(tmp_path: Path) -> None:
         with pytest.raises(SeedError) as e:
             open_source(folder, allow_pickle=True)
         assert message in str(e.value)
+
+
+UNEVEN = {"matrix": (11, 7), "vector": (5,), "short": (2, 3)}
+
+
+def uneven() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    return {key: torch.randn(shape, generator=generator) for key, shape in UNEVEN.items()}
+
+
+def sharded(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    return {key: distribute_tensor(tensor, mesh, [Shard(0)]) for key, tensor in state.items()}
+
+
+def save_in_ranks(folder: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    dcp.save(sharded(uneven()), checkpoint_id=folder)
+    torch.distributed.destroy_process_group()
+
+
+def read_in_ranks(folder: str) -> dict[str, torch.Tensor]:
+    torch.distributed.init_process_group("gloo")
+    state = sharded({key: torch.full(shape, float("nan")) for key, shape in UNEVEN.items()})
+    read_weights(open_source(folder), state, {}, check_finite=True)
+    full = {key: tensor.full_tensor() for key, tensor in state.items()}
+    torch.distributed.destroy_process_group()
+    return full
+
+
+@pytest.mark.parametrize(("saved_by", "read_by"), [(3, 2), (2, 3), (3, 4), (4, 3)])
+def test_shards_that_do_not_meet(tmp_path: Path, saved_by: int, read_by: int) -> None:
+    """A rank needs parts of several pieces, and some ranks have none of a tensor."""
+    folder = tmp_path / "dcp"
+    for rank in run_ranks(save_in_ranks, saved_by, str(folder), folder=tmp_path / "save"):
+        assert rank.exit_code == 0, rank.output
+    assert len(open_source(folder).entries["matrix"].chunks) == saved_by
+    for rank in run_ranks(read_in_ranks, read_by, str(folder), folder=tmp_path / "read"):
+        assert rank.exit_code == 0, rank.output
+        assert all(torch.equal(rank.value[key], tensor) for key, tensor in uneven().items())
