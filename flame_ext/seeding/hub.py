@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
-from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from torchtitan.tools.logging import logger
 
@@ -91,7 +91,9 @@ def download(path: str, repository: str, commit: str, allow_pickle: bool) -> Non
 
 def _fetch(path: str, repository: str, revision: str | None, patterns: list[str]) -> Path:
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        # Said here as well: for a commit, some versions of huggingface_hub ask the Hub even when they are offline.
+        offline = constants.HF_HUB_OFFLINE
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=offline))
     except (OSError, ValueError, HfHubHTTPError) as e:
         reason = " ".join(str(e).split())[:300]
         raise SeedError(
