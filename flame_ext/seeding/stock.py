@@ -58,13 +58,18 @@ class _Reader(dcp.FileSystemReader):
 
 def _require_memory(nbytes: int, path: Path) -> None:
     """Raise if the second copy would not fit; where the system does not tell, go on."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return
-    values = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    available = int(values["MemAvailable"].split()[0]) * 1024
-    if nbytes > available:
+    available = available_memory()
+    if available is not None and nbytes > available:
         raise SeedError(
             f"{path}: seed.verify = 'parity' loads a second copy of the model ({nbytes / 2**30:.1f} GiB), but this machine has "
             f"{available / 2**30:.1f} GiB of memory left; use seed.verify = 'finite', or run the proof once where there is more"
         )
+
+
+def available_memory() -> int | None:
+    """Bytes that processes may still take on this machine; None where the system does not tell."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    values = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    return int(values["MemAvailable"].split()[0]) * 1024

@@ -96,10 +96,25 @@ def verify(mode: str, probe: Probe, load_stock: Callable[[], nn.Module], source:
 
 
 def stock_logits(probe: Probe, stock: nn.Module) -> Tensor:
-    """(1, T, V) float32 on CPU: what the stock model computes on the probe, on the trainer's device in the same dtype."""
+    """(1, T, V) float32 on CPU: what the stock model computes on the probe, on the trainer's device in the same dtype.
+
+    Raises:
+        SeedError: the device has not the memory for a second copy.
+    """
+    nbytes, left = sum(p.nbytes for p in stock.parameters()), _device_memory_left(probe.device)
+    if left is not None and nbytes > left:
+        raise SeedError(
+            f"seed.verify = 'parity' puts a second copy of the model ({nbytes / 2**30:.1f} GiB) on {probe.device}, which has "
+            f"{left / 2**30:.1f} GiB of memory left; shard the model further for the proof, or use seed.verify = 'finite'"
+        )
     stock.to(probe.device).eval()
     with torch.no_grad(), probe.context:
         return stock(probe.tokens.to(probe.device), use_cache=False).logits.float().cpu()
+
+
+def _device_memory_left(device: torch.device) -> int | None:
+    """Bytes; None on a CPU, whose memory was looked at before the model was loaded."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> float:

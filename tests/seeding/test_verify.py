@@ -11,9 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from flame_ext.errors import SeedError
+from flame_ext.seeding import stock as stock_module
+from flame_ext.seeding import verify as verify_module
+from flame_ext.seeding.layouts import open_source
+from flame_ext.seeding.stock import load_stock_model
 from flame_ext.seeding.verify import Probe, Verification, verify
 from tests.ranks import TINY_OLMO
 
@@ -79,3 +83,21 @@ def test_a_loss_near_chance_is_a_loud_warning(caplog: pytest.LogCaptureFixture) 
     caplog.clear()
     run("finite", probe(lambda logits: 20.0 * F.one_hot(TOKENS.roll(-1, 1), logits.shape[-1])))
     assert "chance" not in caplog.text
+
+
+def test_a_second_copy_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, config = open_source(TINY_OLMO), AutoConfig.from_pretrained(TINY_OLMO)
+
+    def load() -> torch.nn.Module:
+        return load_stock_model(source, config, set(source.entries), torch.float32, trust_remote_code=False)
+
+    nbytes = sum(p.numel() for p in load().parameters()) * 4
+    monkeypatch.setattr(stock_module, "available_memory", lambda: nbytes - 1)
+    with pytest.raises(
+        SeedError, match="tiny_olmo: seed.verify = 'parity' loads a second copy .* use seed.verify = 'finite'"
+    ):
+        load()
+    monkeypatch.setattr(stock_module, "available_memory", lambda: nbytes)
+    monkeypatch.setattr(verify_module, "_device_memory_left", lambda device: nbytes - 1)
+    with pytest.raises(SeedError, match="second copy of the model .* on cpu, which has"):
+        verify("parity", probe(lambda logits: logits), load, TINY_OLMO)
