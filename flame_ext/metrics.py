@@ -1,4 +1,6 @@
-"""torchtitan's metrics processor, with the objective's parts beside the total loss and ``metrics.jsonl`` beside TensorBoard."""
+"""torchtitan's metrics processor, with the objective's parts beside the total loss and ``metrics.jsonl`` and
+``validation.jsonl`` beside TensorBoard.
+"""
 
 from __future__ import annotations
 
@@ -17,33 +19,28 @@ from torchtitan.protocols import BaseModelArgs
 from torchtitan.tools.logging import logger
 
 METRICS_NAME = "metrics.jsonl"
+VALIDATION_NAME = "validation.jsonl"
+# Beside the losses; all of it is in the file.
+ON_CONSOLE = ("future_top1", "action_reward")
 
 
 class FutureMetricsProcessor(MetricsProcessor):
     """Logs what the host logs, plus ``step_metrics()`` of the trainer."""
 
-    step_metrics: Callable[[], dict[str, float]]
-    """Collective; set by the trainer: the parts of the objective, averaged over ranks and micro-batches."""
+    step_metrics: Callable[[float], dict[str, float | None]]
+    """Collective; set by the trainer: the norm of all gradients to the parts of the objective, summed over ranks and
+    micro-batches, and whatever else is known of the step. None: not computed in this step."""
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None) -> None:
         super().__init__(job_config, parallel_dims, tag)
-        self._file = Path(job_config.job.dump_folder) / METRICS_NAME
+        self._folder = Path(job_config.job.dump_folder)
         self._writes = torch.distributed.get_rank() == _get_metrics_rank(parallel_dims, job_config)
 
     def rewind(self, step: int) -> None:
         """Drop the lines of steps after ``step``: they were lost with the run that is being resumed."""
-        if not self._writes or not self._file.is_file():
-            return
-        kept = []
-        for line in self._file.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError):
-                logger.warning(f"{self._file}: dropped an unreadable line, cut off when its run ended")
-        temporary = self._file.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        temporary.replace(self._file)
+        for file in (self._folder / METRICS_NAME, self._folder / VALIDATION_NAME):
+            if self._writes and file.is_file():
+                _drop_lines_after(file, step)
 
     def log(
         self,
@@ -54,8 +51,9 @@ class FutureMetricsProcessor(MetricsProcessor):
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
         """As the host's. Collective, since the parts of the loss are reduced here, only on steps that are logged."""
-        parts = self.step_metrics()
-        extra = {**(extra_metrics or {}), **parts}
+        parts = self.step_metrics(grad_norm)
+        known = {name: value for name, value in parts.items() if value is not None}
+        extra = {**(extra_metrics or {}), **known}
         seconds = time.perf_counter() - self.time_last_log
         # Every rank counts its own tokens; ranks that share a batch (TP, PP) count the same ones.
         tokens_per_second = (
@@ -73,14 +71,38 @@ class FutureMetricsProcessor(MetricsProcessor):
             "tokens_seen": int(extra.get("n_tokens_seen", 0)),
             "tokens_per_second": tokens_per_second,
         }
-        if self._writes:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open("a") as stream:
-                # JSON has no NaN: a diverged value is written as null.
-                values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-                stream.write(json.dumps(values, allow_nan=False) + "\n")
+        self._append(METRICS_NAME, record)
         super().log(step, global_avg_loss, global_max_loss, grad_norm, extra)
-        logger.info("  ".join([f"step: {step:2}", *(f"{name}: {value:8.5f}" for name, value in parts.items())]))
+shown = (f"{name}: {value:8.5f}" for name, value in known.items() if name.startswith("loss_") or name in ON_CONSOLE)
+        logger.info("  ".join([f"step: {step:2}", *shown]))
+
+    def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
+        """As the host's, and a line in ``validation.jsonl``."""
+        parts = {name.rpartition("/")[2]: value for name, value in (extra_metrics or {}).items()}
+        self._append(VALIDATION_NAME, {"step": step, "loss_ce": loss, **parts})
+        super().log_validation(loss, step, extra_metrics)
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        if not self._writes:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / name).open("a") as stream:
+            # JSON has no NaN: a diverged value is written as null.
+            values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+            stream.write(json.dumps(values, allow_nan=False) + "\n")
+
+
+def _drop_lines_after(file: Path, step: int) -> None:
+    kept = []
+    for line in file.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            logger.warning(f"{file}: dropped an unreadable line, cut off when its run ended")
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept))
+    temporary.replace(file)
 
 
 def build_metrics_processor(

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed._functional_collectives as funcol
+import torch.distributed as dist
 import torchtitan.train
 import transformers
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpoint import MODEL
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
@@ -26,9 +26,11 @@ from flame_ext.checkpoint.manager import SeedingCheckpointManager
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.distributed import is_main_rank
 from flame_ext.errors import ConfigError
+from flame_ext.future_objective import FutureObjective, StepPlan, trains_future
+from flame_ext.heads.converter import head_arguments
 from flame_ext.model.hf_causal_lm import HFCausalLM
-from flame_ext.objective.contrastive import ContrastiveOutput, info_nce
-from flame_ext.objective.masks import doc_ids_from_eos, has_future, pair_mask
+from flame_ext.objective.cross_entropy import IGNORE_INDEX
+from flame_ext.seeding.anticausal import prove_anticausal
 from flame_ext.seeding.identity import changed_source
 from flame_ext.seeding.key_names import KeyNames
 from flame_ext.seeding.seed import SeedTarget, seed
@@ -64,18 +66,33 @@ class FutureTrainer(torchtitan.train.Trainer):
         with mock.patch.object(torchtitan.train, "CheckpointManager", manager):
             super().__init__(job_config)
         self.model: HFCausalLM = self.model_parts[0]
-        encoder = job_config.future_encoder
-        # At weight 0 neither the teacher nor the loss is run: the step is the host's own, number for number.
-        self._trains_future = encoder.enable and encoder.loss_weight > 0
-        if self._trains_future and encoder.respect_doc_boundaries and getattr(self.tokenizer, "eos_id", None) is None:
+        # At weight 0 neither the teacher nor the losses are run: the step is the host's own, number for number.
+        self.objective = self._build_objective() if trains_future(job_config) else None
+        self._plan: StepPlan | None = None
+        self._microbatch = 0
+        self._parts: dict[str, Tensor] = {}
+        self._part_names: list[str] = []
+        self.metrics_processor.step_metrics = self._step_metrics
+        if job_config.validation.enable:
+            self.validator.evaluate, self.validator.reduce = self._evaluate, self._reduced
+
+    def _build_objective(self) -> FutureObjective:
+        config = self.job_config
+        eos_id = getattr(self.tokenizer, "eos_id", None)
+        if config.future_encoder.respect_doc_boundaries and eos_id is None:
             raise ConfigError(
-                f"future_encoder.respect_doc_boundaries needs an EOS token, which {job_config.model.hf_assets_path}/"
+                f"future_encoder.respect_doc_boundaries needs an EOS token, which {config.model.hf_assets_path}/"
                 "tokenizer_config.json does not name; name it there, or set respect_doc_boundaries = false"
             )
-        self._parts: dict[str, Tensor] = {}
-        self._shift = 1
-        self._global_pairs = 1.0
-        self.metrics_processor.step_metrics = self._step_metrics
+        return FutureObjective(
+            self.model,
+            config,
+            eos_id,
+            self.parallel_dims.get_optional_mesh("batch"),
+            self.maybe_enable_amp,
+            TORCH_DTYPE_MAP[config.training.mixed_precision_param],
+            self.device,
+        )
 
     def init_distributed(self) -> ParallelDims:
         """As the host's, which with CPU offload asks for gloo beside the device's backend: on a CPU that is gloo, twice."""
@@ -101,86 +118,91 @@ class FutureTrainer(torchtitan.train.Trainer):
         self.metrics_processor.rewind(self.step)
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
-        """As the host's, with the number of pairs of the whole step known before its first micro-batch."""
+        """As the host's, with the objective's plan of the whole step made before its first micro-batch."""
         microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
-        self._parts = {}
-        if self._trains_future:
-            self._shift = self._shift_of_step()
-            pairs = sum(self._pairs(self._doc_ids(inputs["input"])).sum() for inputs, _ in microbatches)
-            mesh = self.parallel_dims.get_optional_mesh("batch")
-            self._global_pairs = max(1.0, dist_utils.dist_sum(pairs.to(self.device), mesh))
+        self._parts, self._microbatch = {}, 0
+        if self.objective is not None:
+            self._plan = self.objective.plan(self.step, [(inputs["input"], labels) for inputs, labels in microbatches])
         super().train_step(iter(microbatches))
 
     def forward_backward_step(
         self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Tensor
     ) -> Tensor:
         """One micro-batch. Returns the total loss: local sums over global numbers of tokens and of pairs."""
-        if not self._trains_future:
+        if self.objective is None:
             loss = super().forward_backward_step(
                 input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens
             )
-            self._add_parts(loss_ce=loss)
+            self._add_parts({"loss_ce": loss})
             return loss
         inputs, labels, extra_inputs, extra_kwargs = self.post_dataloading_process(input_dict, labels)
-        doc_ids = self._doc_ids(inputs)
+        plan, index = self._plan, self._microbatch
+        self._microbatch += 1
         with self.train_context():
-            with self.maybe_enable_amp:
-                bounded = self.job_config.future_encoder.respect_doc_boundaries
-                summaries = self.model.future_encoder(self.model, inputs, doc_ids if bounded else None)
-                output = self.model(inputs, **extra_inputs, **extra_kwargs, output="all")
-                loss_ce = self.loss_fn(output.logits, labels) / global_valid_tokens
-                predictions = output.future_predictions
-                del output  # the logits, before the backward
-            # Outside autocast: cosines and logits are float32.
-            future = self._contrast(predictions, summaries, self._pairs(doc_ids))
-            loss_future = future.loss_sum / self._global_pairs
-            loss = loss_ce + self.job_config.future_encoder.loss_weight * loss_future
+            if plan is None:
+                compute = self._idle_losses(labels, global_valid_tokens)
+            else:
+                self.objective.teach(plan, index)
+                compute = self.objective.losses(plan, index, labels, global_valid_tokens)
+            with self.maybe_enable_amp, self.objective.stopwatch.measure("student"):
+                loss, parts = self.model(inputs, **extra_inputs, **extra_kwargs, compute=compute)
             loss.backward()
-        self._add_parts(loss_ce=loss_ce, loss_future=loss_future, future_top1=future.top1_sum / self._global_pairs)
+        if plan is None:
+            self.objective.drop_idle_gradients()
+        self._add_parts(parts)
         return loss
 
-    def _contrast(self, predictions: Tensor, summaries: Tensor, pairs: Tensor) -> ContrastiveOutput:
-        """InfoNCE of the prediction at t with F_{t+shift}, over all positions in ``pairs``.
+    def _idle_losses(self, labels: Tensor, global_valid_tokens: Tensor) -> Callable[[Tensor, Tensor], Any]:
+        """For a step on which the objective's weights are 0 (``teacher_interval``, schedules)."""
 
-        Args:
-            predictions: (B, T, D) float32, of unit length.
-            summaries: (B, T, D).
-            pairs: (B, T) bool.
-        """
-        # Row t of the keys is F_{t+shift}: what rolls over the end is masked, as the column is.
-        keys = torch.nn.functional.normalize(summaries.float(), dim=-1).roll(-self._shift, dims=1).flatten(0, 1)
-        mask = key_mask = pairs.flatten()
-        targets = torch.arange(mask.numel(), device=mask.device)
+        def compute(logits: Tensor, hidden_states: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            loss = self.loss_fn(logits, labels) / global_valid_tokens
+            return loss + self.objective.idle(hidden_states), {"loss_ce": loss.detach()}
+
+        return compute
+
+    def _evaluate(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Metrics of a validation batch, (B, T) inputs and labels, to be summed over ranks."""
+        tokens = (labels != IGNORE_INDEX).sum()
         mesh = self.parallel_dims.get_optional_mesh("batch")
-        if mesh is not None and self.job_config.future_encoder.negatives == "global":
-            # Keys have no gradient, so gathering them is all there is to do.
-            keys = funcol.all_gather_tensor(keys, 0, mesh.get_group())
-            key_mask = funcol.all_gather_tensor(mask.to(torch.uint8), 0, mesh.get_group()).bool()
-            targets = targets + mesh.get_local_rank() * mask.numel()
-        temperature = self.job_config.future_encoder.temperature
-        return info_nce(predictions.flatten(0, 1), keys, mask, key_mask, targets, temperature)
+        tokens = max(1.0, tokens.item() if mesh is None else dist_utils.dist_sum(tokens, mesh))
+        with self.train_context(), self.maybe_enable_amp:
+            if self.objective is None:
+                return {"loss_ce": self.loss_fn(self.model(inputs), labels) / tokens}
+            plan = self.objective.plan_evaluation((inputs, labels))
+            self.objective.teach(plan, 0)
+            _, parts = self.model(inputs, compute=self.objective.losses(plan, 0, labels, tokens))
+            return parts
 
-    def _doc_ids(self, input_ids: Tensor) -> Tensor:
-        if self.job_config.future_encoder.respect_doc_boundaries:
-            return doc_ids_from_eos(input_ids, self.tokenizer.eos_id)
-        return torch.zeros_like(input_ids)
-
-    def _pairs(self, doc_ids: Tensor) -> Tensor:
-        return pair_mask(has_future(doc_ids), doc_ids, self._shift)
-
-    def _shift_of_step(self) -> int:
-        """The shift of this step, from the seed and the step alone: equal on all ranks, and after a resume."""
-        generator = torch.Generator().manual_seed(self.job_config.seed.rng_seed * 1_000_003 + self.step)
-        return int(torch.randint(1, self.job_config.future_encoder.shift_k + 1, (), generator=generator))
-
-    def _add_parts(self, **parts: Tensor) -> None:
+    def _add_parts(self, parts: dict[str, Tensor]) -> None:
         for name, value in parts.items():
             value = value.detach()
             self._parts[name] = self._parts[name] + value if name in self._parts else value
 
-    def _step_metrics(self) -> dict[str, float]:
+    def _step_metrics(self, grad_norm: float) -> dict[str, float | None]:
+        parts = self._reduced(self._parts)
+        self._part_names = list(dict.fromkeys([*self._part_names, *parts]))
+        metrics = {**dict.fromkeys(self._part_names), **parts}
+        if self.objective is not None:
+            # Gradients are clipped by now, all by one factor.
+            unclipped = max(1.0, (grad_norm + 1e-6) / self.job_config.training.max_norm)
+            for name, parameters in self._backbone_and_heads().items():
+                metrics[f"grad_norm_{name}"] = _norm_of_gradients(parameters) * unclipped
+            metrics |= {f"time_{name}": value for name, value in self.objective.stopwatch.seconds().items()}
+        return metrics
+
+    def _reduced(self, parts: dict[str, Tensor]) -> dict[str, float]:
+        """Sums over data-parallel ranks, in one collective."""
+        values = torch.stack([value.float() for value in parts.values()])
         mesh = self.parallel_dims.get_optional_mesh("loss")
-        return {name: dist_utils.dist_sum(value, mesh) for name, value in self._parts.items()}
+        if mesh is not None:
+            dist.all_reduce(values, group=mesh.get_group())
+        return dict(zip(parts, values.tolist(), strict=True))
+
+    def _backbone_and_heads(self) -> dict[str, list[torch.nn.Parameter]]:
+        heads = [p for name in self.model.head_names for p in self.model.get_submodule(name).parameters()]
+        owned = {id(p) for p in heads}
+        return {"backbone": [p for p in self.model.parameters() if id(p) not in owned], "heads": heads}
 
     # -- what the checkpoint manager calls -----------------------------------------------------------------------
 
@@ -204,7 +226,11 @@ class FutureTrainer(torchtitan.train.Trainer):
             ),
             config=self.model_args.load(),
         )
-        report = seed(target, path, self.job_config.seed, self._probe(), self._dump_folder)
+        probe = self._probe()
+        report = seed(target, path, self.job_config.seed, probe, self._dump_folder)
+        if self.objective is not None and self.objective.anticausal and self.job_config.seed.verify != "none":
+            prove_anticausal(self._summaries_of, probe.tokens)
+            logger.info("Verified that no summary of the future depends on its past")
         self.seed_identity = report.identity
         self.metrics_processor.rewind(0)
 
@@ -240,20 +266,17 @@ class FutureTrainer(torchtitan.train.Trainer):
         finally:
             model.train()
 
+    def _summaries_of(self, tokens: Tensor) -> Tensor:
+        """(1, T) tokens of one document to (1, T, D) anti-causal summaries. Collective."""
+        return self.objective.summaries(tokens.to(self.device))
+
     def _export_step(self, step: int) -> None:
         config = self.job_config
-        heads_config = None
-        if self.model.head_names:
-            heads_config = {
-                "hidden_size": self.model.config.get_text_config().hidden_size,
-                "future_encoder": dataclasses.asdict(config.future_encoder),
-                "future_predictor": dataclasses.asdict(config.future_predictor),
-            }
         spec = ExportSpec(
             config=self.model_args.load(),
             assets=Path(config.model.hf_assets_path),
             dtype=TORCH_DTYPE_MAP[config.checkpoint.export_dtype],
-            heads_config=heads_config,
+            heads=head_arguments(config, self.model.config, self.model) if self.model.head_names else None,
         )
         state = self.checkpointer.states[MODEL].state_dict()
         file_keys = self.model.file_keys(state)
@@ -273,3 +296,10 @@ class FutureTrainer(torchtitan.train.Trainer):
             },
             "seed": self.seed_identity,
         }
+
+
+def _norm_of_gradients(parameters: list[torch.nn.Parameter]) -> float:
+    """L2 norm of the gradients that there are. Collective where parameters are sharded."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

@@ -25,8 +25,7 @@ from flame_ext.checkpoint.steps import put_in_place, start, temporary_path
 from flame_ext.distributed import failing_together, is_main_rank
 from flame_ext.errors import CheckpointError
 from flame_ext.files import write_json
-from flame_ext.heads.future_encoder import FutureEncoder
-from flame_ext.heads.future_predictor import FuturePredictor
+from flame_ext.heads.converter import HEAD_BUILDERS
 from flame_ext.seeding.layouts.hf_safetensors import HEADS_FOLDER, INDEX_NAME
 
 # What belongs to a tokenizer or to generation. Named one by one: modelling code in the source must not be carried on.
@@ -51,8 +50,8 @@ class ExportSpec:
     assets: Path
     """The folder whose tokenizer and generation files go along."""
     dtype: torch.dtype
-    heads_config: dict[str, Any] | None
-    """``future_heads/config.json``; None without heads."""
+    heads: dict[str, dict[str, Any]] | None
+    """``future_heads/config.json``: name of each head to the arguments that it is built from; None without heads."""
     max_shard_size: str = "5GB"
 
 
@@ -95,8 +94,8 @@ def _write_small_files(folder: Path, spec: ExportSpec) -> None:
     for name in _COPIED_FILES:
         if (spec.assets / name).is_file():
             shutil.copyfile(spec.assets / name, folder / name)
-    if spec.heads_config is not None:
-        write_json(folder / HEADS_FOLDER / "config.json", spec.heads_config)
+    if spec.heads is not None:
+        write_json(folder / HEADS_FOLDER / "config.json", spec.heads)
 
 
 def _write_tensors(state: Mapping[str, Tensor], folder: Path, spec: ExportSpec, max_shard_size: str) -> None:
@@ -138,17 +137,10 @@ def load_future_heads(folder: str | Path) -> torch.nn.ModuleDict:
         folder: an export, ``hf/step-N``.
 
     Returns:
-        ``future_encoder`` and ``future_predictor``; the latter maps (B, T, D) hidden states to predictions.
+        ``future_encoder``, ``future_predictor`` and, if there is one, ``action_layer``.
     """
     heads_folder = Path(folder) / HEADS_FOLDER
     config = json.loads((heads_folder / "config.json").read_text())
-    heads = torch.nn.ModuleDict(
-        {
-            "future_encoder": FutureEncoder(config["future_encoder"]["future_k"]),
-            "future_predictor": FuturePredictor(
-                config["hidden_size"], config["future_predictor"]["head_type"], config["future_predictor"]["dropout"]
-            ),
-        }
-    )
+    heads = torch.nn.ModuleDict({name: HEAD_BUILDERS[name](**arguments) for name, arguments in config.items()})
     heads.load_state_dict(load_file(heads_folder / "model.safetensors"), strict=True)
     return heads

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError
+from flame_ext.model.attention import not_anticausal
 from flame_ext.model.hf_causal_lm import load_hf_config
 from flame_ext.model.train_spec import MODEL_NAME
 from flame_ext.registration import CONVERTER_NAME
@@ -91,10 +92,12 @@ def _check_checkpoint(config: FlameJobConfig) -> Iterator[str]:
 
 
 def _check_objective(config: FlameJobConfig) -> Iterator[str]:
-    encoder, predictor = config.future_encoder, config.future_predictor
+    encoder, predictor, action = config.future_encoder, config.future_predictor, config.action_layer
     attached = CONVERTER_NAME in config.model.converters
     if encoder.enable != predictor.enable:
         yield "future_encoder.enable and future_predictor.enable go together: one is the target, the other predicts it"
+    if action.enable and not encoder.enable:
+        yield "action_layer.enable needs future_encoder.enable: candidates are scored by the summary of the future"
     if encoder.enable and not attached:
         yield f'future_encoder.enable is true but nothing attaches the heads: set model.converters = ["{CONVERTER_NAME}"]'
     if attached and not encoder.enable:
@@ -105,10 +108,74 @@ def _check_objective(config: FlameJobConfig) -> Iterator[str]:
         yield f"future_encoder.shift_k must be in 1..training.seq_len - 1 ({config.training.seq_len - 1}), got {encoder.shift_k}"
     if encoder.temperature <= 0:
         yield f"future_encoder.temperature must be > 0 (cosines are divided by it; 0.05-0.1 is usual), got {encoder.temperature}"
-    if encoder.loss_weight < 0:
-        yield f"future_encoder.loss_weight must be >= 0 (0 = not computed), got {encoder.loss_weight}"
     if not 0 <= predictor.dropout < 1:
         yield f"future_predictor.dropout must be in [0, 1), got {predictor.dropout}"
+    if action.top_k < 1:
+        yield f"action_layer.top_k must be >= 1 (the likeliest tokens beside the true one), got {action.top_k}"
+    if action.tau <= 0:
+        yield f"action_layer.tau must be > 0 (cosines are divided by it), got {action.tau}"
+    if action.ffn_hidden_size is not None and action.ffn_hidden_size < 1:
+        yield f"action_layer.ffn_hidden_size must be >= 1, got {action.ffn_hidden_size}; leave it out for the backbone's"
+    if action.model_loss_weight < 0:
+        yield f"action_layer.model_loss_weight must be >= 0 (0 = not computed), got {action.model_loss_weight}"
+    if action.enable and action.loss_weight > 0 and action.model_loss_weight == 0:
+        yield (
+            "action_layer.model_loss_weight is 0 while loss_weight is not: nothing would train the head that gives the "
+            "rewards; set it above 0, or loss_weight to 0"
+        )
+    weights = [encoder.loss_weight, *([action.loss_weight, action.model_loss_weight] if action.enable else [])]
+    if predictor.freeze_backbone and not (encoder.enable and any(weights)):
+        yield "future_predictor.freeze_backbone leaves nothing to train: enable the heads, with a loss_weight above 0"
+    yield from _check_weights(config)
+    yield from _check_teacher(config)
+
+
+def _check_weights(config: FlameJobConfig) -> Iterator[str]:
+    """Schedules of losses and of the heads' optimisation."""
+    for name in ("future_encoder", "action_layer"):
+        section = getattr(config, name)
+        if section.loss_weight < 0:
+            yield f"{name}.loss_weight must be >= 0 (0 = not computed), got {section.loss_weight}"
+        for field in ("loss_weight_warmup_steps", "loss_weight_decay_steps"):
+            if getattr(section, field) < 0:
+                yield f"{name}.{field} must be >= 0 (0 = none), got {getattr(section, field)}"
+    for name in ("future_encoder", "future_predictor", "action_layer"):
+        section = getattr(config, name)
+        if section.lr_scale <= 0:
+            yield f"{name}.lr_scale must be > 0 (a multiple of optimizer.lr), got {section.lr_scale}"
+        if section.weight_decay is not None and section.weight_decay < 0:
+            yield f"{name}.weight_decay must be >= 0, got {section.weight_decay}; leave it out for optimizer.weight_decay"
+        if section.warmup_steps is not None and section.warmup_steps < 0:
+            yield f"{name}.warmup_steps must be >= 0, got {section.warmup_steps}; leave it out for lr_scheduler.warmup_steps"
+        own_group = section.lr_scale != 1 or section.weight_decay is not None or section.warmup_steps is not None
+        if own_group and config.optimizer.early_step_in_backward:
+            yield (
+                f"{name}.lr_scale, weight_decay and warmup_steps make a parameter group, which "
+                "optimizer.early_step_in_backward does not have: drop one of the two"
+            )
+
+
+def _check_teacher(config: FlameJobConfig) -> Iterator[str]:
+    """What only some summaries have."""
+    encoder, batch = config.future_encoder, config.training.local_batch_size
+    if encoder.teacher_interval < 1:
+        yield f"future_encoder.teacher_interval must be >= 1 (1 = every step), got {encoder.teacher_interval}"
+    sequences = encoder.teacher_fraction * batch
+    if not 0 < encoder.teacher_fraction <= 1:
+        yield f"future_encoder.teacher_fraction must be in (0, 1], got {encoder.teacher_fraction}"
+    elif abs(sequences - round(sequences)) > 1e-6 or round(sequences) < 1:
+        yield (
+            f"future_encoder.teacher_fraction ({encoder.teacher_fraction}) times training.local_batch_size ({batch}) must be "
+            f"a whole number of sequences; for {max(1, round(sequences))} of them, set it to {max(1, round(sequences)) / batch:g}"
+        )
+    if encoder.summary_method == "anticausal":
+        if not encoder.detach_targets:
+            yield "future_encoder.detach_targets = false is for pooled summaries: the anticausal forward has no gradient"
+    elif encoder.teacher_interval > 1 or encoder.teacher_fraction != 1:
+        yield (
+            "future_encoder.teacher_interval and teacher_fraction save the second forward of summary_method = 'anticausal'; "
+            f"{encoder.summary_method!r} has none"
+        )
 
 
 def _check_data(config: FlameJobConfig) -> Iterator[str]:
@@ -145,6 +212,18 @@ def _check_against_model(config: FlameJobConfig, hf_config: PreTrainedConfig) ->
     if not any((assets / name).is_file() for name in TOKENIZER_FILES):
         yield f"model.hf_assets_path {str(assets)!r}: no tokenizer ({' or '.join(TOKENIZER_FILES)}); copy the model's there"
     text = hf_config.get_text_config()
+    if config.action_layer.enable and config.action_layer.top_k > text.vocab_size:
+        yield (
+            f"action_layer.top_k ({config.action_layer.top_k}) is above the model's vocabulary ({text.vocab_size}); a few "
+            "candidates are enough, their cost grows with their number"
+        )
+    if config.future_encoder.enable and config.future_encoder.summary_method == "anticausal":
+        reason = not_anticausal(hf_config)
+        if reason is not None:
+            yield (
+                f"future_encoder.summary_method = 'anticausal' can not be right for {hf_config.model_type!r}: {reason}; take "
+                "'mean', 'max' or 'attention'"
+            )
     limit = getattr(text, "max_position_embeddings", None)
     if limit is not None and config.training.seq_len > limit:
         yield (

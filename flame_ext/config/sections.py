@@ -45,16 +45,31 @@ class Seed:
 
 
 @dataclass
-class FutureEncoder:
+class HeadOptimization:
+    """How a head's parameters are optimised: a parameter group of their own, saved and restored as such."""
+
+    lr_scale: float = 1.0
+    """Learning rate of this head's parameters, as a multiple of `optimizer.lr`."""
+
+    weight_decay: float | None = None
+    """Weight decay of this head's parameters; by default `optimizer.weight_decay`."""
+
+    warmup_steps: int | None = None
+    """Warm-up of this head's learning rate; by default `lr_scheduler.warmup_steps`."""
+
+
+@dataclass
+class FutureEncoder(HeadOptimization):
     """What summarises the future: the target F_t (batch, sequence, hidden size) of the prediction."""
 
     enable: bool = False
     """Whether there is a future objective. Needs the model converter 'future_prediction'."""
 
-    summary_method: Literal["anticausal"] = "anticausal"
+    summary_method: Literal["anticausal", "mean", "max", "attention"] = "anticausal"
     """
     'anticausal': the last hidden states of a second, gradient-free forward of the backbone in which position t attends
-    to positions after t only.
+    to positions after t only. 'mean', 'max', 'attention': the causal hidden states of the positions after t, pooled; no
+    second forward, but these states have read the past.
     """
 
     future_k: int = 0
@@ -73,17 +88,45 @@ class FutureEncoder:
     """Temperature of the contrastive loss: cosines are divided by it."""
 
     loss_weight: float = 0.1
-    """Weight of the contrastive loss beside the cross-entropy. At 0 it is not computed: a plain CE run."""
+    """Weight of the contrastive loss beside the cross-entropy. At 0 it is not computed."""
+
+    loss_weight_warmup_steps: int = 0
+    """Steps over which `loss_weight` rises linearly from 0."""
+
+    loss_weight_decay_steps: int = 0
+    """Steps at the end of the run over which `loss_weight` falls linearly to 0."""
 
     negatives: Literal["global", "local"] = "global"
     """
-    'global': the summaries of all data-parallel ranks are the negatives, so the loss does not depend on how the batch
-    is spread over ranks. 'local': only this rank's own; no communication.
+    'global': the summaries of all data-parallel ranks and, with the anticausal encoder, of all micro-batches of the step
+    are the negatives: the loss depends on the global batch alone, however it is spread over ranks and accumulation.
+    'local': only this rank's micro-batch; no communication.
+    """
+
+    detach_targets: bool = True
+    """
+    Whether pooled summaries are constants to the loss. If not, the gradient also goes through them into the backbone, and
+    into the projections of 'attention', which otherwise stay as they were initialised. Anticausal ones always are.
+    """
+
+    teacher_fraction: float = 1.0
+    """
+    Share of each micro-batch's sequences, drawn anew each time, that the anticausal teacher runs on and the future is
+    predicted in. Unbiased; `training.local_batch_size` times this has to be an integer.
+    """
+
+    teacher_interval: int = 1
+    """Run the anticausal teacher on every n-th step only, with n times the weights. Unbiased."""
+
+    teacher_attention: Literal["auto", "sdpa", "flex"] = "auto"
+    """
+    Attention of the anticausal forward: 'flex' (FlexAttention with a BlockMask), 'sdpa' (a boolean mask), 'auto': flex on
+    CUDA where the backbone supports it, else sdpa.
     """
 
 
 @dataclass
-class FuturePredictor:
+class FuturePredictor(HeadOptimization):
     """The head that predicts the future summary from the causal hidden state h_t."""
 
     enable: bool = False
@@ -94,6 +137,47 @@ class FuturePredictor:
 
     dropout: float = 0.0
     """Dropout on the normalised input of the head."""
+
+    freeze_backbone: bool = False
+    """Train the heads alone: a probe of what the backbone already knows about the future."""
+
+
+@dataclass
+class ActionLayer(HeadOptimization):
+    """The head that predicts the future summary after each candidate for the next token, and rewards the candidates by it."""
+
+    enable: bool = False
+    """Whether there is an action layer. Needs `future_encoder.enable`."""
+
+    head_type: Literal["mlp", "tower"] = "mlp"
+    """
+    'mlp': a GELU MLP on h_t and the candidate's embedding side by side. 'tower': a residual SwiGLU tower for each, that
+    meet in a product.
+    """
+
+    use_rms_norm: bool | None = None
+    """RMSNorm on the inputs, else LayerNorm; by default what the backbone has."""
+
+    ffn_hidden_size: int | None = None
+    """Width of the hidden layers; by default the backbone's `intermediate_size`."""
+
+    top_k: int = 8
+    """Candidates: the k likeliest next tokens, and the true one."""
+
+    tau: float = 0.1
+    """Temperature of the rewards: softmax(cosine / tau) over the candidates."""
+
+    loss_weight: float = 0.1
+    """Weight of the policy loss, -sum_a r_a log p(a), in which the rewards are constants."""
+
+    loss_weight_warmup_steps: int = 0
+    """Steps over which `loss_weight` rises linearly from 0; rewards mean nothing before the head has learned."""
+
+    loss_weight_decay_steps: int = 0
+    """Steps at the end of the run over which `loss_weight` falls linearly to 0."""
+
+    model_loss_weight: float = 0.1
+    """Weight of the loss that trains the head: to predict F_t from the true token, against other candidates and positions."""
 
 
 @dataclass
@@ -117,4 +201,5 @@ class FlameJobConfig(JobConfig):
     seed: Seed = field(default_factory=Seed)
     future_encoder: FutureEncoder = field(default_factory=FutureEncoder)
     future_predictor: FuturePredictor = field(default_factory=FuturePredictor)
+    action_layer: ActionLayer = field(default_factory=ActionLayer)
     data: Data = field(default_factory=Data)

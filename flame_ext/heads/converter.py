@@ -9,31 +9,100 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import set_default_dtype
 
-from flame_ext.heads.future_encoder import FutureEncoder
+from flame_ext.heads.action_layer import ActionLayer
+from flame_ext.heads.future_encoder import build_future_encoder
 from flame_ext.heads.future_predictor import FuturePredictor
+from flame_ext.model.attention import attention_windows
 
 
 class FuturePredictionConverter:
-    """Adds ``future_encoder`` and ``future_predictor`` to a model that has ``add_head`` (``HFCausalLM``)."""
+    """Adds the heads to a model that has ``add_head`` (``HFCausalLM``)."""
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
         self.job_config = job_config
 
     def convert(self, model: nn.Module) -> None:
-        """Attach the heads, on meta, before the host parallelises the model. In place."""
-        encoder, predictor = self.job_config.future_encoder, self.job_config.future_predictor
-        hidden_size = model.config.get_text_config().hidden_size
-        with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[self.job_config.training.dtype]):
-            head = FuturePredictor(hidden_size, predictor.head_type, predictor.dropout)
-        model.add_head("future_encoder", FutureEncoder(encoder.future_k), {})
-        model.add_head("future_predictor", head, head.parameter_inits())
-        if encoder.loss_weight == 0.0:
-            # Never trained: gradients that never come would be waited for by DDP.
-            head.requires_grad_(False)
+        """Attach the heads, on meta, before the host parallelises the model. In place.
+
+        A head whose losses have weight 0 does not ask for gradients, nor do a frozen backbone and projections behind
+        detached targets: gradients that never come would be waited for by DDP.
+        """
+        config = self.job_config
+        encoder, predictor, action = config.future_encoder, config.future_predictor, config.action_layer
+        if predictor.freeze_backbone:
+            model.requires_grad_(False)
+        with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
+            heads = build_heads(config, model.config, model)
+        trained = {
+            "future_encoder": encoder.loss_weight > 0 and not encoder.detach_targets,
+            "future_predictor": encoder.loss_weight > 0,
+            "action_layer": action.loss_weight > 0 or action.model_loss_weight > 0,
+        }
+        for name, head in heads.items():
+            head.requires_grad_(trained[name])
+            model.add_head(name, head, head.parameter_inits())
+            model.head_optimization[name] = getattr(config, name)
         model.remember_state()
-        logger.info(
-            f"Attached future_encoder and future_predictor: {sum(p.numel() for p in head.parameters()):,} parameters"
-        )
+        sizes = ", ".join(f"{name} ({sum(p.numel() for p in head.parameters()):,})" for name, head in heads.items())
+        logger.info(f"Attached heads (parameters): {sizes}{'; the backbone is frozen' * predictor.freeze_backbone}")
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
         """Nothing to do."""
+
+
+def head_arguments(job_config: JobConfig, config, backbone: nn.Module) -> dict[str, dict]:
+    """Name of each enabled head to what it is built from, as plain data; an export keeps it (``future_heads/config.json``).
+
+    Args:
+        job_config: with the sections of flame_ext.
+        config: the backbone's, a transformers configuration.
+        backbone: whose kind of norm the action layer takes over.
+    """
+    text = config.get_text_config()
+    encoder, predictor, action = job_config.future_encoder, job_config.future_predictor, job_config.action_layer
+    anticausal = encoder.summary_method == "anticausal"
+    arguments: dict[str, dict] = {
+        "future_encoder": {
+            "summary_method": encoder.summary_method,
+            "future_k": encoder.future_k,
+            "hidden_size": text.hidden_size,
+            "num_heads": text.num_attention_heads,
+            "windows": attention_windows(text) if anticausal else None,
+        },
+        "future_predictor": {
+            "hidden_size": text.hidden_size,
+            "head_type": predictor.head_type,
+            "dropout": predictor.dropout,
+        },
+    }
+    if action.enable:
+        inferred_norm = any("RMSNorm" in type(module).__name__ for module in backbone.modules())
+        arguments["action_layer"] = {
+            "hidden_size": text.hidden_size,
+            "head_type": action.head_type,
+            "use_rms_norm": inferred_norm if action.use_rms_norm is None else action.use_rms_norm,
+            "ffn_hidden_size": action.ffn_hidden_size or _ffn_hidden_size(text),
+        }
+    return arguments
+
+
+HEAD_BUILDERS = {
+    "future_encoder": build_future_encoder,
+    "future_predictor": FuturePredictor,
+    "action_layer": ActionLayer,
+}
+"""Name of a head to what builds it from its arguments."""
+
+
+def build_heads(job_config: JobConfig, config, backbone: nn.Module) -> dict[str, nn.Module]:
+    """The enabled heads, on the current default device; arguments as in :func:`head_arguments`."""
+    arguments = head_arguments(job_config, config, backbone)
+    return {name: HEAD_BUILDERS[name](**values) for name, values in arguments.items()}
+
+
+def _ffn_hidden_size(text) -> int:
+    """The backbone's, under the names that configurations have for it."""
+    for name in ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"):
+        if getattr(text, name, None):
+            return getattr(text, name)
+    return 4 * text.hidden_size

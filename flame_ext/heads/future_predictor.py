@@ -7,7 +7,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flame_ext.heads.initialisation import Constant, ParameterInit, lecun_uniform
+from flame_ext.heads.initialisation import ParameterInit, linear_inits
 
 
 class _GatedMLP(nn.Module):
@@ -56,8 +56,4 @@ class FuturePredictor(nn.Module):
 
     def parameter_inits(self) -> dict[str, ParameterInit]:
         """Norm at identity, biases at zero, linear maps LeCun-uniform (gain 1)."""
-        inits: dict[str, ParameterInit] = {"norm.weight": Constant(1.0)}
-        for name, parameter in self.named_parameters():
-            if name not in inits:
-                inits[name] = lecun_uniform(parameter.shape[1]) if parameter.ndim == 2 else Constant(0.0)
-        return inits
+        return linear_inits(self)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torchtitan.config import JobConfig
 from torchtitan.protocols import BaseModelArgs
@@ -26,6 +27,7 @@ from transformers.core_model_loading import PrefixChange, WeightTransform, rever
 
 from flame_ext.errors import ConfigError
 from flame_ext.heads.initialisation import ParameterInit
+from flame_ext.model.attention import BOOLEAN_ATTENTION, attention_implementation
 
 POISON_VARIABLE = "FLAME_EXT_POISON_PARAMETERS"
 
@@ -84,23 +86,13 @@ def load_hf_config(path: str, trust_remote_code: bool = False) -> PreTrainedConf
         ) from e
 
 
-class ModelOutput(NamedTuple):
-    """What one training forward gives."""
-
-    logits: Tensor
-    """(B, T, V)"""
-    hidden_states: Tensor
-    """(B, T, D), after the final norm: what the output embedding reads."""
-    future_predictions: Tensor | None
-    """(B, T, D) float32, of unit length; None without a predictor."""
-
-
 class HFCausalLM(nn.Module):
     """Mixin over a transformers ``...ForCausalLM``; see :func:`build_hf_causal_lm`.
 
     Attributes:
         model_args: the host's arguments.
         head_names: children that are not the backbone's, in the order they were added.
+        head_optimization: name of a head to how its parameters are optimised, where that is not as the backbone's.
         parameter_inits: name of a head's parameter to its initialisation.
         tied_keys: name of a tied parameter to the name that the state dict keeps, e.g. lm_head to the embedding.
         computed_buffers: names of the buffers that are in no state dict (RoPE frequencies and the like).
@@ -205,16 +197,22 @@ class HFCausalLM(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        output: Literal["logits", "hidden_states", "all"] = "logits",
-    ) -> Tensor | ModelOutput:
-        """One forward of the backbone, and of the heads where asked: FSDP gathers their parameters only in here.
+        output: Literal["logits", "hidden_states"] = "logits",
+        compute: Callable[[Tensor, Tensor], Any] | None = None,
+    ) -> Any:
+        """One forward of the backbone, and of what ``compute`` does with its results.
+
+        FSDP gathers the parameters of heads and embeddings only while the root module's forward runs, so whatever uses
+        them has to run in here.
 
         Args:
             input_ids: (B, T).
-            attention_mask: (B or 1, 1, T, T) bool, true where attention is allowed; None = causal.
+            attention_mask: None = causal; or (B or 1, 1, T, T), true where attention is allowed, as a bool tensor or a
+                ``BlockMask``; or a dict of them by layer type.
             position_ids: (B, T); None = 0..T-1.
-            output: "logits" (B, T, V); "hidden_states" (B, T, D), without running the output embedding; "all":
-                a :class:`ModelOutput`.
+            output: "logits" (B, T, V), or "hidden_states" (B, T, D), after the final norm, without running the output
+                embedding.
+            compute: called with logits and hidden states; what it returns is returned.
         """
         inputs = {
             "input_ids": input_ids,
@@ -222,21 +220,32 @@ class HFCausalLM(nn.Module):
             "position_ids": position_ids,
             "use_cache": False,
         }
-        if output == "hidden_states":
-            return self.base_model(**inputs).last_hidden_state
-        if output == "logits":
-            return super().forward(**inputs).logits
-        # The architecture's own forward does more than lm_head(hidden) (soft-capping, scaling): run it as it is, and
-        # pick up the last hidden state on its way from the base model.
-        captured: list[Tensor] = []
-        hook = self.base_model.register_forward_hook(lambda _m, _i, result: captured.append(result.last_hidden_state))
-        try:
-            logits = super().forward(**inputs).logits
-        finally:
-            hook.remove()
-        (hidden_states,) = captured
-        predictor = getattr(self, "future_predictor", None)
-        return ModelOutput(logits, hidden_states, None if predictor is None else predictor(hidden_states))
+        with self._attention_for(attention_mask):
+            if output == "hidden_states":
+                return self.base_model(**inputs).last_hidden_state
+            if compute is None:
+                return super().forward(**inputs).logits
+            # The architecture's own forward does more than lm_head(hidden) (soft-capping, scaling): run it as it is, and
+            # pick up the last hidden state on its way from the base model.
+            captured: list[Tensor] = []
+            hook = self.base_model.register_forward_hook(
+                lambda _m, _i, result: captured.append(result.last_hidden_state)
+            )
+            try:
+                logits = super().forward(**inputs).logits
+            finally:
+                hook.remove()
+        return compute(logits, captured.pop())
+
+    def _attention_for(self, mask: Any) -> AbstractContextManager[None]:
+        """The attention that understands ``mask``: the backbone's own for None."""
+        masks = mask.values() if isinstance(mask, dict) else [mask]
+        own = self.base_model.config._attn_implementation
+        if any(isinstance(mask, BlockMask) for mask in masks):
+            return attention_implementation(self.base_model.config, "flex_attention")
+        if mask is not None and own != "sdpa":
+            return attention_implementation(self.base_model.config, BOOLEAN_ATTENTION)
+        return nullcontext()
 
 
 def build_hf_causal_lm(model_args: HFModelArgs) -> HFCausalLM:
@@ -264,6 +273,7 @@ def build_hf_causal_lm(model_args: HFModelArgs) -> HFCausalLM:
     model.__class__ = _with_training_interface(type(model))
     model.model_args = model_args
     model.head_names = []
+    model.head_optimization = {}
     model.parameter_inits = {}
     model.remember_state()
     return model

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from torchtitan.components.loss import build_cross_entropy_loss
-from torchtitan.components.lr_scheduler import build_lr_schedulers
-from torchtitan.components.optimizer import build_optimizers
+from torchtitan.components.loss import LossFunction
 from torchtitan.components.tokenizer import build_hf_tokenizer
-from torchtitan.components.validate import build_validator
 from torchtitan.protocols import StateDictAdapter
 from torchtitan.protocols.train_spec import TrainSpec
 
+from flame_ext.config.sections import FlameJobConfig
 from flame_ext.data.packing import build_dataloader
+from flame_ext.future_objective import loss_compile_backend
 from flame_ext.metrics import build_metrics_processor
 from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
 from flame_ext.model.parallelize import parallelize_hf_causal_lm
+from flame_ext.objective.cross_entropy import cross_entropy_loss
+from flame_ext.optimization import build_lr_schedulers, build_optimizers
+from flame_ext.validation import build_validator
 
 MODEL_NAME = "hf_causal_lm"
 
@@ -30,6 +33,11 @@ class IdentityStateDictAdapter(StateDictAdapter):
         return hf_state_dict
 
 
+def build_loss(job_config: FlameJobConfig, **_kwargs: Any) -> LossFunction:
+    """The host's cross-entropy, number for number, without its float32 copies of the logits."""
+    return partial(cross_entropy_loss, compile_backend=loss_compile_backend(job_config))
+
+
 def build_train_spec() -> TrainSpec:
     return TrainSpec(
         model_cls=build_hf_causal_lm,
@@ -40,7 +48,7 @@ def build_train_spec() -> TrainSpec:
         build_lr_schedulers_fn=build_lr_schedulers,
         build_dataloader_fn=build_dataloader,
         build_tokenizer_fn=build_hf_tokenizer,
-        build_loss_fn=build_cross_entropy_loss,
+        build_loss_fn=build_loss,
         build_validator_fn=build_validator,
         build_metrics_processor_fn=build_metrics_processor,
         state_dict_adapter=IdentityStateDictAdapter,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 
 def doc_ids_from_eos(input_ids: Tensor, eos_id: int) -> Tensor:
@@ -47,6 +50,41 @@ def anticausal_mask(
         return allowed[None, None]
     same_document = doc_ids[:, None, :, None] == doc_ids[:, None, None, :]
     return allowed & same_document
+
+
+def anticausal_block_mask(
+    batch_size: int,
+    seq_len: int,
+    future_k: int = 0,
+    doc_ids: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> BlockMask:
+    """:func:`anticausal_mask` for FlexAttention, which skips blocks where nothing is allowed and holds no (T, T) mask.
+
+    Args:
+        batch_size: B.
+        seq_len: T.
+        future_k: window, 0 = all the future.
+        doc_ids: (B, T) integers, or None if the sequence is one document.
+        device: of the result.
+    """
+
+    def allowed(b: Tensor, _head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        result = j > i
+        if future_k > 0:
+            result = result & (j <= i + future_k)
+        if doc_ids is not None:
+            result = result & (doc_ids[b, i] == doc_ids[b, j])
+        return result
+
+    # Not compiled, it holds the (B, T, T) mask for a moment.
+    create = _compiled_create_block_mask() if torch.device(device or "cpu").type == "cuda" else create_block_mask
+    return create(allowed, None if doc_ids is None else batch_size, None, seq_len, seq_len, device=device)
+
+
+@cache
+def _compiled_create_block_mask():
+    return torch.compile(create_block_mask)
 
 
 def has_future(doc_ids: Tensor) -> Tensor:

@@ -1,0 +1,88 @@
+"""Optimizers and learning-rate schedules with a parameter group for each head that asks for one.
+
+Built by the host's own builders first; only then are the heads' parameters taken out of the one group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torchtitan.components.lr_scheduler import LRSchedulersContainer
+from torchtitan.components.lr_scheduler import build_lr_schedulers as build_host_lr_schedulers
+from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.components.optimizer import build_optimizers as build_host_optimizers
+from torchtitan.config import LRScheduler as LRSchedulerConfig
+from torchtitan.config import Optimizer as OptimizerConfig
+from torchtitan.distributed import ParallelDims
+
+from flame_ext.config.sections import HeadOptimization
+
+
+def build_optimizers(
+    model_parts: list[nn.Module], optimizer_config: OptimizerConfig, parallel_dims: ParallelDims, *args: Any
+) -> OptimizersContainer:
+    """The host's optimizers; a head with options of its own (``model.head_optimization``) is a group of its own.
+
+    DCP saves every group's options with each of its parameters, so they come back with the state, whatever the layout.
+    """
+    container = build_host_optimizers(model_parts, optimizer_config, parallel_dims, *args)
+    if optimizer_config.early_step_in_backward:  # an optimizer for each parameter; config/checks.py refuses groups
+        return container
+    for model, optimizer in zip(model_parts, container, strict=True):
+        (rest,) = optimizer.param_groups
+        for head, options in own_groups(model):
+            owned = {id(p) for p in head.parameters()}
+            rest["params"] = [p for p in rest["params"] if id(p) not in owned]
+            decay = optimizer_config.weight_decay if options.weight_decay is None else options.weight_decay
+            optimizer.add_param_group(
+                {
+                    "params": [p for p in head.parameters() if p.requires_grad],
+                    "lr": optimizer_config.lr * options.lr_scale,
+                    "weight_decay": decay,
+                }
+            )
+        if not rest["params"]:  # the backbone is frozen
+            optimizer.param_groups.remove(rest)
+    return container
+
+
+def build_lr_schedulers(
+    optimizers: OptimizersContainer, config: LRSchedulerConfig, training_steps: int
+) -> LRSchedulersContainer:
+    """The host's schedule for each group, with the group's own warm-up where it has one."""
+    if all(len(optimizer.param_groups) == 1 and not own_groups(model) for model, optimizer in _parts(optimizers)):
+        return build_host_lr_schedulers(optimizers, config, training_steps)
+    # One model part: pipelining, where parts would have different groups, is refused by config/checks.py.
+    ((model, optimizer),) = _parts(optimizers)
+    warmups = [options.warmup_steps for _, options in own_groups(model)]
+    if len(optimizer.param_groups) > len(warmups):
+        warmups.insert(0, None)
+    return LRSchedulersContainer(optimizers, [_schedule(config, training_steps, warmup) for warmup in warmups])
+
+
+def own_groups(model: nn.Module) -> list[tuple[nn.Module, HeadOptimization]]:
+    """The trained heads of ``model`` that are not optimised as the backbone is."""
+    default = HeadOptimization()
+    groups = []
+    for name, section in model.head_optimization.items():
+        options = HeadOptimization(section.lr_scale, section.weight_decay, section.warmup_steps)
+        head = model.get_submodule(name)
+        if options != default and any(p.requires_grad for p in head.parameters()):
+            groups.append((head, options))
+    return groups
+
+
+def _parts(optimizers: OptimizersContainer) -> list[tuple[nn.Module, torch.optim.Optimizer]]:
+    return list(zip(optimizers.model_parts, optimizers, strict=False))
+
+
+def _schedule(config: LRSchedulerConfig, training_steps: int, warmup_steps: int | None) -> Any:
+    """The host's function of the step; it has it only inside of a scheduler, and a scheduler only of an optimizer."""
+    if warmup_steps is not None:
+        config = replace(config, warmup_steps=warmup_steps)
+    nothing = torch.optim.SGD([torch.zeros(())], lr=1.0)
+    (scheduler,) = build_host_lr_schedulers([nothing], config, training_steps)
+    return scheduler.lr_lambdas[0]
