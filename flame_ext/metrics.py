@@ -73,7 +73,9 @@ class FutureMetricsProcessor(MetricsProcessor):
         }
         self._append(METRICS_NAME, record)
         super().log(step, global_avg_loss, global_max_loss, grad_norm, extra)
-shown = (f"{name}: {value:8.5f}" for name, value in known.items() if name.startswith("loss_") or name in ON_CONSOLE)
+        shown = (
+            f"{name}: {value:8.5f}" for name, value in known.items() if name.startswith("loss_") or name in ON_CONSOLE
+        )
         logger.info("  ".join([f"step: {step:2}", *shown]))
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
