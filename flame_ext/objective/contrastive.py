@@ -102,14 +102,17 @@ class _InfoNCE(torch.autograd.Function):
         query_grad = torch.empty_like(queries) if wants_query_grad else None
         key_grad = torch.zeros(keys.shape, device=keys.device) if wants_key_grad else None
         sums = torch.zeros(3, device=queries.device)  # loss, top-1, cosine of the positive
+        # One buffer for all tiles: fresh memory costs a CPU as much as the product that is written there.
+        buffer = torch.empty(min(queries.shape[0], _TILE_QUERIES), min(keys.shape[0], _TILE_KEYS), device=keys.device)
         for rows in _tiles(queries.shape[0], _TILE_QUERIES):
             tile, valid, target = queries[rows], query_mask[rows], targets[rows]
+            scaled = tile * (1.0 / temperature)
             softmax = _empty_softmax(tile)
             expected = torch.zeros(tile.shape, device=tile.device) if wants_query_grad else None
             for columns in _tiles(keys.shape[0], _TILE_KEYS):
-                logits = _products(tile, keys[columns])
+                logits = _products(scaled, keys[columns], buffer)
                 weights, rescale, softmax = accumulate(
-                    logits, bias[columns], target - columns.start, columns.start, 1.0 / temperature, softmax
+                    logits, bias[columns], target - columns.start, columns.start, softmax
                 )
                 if expected is not None:
                     _add_products(expected.mul_(rescale[:, None]), weights, keys[columns])
@@ -126,7 +129,7 @@ class _InfoNCE(torch.autograd.Function):
                 query_grad[rows] = expected.mul_(share[:, None]).sub_(own)
             if key_grad is not None:
                 for columns in _tiles(keys.shape[0], _TILE_KEYS):
-                    logits = _products(tile, keys[columns]).div_(temperature).add_(bias[columns])
+                    logits = _products(scaled, keys[columns], buffer).add_(bias[columns])
                     weights = logits.sub_(softmax.maximum[:, None]).exp_().mul_(share[:, None])
                     _add_products(key_grad[columns], weights.T, tile)
                 key_grad.index_add_(0, target, tile.float() * per_row[:, None], alpha=-1.0)
@@ -143,22 +146,21 @@ class _InfoNCE(torch.autograd.Function):
 
 
 def _accumulate(
-    logits: Tensor, bias: Tensor, target: Tensor, first_key: int, scale: float, so_far: _Softmax
+    logits: Tensor, bias: Tensor, target: Tensor, first_key: int, so_far: _Softmax
 ) -> tuple[Tensor, Tensor, _Softmax]:
     """Take a tile of keys into the softmax.
 
     Args:
-        logits: (Q, K) float32 cosines; overwritten.
+        logits: (Q, K) float32; overwritten.
         bias: (K,) 0, or -inf where the key is not valid.
         target: (Q,) each query's own key, counted from the tile's first.
         first_key: number of the tile's first key.
-        scale: 1 / temperature.
         so_far: of the keys before.
 
     Returns:
         exp(logit - maximum) (Q, K), what earlier sums have to be multiplied by (Q,), and the softmax with these keys.
     """
-    logits = logits.mul_(scale).add_(bias)
+    logits = logits.add_(bias)
     largest, where = logits.max(dim=1)
     # With no valid key so far the maximum is the least finite number: -inf less that is -inf, and exp of it 0.
     maximum = torch.maximum(so_far.maximum, largest)
@@ -186,10 +188,11 @@ def _tiles(length: int, size: int) -> list[slice]:
     return [slice(begin, min(begin + size, length)) for begin in range(0, length, size)]
 
 
-def _products(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right.T in float32: (Q, D), (K, D) to (Q, K)."""
+def _products(left: Tensor, right: Tensor, buffer: Tensor) -> Tensor:
+    """left @ right.T in float32: (Q, D), (K, D) to (Q, K), in ``buffer`` where the device can."""
     if right.dtype == torch.float32 or not right.is_cuda:
-        return torch.mm(left.float(), right.float().T)
+        out = buffer.flatten()[: left.shape[0] * right.shape[0]].view(left.shape[0], right.shape[0])
+        return torch.mm(left.float(), right.float().T, out=out)
     return torch.mm(left.to(right.dtype), right.T, out_dtype=torch.float32)
 
 
