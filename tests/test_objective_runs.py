@@ -31,7 +31,9 @@ def assert_same_run(run: TrainRun, reference: TrainRun) -> None:
     for line, expected in zip(run.metrics, reference.metrics, strict=True):
         assert set(line) == set(expected)
         for name in DETERMINED:
-            if name in expected:
+            if expected.get(name) is None:
+                assert line.get(name) is None, (line["step"], name)
+            else:
                 assert line[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), (line["step"], name)
 
 
@@ -93,7 +95,6 @@ def test_a_fraction_of_the_sequences_has_a_teacher(three_steps: TrainRun, dump_f
     assert first["future_keys"] == pytest.approx(whole["future_keys"] / 2, rel=0.05)
     assert first["loss_ce"] == whole["loss_ce"]
     assert first["loss_future"] == pytest.approx(whole["loss_future"] - math.log(2), rel=0.02), "half of the negatives"
-    assert run.values("future_keys") != [run.values("future_keys")[0]] * 3 or run.values("loss_future")[0] > 0
 
 
 def test_a_frozen_backbone_stays_as_it_is(dump_folder: Path) -> None:

@@ -9,9 +9,11 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError
+from flame_ext.model.attention import not_anticausal
 from flame_ext.train import parse
 from tests.ranks import DEBUG_TOML, REPOSITORY, TINY_OLMO, train
 
@@ -108,6 +110,26 @@ def test_a_missing_file_is_named() -> None:
         (["--parallelism.tensor_parallel_degree=2"], "parallelism.tensor_parallel_degree must be 1"),
         (["--training.seq_len=513"], "beyond the model's max_position_embeddings (512)"),
         (["--training.dataloader.num_workers=2"], "num_workers must be 0 or 1"),
+        (["--action_layer.enable", "--model.converters="], "nothing attaches the heads"),
+        (["--action_layer.enable", "--future_encoder.no-enable"], "action_layer.enable needs future_encoder.enable"),
+        (["--action_layer.enable", "--action_layer.top_k=0"], "action_layer.top_k must be >= 1"),
+        (["--action_layer.enable", "--action_layer.top_k=265"], "action_layer.top_k (265) is above the model's vocabulary (264)"),
+        (["--action_layer.enable", "--action_layer.tau=0"], "action_layer.tau must be > 0"),
+        (["--action_layer.enable", "--action_layer.model_loss_weight=0"], "nothing would train the head that gives the rewards"),
+        (["--action_layer.enable", "--action_layer.loss_weight=-1"], "action_layer.loss_weight must be >= 0"),
+        (["--action_layer.enable", "--action_layer.model_loss_weight=-1"], "action_layer.model_loss_weight must be >= 0"),
+        (["--action_layer.ffn_hidden_size=0"], "action_layer.ffn_hidden_size must be >= 1"),
+        (["--future_encoder.loss_weight_warmup_steps=-1"], "future_encoder.loss_weight_warmup_steps must be >= 0"),
+        (["--future_predictor.lr_scale=0"], "future_predictor.lr_scale must be > 0"),
+        (["--future_predictor.weight_decay=-0.1"], "future_predictor.weight_decay must be >= 0"),
+        (["--future_predictor.warmup_steps=-1"], "future_predictor.warmup_steps must be >= 0"),
+        (["--future_predictor.lr_scale=2", "--optimizer.early_step_in_backward"], "which optimizer.early_step_in_backward does not have"),
+        (["--future_predictor.freeze_backbone", "--future_encoder.loss_weight=0"], "freeze_backbone leaves nothing to train"),
+        (["--future_encoder.teacher_interval=0"], "future_encoder.teacher_interval must be >= 1"),
+        (["--future_encoder.teacher_fraction=0"], "future_encoder.teacher_fraction must be in (0, 1]"),
+        (["--future_encoder.teacher_fraction=0.3"], "must be a whole number of sequences; for 2 of them, set it to 0.25"),
+        (["--future_encoder.teacher_interval=2", "--future_encoder.summary_method=mean"], "'mean' has none"),
+        (["--future_encoder.no-detach_targets"], "detach_targets = false is for pooled summaries"),
         (["--training.global_batch_size=12"], "must be a positive multiple of training.local_batch_size (8)"),
     ],
 )  # fmt: skip
@@ -120,6 +142,41 @@ def test_values_that_can_not_be_right(options: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as e:
         parse([f"--job.config_file={DEBUG_TOML}", *options])
     assert message in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("mamba", "it has layers of type linear_attention"),
+        ("qwen3_next", "it has layers of type linear_attention"),
+        ("llama4_text", "it has layers of type chunked_attention"),
+        ("rwkv", "it carries a recurrent state from left to right"),
+        ("gpt_neo", "its own attention code takes no boolean mask"),
+        ("gemma2", None),
+        ("mistral", None),
+        ("olmo3", None),
+    ],
+)
+def test_backbones_that_can_not_look_ahead_are_refused(model_type: str, reason: str | None) -> None:
+    assert not_anticausal(AutoConfig.for_model(model_type)) == reason
+
+
+def test_an_unknown_summary_method_is_refused(tmp_path: Path) -> None:
+    text = MINIMAL + '[future_encoder]\nsummary_method = "median"\n'
+    with pytest.raises(
+        ConfigError, match="summary_method' must be one of 'anticausal', 'mean', 'max', 'attention', got 'median'"
+    ):
+        parse_toml(tmp_path, text)
+
+
+def test_an_anticausal_encoder_of_a_recurrent_backbone_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    AutoConfig.for_model(
+        "rwkv", vocab_size=264, hidden_size=32, num_hidden_layers=2, architectures=["RwkvForCausalLM"]
+    ).save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).write_bytes((TINY_OLMO / file).read_bytes())
+    with pytest.raises(ConfigError, match="can not be right for 'rwkv': it carries a recurrent state.*take 'mean'"):
+        parse([f"--job.config_file={DEBUG_TOML}", f"--model.hf_assets_path={tmp_path}"])
 
 
 def test_a_users_own_section_is_merged_on_top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +240,7 @@ def test_help_explains_every_option_of_ours() -> None:
     assert done.returncode == 0
     text = " ".join(done.stdout.replace("│", " ").split())
     assert "--training.steps" in text and "--checkpoint.initial-load-path" in text
-    for section in ("seed", "future_encoder", "future_predictor", "data"):
+    for section in ("seed", "future_encoder", "future_predictor", "action_layer", "data"):
         cls = next(f.type for f in fields(FlameJobConfig) if f.name == section)
         assert is_dataclass(cls)
         for field in fields(cls):

@@ -1,0 +1,207 @@
+"""Pooled summaries against their definitions, what reaches them, and the action layer's scores."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flame_ext.heads import action_layer
+from flame_ext.heads.action_layer import ActionLayer
+from flame_ext.heads.future_encoder import AnticausalEncoder, PooledEncoder, build_future_encoder
+from flame_ext.objective.masks import has_future
+from flame_ext.seeding.new_parameters import initialise
+
+METHODS = ["mean", "max", "attention"]
+LENGTH, WIDTH = 12, 8
+DOC_IDS = torch.tensor([[0] * 7 + [1] * 5, [0] * LENGTH])
+
+
+def encoder_with_weights(method: str, future_k: int) -> PooledEncoder:
+    encoder = PooledEncoder(method, future_k, WIDTH, num_heads=2)
+    initialise(dict(encoder.named_parameters()), encoder.parameter_inits(), rng_seed=0)
+    return encoder
+
+
+def random_states(seed: int = 0) -> Tensor:
+    return torch.randn(2, LENGTH, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def window(t: int, doc_ids: Tensor, future_k: int) -> list[int]:
+    """The positions that the summary of t is of."""
+    last = LENGTH - 1 if future_k == 0 else min(LENGTH - 1, t + future_k)
+    return [j for j in range(t + 1, last + 1) if doc_ids[j] == doc_ids[t]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("future_k", [0, 1, 4, 5])
+def test_a_state_reaches_the_summaries_before_it_and_no_other(method: str, future_k: int) -> None:
+    encoder, states = encoder_with_weights(method, future_k), random_states()
+    before = encoder(states, DOC_IDS)
+    assert torch.equal(before.valid_mask, has_future(DOC_IDS)) and torch.isfinite(before.states).all()
+    for j in range(LENGTH):
+        changed = states.clone()
+        # Beyond every maximum; attention must not be drawn to it altogether, nor turned away.
+        changed[0, j] += 100.0 if method == "max" else torch.linspace(-1, 1, WIDTH)
+        differs = (encoder(changed, DOC_IDS).states != before.states).any(dim=-1)
+        assert not differs[1].any(), "the other sequence"
+        for t in range(LENGTH):
+            assert differs[0, t].item() == (j in window(t, DOC_IDS[0], future_k)), (t, j)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("future_k", [0, 1, 4, 5])
+def test_summaries_are_their_definitions(method: str, future_k: int) -> None:
+    encoder, states = encoder_with_weights(method, future_k), random_states()
+    result = encoder(states, DOC_IDS)
+    assert result.states.dtype == torch.float32
+    for b in range(2):
+        for t in range(LENGTH):
+            positions = window(t, DOC_IDS[b], future_k)
+            assert result.valid_mask[b, t].item() == bool(positions)
+            if not positions:
+                expected = torch.zeros(WIDTH)
+            elif method == "mean":
+                expected = states[b, positions].mean(dim=0)
+            elif method == "max":
+                expected = states[b, positions].amax(dim=0)
+            else:
+                half = WIDTH // 2
+                query = encoder.q_proj.weight @ states[b, t + 1]
+                keys, values = (states[b, positions] @ p.weight.T for p in (encoder.k_proj, encoder.v_proj))
+                expected = torch.cat(
+                    [
+                        torch.softmax(keys[:, head] @ query[head] / half**0.5, dim=0) @ values[:, head]
+                        for head in (slice(0, half), slice(half, WIDTH))
+                    ]
+                )
+            torch.testing.assert_close(result.states[b, t], expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("future_k", [0, 3])
+def test_documents_of_one_token_have_no_future_and_no_nan(method: str, future_k: int) -> None:
+    encoder, states = encoder_with_weights(method, future_k), random_states().requires_grad_()
+    result = encoder(states, torch.arange(LENGTH).expand(2, -1))
+    assert not result.valid_mask.any() and torch.equal(result.states, torch.zeros_like(states))
+    (result.states.square().sum() + result.states.sum()).backward()
+    for tensor in (states, *encoder.parameters()):
+        assert torch.equal(tensor.grad, torch.zeros_like(tensor))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_are_finite_and_reach_the_states(method: str) -> None:
+    encoder, states = encoder_with_weights(method, 4), random_states().requires_grad_()
+    encoder(states, DOC_IDS).states.square().sum().backward()
+    for tensor in (states, *encoder.parameters()):
+        assert torch.isfinite(tensor.grad).all() and tensor.grad.any()
+    assert not states.grad[0, 0].any() and not states.grad[0, 7].any(), "the first of a document is nobody's future"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_summaries_of_bfloat16_states(method: str) -> None:
+    encoder = encoder_with_weights(method, 4).to(torch.bfloat16)
+    states = random_states().to(torch.bfloat16)
+    result = encoder(states, DOC_IDS).states
+    assert result.dtype == (torch.bfloat16 if method == "attention" else torch.float32)
+    if method != "attention":
+        torch.testing.assert_close(result, encoder(states.float(), DOC_IDS).states, rtol=0, atol=0)
+
+
+def test_build_by_name() -> None:
+    for method in METHODS:
+        encoder = build_future_encoder(method, 3, WIDTH, 4)
+        assert isinstance(encoder, PooledEncoder) and (encoder.method, encoder.future_k) == (method, 3)
+        assert encoder.num_heads == 4
+        names = {name for name, _ in encoder.named_parameters()}
+        assert set(encoder.parameter_inits()) == names and bool(names) == (method == "attention")
+    assert build_future_encoder("attention", 0, WIDTH, 3).num_heads == 1
+    windows = {"full_attention": 0, "sliding_attention": 16}
+    encoder = build_future_encoder("anticausal", 3, WIDTH, 4, windows)
+    assert isinstance(encoder, AnticausalEncoder) and (encoder.future_k, encoder.windows) == (3, windows)
+    assert encoder.parameter_inits() == {} and not list(encoder.parameters())
+
+
+def test_unknown_method_is_refused() -> None:
+    with pytest.raises(ValueError, match="'mean', 'max', 'attention', got 'median'"):
+        build_future_encoder("median", 0, WIDTH, 2)
+
+
+LAYERS = [(head_type, rms) for head_type in ("mlp", "tower") for rms in (True, False)]
+
+
+def layer_and_inputs(head_type: str, use_rms_norm: bool) -> tuple[ActionLayer, list[Tensor]]:
+    layer = ActionLayer(WIDTH, head_type, use_rms_norm, ffn_hidden_size=12)
+    inits = layer.parameter_inits()
+    assert set(inits) == {name for name, _ in layer.named_parameters()}
+    initialise(dict(layer.named_parameters()), inits, rng_seed=0)
+    generator = torch.Generator().manual_seed(0)
+    states, embeddings, summaries = (torch.randn(*s, WIDTH, generator=generator) for s in ((11,), (11, 4), (11,)))
+    return layer, [states.requires_grad_(), embeddings.requires_grad_(), F.normalize(summaries, dim=-1)]
+
+
+@pytest.mark.parametrize(("head_type", "use_rms_norm"), LAYERS)
+def test_scores_are_cosines_of_predictions_and_summaries(head_type: str, use_rms_norm: bool) -> None:
+    layer, (states, embeddings, summaries) = layer_and_inputs(head_type, use_rms_norm)
+    norm = torch.nn.RMSNorm if use_rms_norm else torch.nn.LayerNorm
+    assert isinstance(layer.state_norm, norm) and isinstance(layer.action_norm, norm)
+    scores, predictions = layer(states, embeddings, summaries)
+    assert scores.shape == (11, 4) and predictions.shape == (11, WIDTH)
+    assert scores.dtype == predictions.dtype == torch.float32
+    for n in range(11):
+        for c in range(4):
+            prediction = layer.predict(states[n], embeddings[n, c : c + 1])[0]
+            torch.testing.assert_close(prediction.norm(), torch.tensor(1.0))
+            torch.testing.assert_close(scores[n, c], torch.cosine_similarity(prediction, summaries[n], dim=0))
+            if c == 0:
+                torch.testing.assert_close(predictions[n], prediction)
+    with torch.no_grad():
+        assert all(map(torch.equal, layer(states, embeddings, summaries), (scores, predictions)))
+
+
+def test_mlp_is_one_linear_map_of_both_side_by_side() -> None:
+    layer, (states, embeddings, _) = layer_and_inputs("mlp", False)
+    states, embeddings = (F.layer_norm(x, (WIDTH,)) for x in (states[:, None].expand(-1, 4, -1), embeddings))
+    weight = torch.cat([layer.state_proj.weight, layer.action_proj.weight], dim=1)
+    hidden = F.gelu(F.linear(torch.cat([states, embeddings], dim=-1), weight, layer.state_proj.bias))
+    expected = F.normalize(layer.out_proj(hidden), dim=-1)
+    torch.testing.assert_close(layer.predict(*layer_and_inputs("mlp", False)[1][:2]), expected)
+
+
+@pytest.mark.parametrize(("head_type", "use_rms_norm"), LAYERS)
+@pytest.mark.parametrize("elements", [1, 4 * 12 * 3])
+def test_chunks_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, head_type: str, use_rms_norm: bool, elements: int
+) -> None:
+    results = []
+    for chunk in (1 << 24, elements):
+        monkeypatch.setattr(action_layer, "_CHUNK_ELEMENTS", chunk)
+        layer, inputs = layer_and_inputs(head_type, use_rms_norm)
+        scored = 0
+
+        def count(*_: object) -> None:
+            nonlocal scored
+            scored += 1
+
+        layer.out_proj.register_forward_hook(count)
+        scores, predictions = layer(*inputs)
+        assert scored == (1 if chunk == 1 << 24 else 11 if chunk == 1 else 4)
+        (scores.sin().sum() + predictions[:, 0].sum()).backward()
+        assert all(parameter.grad is not None for parameter in layer.parameters())
+        results.append((scores, predictions, *(tensor.grad for tensor in (*inputs[:2], *layer.parameters()))))
+    for whole, parts in zip(*results, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
+
+
+def test_bfloat16_layer_scores_in_float32() -> None:
+    layer, (states, embeddings, summaries) = layer_and_inputs("tower", True)
+    expected, _ = layer(states, embeddings, summaries)
+    scores, predictions = layer.to(torch.bfloat16)(states.bfloat16(), embeddings.bfloat16(), summaries)
+    assert scores.dtype == predictions.dtype == torch.float32
+    torch.testing.assert_close(scores, expected, rtol=0, atol=0.1)
+
+
+def test_unknown_head_type_is_refused() -> None:
+    with pytest.raises(ValueError, match="'mlp', 'tower', got 'deep'"):
+        ActionLayer(WIDTH, "deep", True, 12)
