@@ -155,8 +155,10 @@ def test_a_single_pair_has_no_loss() -> None:
 @pytest.mark.usefixtures("small_tiles")
 def test_identical_keys_are_chance_and_not_hits() -> None:
     """A batch of one sequence, repeated: nobody can be found."""
-    keys = torch.full((20, 4), 0.5).requires_grad_()  # of length one, and equal cosines to the last bit
-    queries = F.normalize(torch.randn(20, 4), dim=-1).requires_grad_()
+    # Of length one, and with products that are exact: cosines with equal keys are equal in whatever order they are summed.
+    keys = torch.full((20, 4), 0.5).requires_grad_()
+    signs = torch.randint(2, (20, 4), generator=torch.Generator().manual_seed(0))
+    queries = (signs - 0.5).requires_grad_()
     every = torch.ones(20, dtype=torch.bool)
     result = info_nce(queries, keys, every, every, torch.arange(20), 0.1)
     assert result.loss_sum.item() == pytest.approx(20 * math.log(20), rel=1e-6)
