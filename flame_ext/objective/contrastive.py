@@ -106,7 +106,7 @@ class _InfoNCE(torch.autograd.Function):
         buffer = torch.empty(min(queries.shape[0], _TILE_QUERIES), min(keys.shape[0], _TILE_KEYS), device=keys.device)
         for rows in _tiles(queries.shape[0], _TILE_QUERIES):
             tile, valid, target = queries[rows], query_mask[rows], targets[rows]
-            scaled = tile * (1.0 / temperature)
+            scaled = tile.float() * (1.0 / temperature)
             softmax = _empty_softmax(tile)
             expected = torch.zeros(tile.shape, device=tile.device) if wants_query_grad else None
             for columns in _tiles(keys.shape[0], _TILE_KEYS):

@@ -105,9 +105,10 @@ def _look_up(logits: Tensor, own: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def _spread(logits: Tensor, token_ids: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of the logits: that of the log-probabilities, less their sum times the softmax."""
-    probs = torch.log_softmax(logits.float(), dim=-1).exp()
-    return (probs * -grad.sum(dim=1, keepdim=True)).scatter_add(1, token_ids, grad).to(logits.dtype)
+    """The gradient of the logits, by the operation that torch's own backward calls: another exp has other last bits."""
+    log_probs = torch.log_softmax(logits.float(), dim=-1)
+    spread = torch.zeros_like(log_probs).scatter_add(1, token_ids, grad)
+    return torch.ops.aten._log_softmax_backward_data(spread, log_probs, -1, torch.float32).to(logits.dtype)
 
 
 def _chunks(logits: Tensor) -> list[slice]:

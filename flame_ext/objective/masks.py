@@ -66,7 +66,7 @@ def anticausal_block_mask(
         seq_len: T.
         future_k: window, 0 = all the future.
         doc_ids: (B, T) integers, or None if the sequence is one document.
-        device: of the result.
+        device: of the result; ``doc_ids.device``, or the CPU, by default.
     """
 
     def allowed(b: Tensor, _head: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -78,7 +78,9 @@ def anticausal_block_mask(
         return result
 
     # Not compiled, it holds the (B, T, T) mask for a moment.
-    create = _compiled_create_block_mask() if torch.device(device or "cpu").type == "cuda" else create_block_mask
+    if device is None:
+        device = "cpu" if doc_ids is None else doc_ids.device
+    create = _compiled_create_block_mask() if torch.device(device).type == "cuda" else create_block_mask
     return create(allowed, None if doc_ids is None else batch_size, None, seq_len, seq_len, device=device)
 
 

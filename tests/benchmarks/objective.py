@@ -94,7 +94,9 @@ def compare(function: Callable[..., tuple[float, float]], names: list[str], roun
         for name in names:
             results[name].append(_in_fresh_process(function, name, *shape))
     base = [statistics.median(values) for values in zip(*results[names[0]], strict=True)]
-    print(f"| {function.__name__.removesuffix('_case')} {' x '.join(map(str, shape))} | seconds | extra GiB | time | memory |")
+    print(
+        f"| {function.__name__.removesuffix('_case')} {' x '.join(map(str, shape))} | seconds | extra GiB | time | memory |"
+    )
     print("|---|---|---|---|---|")
     for name, values in results.items():
         seconds, memory = (statistics.median(column) for column in zip(*values, strict=True))
@@ -138,7 +140,9 @@ def main() -> None:
     arguments = parser.parse_args()
     import torch
 
-    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, medians of {arguments.rounds} rounds\n")
+    print(
+        f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, medians of {arguments.rounds} rounds\n"
+    )
     compare(info_nce_case, ["naive", "tiled"], arguments.rounds, 16384, 1024)
     compare(cross_entropy_case, ["host", "chunked"], arguments.rounds, 8192, 50304)
     compare_steps(arguments.rounds, arguments.steps)
