@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import flame_ext  # noqa: F401  (before torchtitan)
+
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 PLAIN = ["--model.converters=", "--future_encoder.no-enable", "--future_predictor.no-enable"]
@@ -63,7 +65,6 @@ def cross_entropy_case(name: str, rows: int, vocabulary: int) -> tuple[float, fl
     import torch
     from torchtitan.components.loss import cross_entropy_loss as host_loss
 
-    import flame_ext  # noqa: F401  (before torchtitan)
     from flame_ext.objective.cross_entropy import cross_entropy_loss
 
     torch.manual_seed(0)
