@@ -22,6 +22,7 @@ DDP2 = "--parallelism.data_parallel_replicate_degree=2"
 DETERMINED = (
     "loss", "loss_ce", "loss_future", "loss_action", "loss_action_model", "future_mi_bound", "future_keys", "future_cos_positive",
     "future_cos_negative", "action_reward", "action_cosine", "grad_norm", "grad_norm_backbone", "grad_norm_heads",
+    "tokens_seen",
 )  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def test_losses_and_gradients_do_not_depend_on_the_layout(
     assert_same_run(train(dump_folder, *THREE_STEPS, *ACTION, *options, world_size=world_size), three_steps)
 
 
-@pytest.mark.parametrize("method", ["mean", "max", "attention"])
+@pytest.mark.parametrize("method", ["mean", "attention"])
 def test_gradients_through_pooled_summaries_do_not_depend_on_the_layout(dump_folder: Path, method: str) -> None:
     options = [*THREE_STEPS, f"--future_encoder.summary_method={method}", "--future_encoder.no-detach_targets"]
     reference = train(dump_folder / "one", *options)
@@ -131,18 +132,6 @@ def test_a_group_for_each_head_is_resumed_bit_for_bit(dump_folder: Path) -> None
     assert "Training starts at step 3" in resumed.ranks[0].output
     for name in (*DETERMINED, "lr"):
         assert resumed.values(name) == run.values(name), name
-
-    heads = load_future_heads(dump_folder / "hf" / "step-4")
-    plain = train(dump_folder / "plain", *THREE_STEPS, *ACTION, "--training.steps=4")
-    slow = load_future_heads(plain.dump_folder / "hf" / "step-4")
-    start = train(dump_folder / "start", *THREE_STEPS, *ACTION, "--training.steps=1", "--optimizer.lr=0")
-    origin = load_future_heads(start.dump_folder / "hf" / "step-1")
-
-    def moved(modules: torch.nn.ModuleDict) -> float:
-        before, after = (m["future_predictor"].proj[0].weight for m in (origin, modules))
-        return (after - before).abs().mean().item()
-
-    assert moved(heads) > 3 * moved(slow)
 
 
 def test_all_weights_zero_is_plain_cross_entropy_bit_for_bit(dump_folder: Path) -> None:

@@ -92,22 +92,6 @@ def test_seed_report_has_the_contract_fields(ten_steps: TrainRun) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "options"),
-    [
-        (2, ["--training.local_batch_size=4"]),
-        (2, ["--training.local_batch_size=4", "--parallelism.data_parallel_replicate_degree=2"]),
-    ],
-    ids=["fsdp2", "ddp2"],
-)
-def test_the_same_run_on_several_processes(
-    ten_steps: TrainRun, dump_folder: Path, world_size: int, options: list[str]
-) -> None:
-    run = train(dump_folder, *TEN_STEPS, *options, world_size=world_size)
-    for name in ("loss", "loss_ce", "loss_future", "grad_norm", "tokens_seen"):
-        assert run.values(name) == pytest.approx(ten_steps.values(name), rel=1e-5), name
-
-
-@pytest.mark.parametrize(
     "options",
     [
         ["--activation_checkpoint.mode=full"],
