@@ -137,10 +137,10 @@ class FutureObjective:
         if not any(weights):
             return None
         encoder = self._encoder_config
-        generator = torch.Generator().manual_seed(self.config.seed.rng_seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed((self.config.seed.rng_seed * 1_000_003 + step) % 2**63)
         shift = int(torch.randint(1, encoder.shift_k + 1, (), generator=generator))  # before ranks draw their own
         rank = 0 if self._mesh is None else self._mesh.get_local_rank()
-        generator.manual_seed((self.config.seed.rng_seed * 1_000_003 + step) * 65_537 + rank)
+        generator.manual_seed(((self.config.seed.rng_seed * 1_000_003 + step) * 65_537 + rank) % 2**63)
         selections = [_draw(inputs.shape[0], encoder.teacher_fraction, generator) for inputs, _ in batches]
         return self._plan(weights, shift, batches, selections)
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torchtitan.components.validate import Validator
 from torchtitan.tools.utils import device_type
 
+from flame_ext.errors import ConfigError
+
 
 class FutureValidator(Validator):
     """Evaluates ``validation.steps`` batches of held-out text, the same ones every time."""
@@ -40,7 +42,12 @@ class FutureValidator(Validator):
             parts = self.evaluate(input_dict["input"].to(device_type), labels.to(device_type))
             sums = {name: sums.get(name, 0.0) + value for name, value in parts.items()}
             count += 1
-        metrics = {name: value / max(1, count) for name, value in self.reduce(sums).items()}
+        if count == 0:
+            raise ConfigError(
+                f"validation.dataset {self.job_config.validation.dataset!r} gives no batch of validation.local_batch_size x "
+                "validation.seq_len tokens; give it more text, or set validation.enable = false"
+            )
+        metrics = {name: value / count for name, value in self.reduce(sums).items()}
         loss = metrics.pop("loss_ce")
         self.metrics_processor.log_validation(
             loss=loss, step=step, extra_metrics={f"validation_metrics/{name}": value for name, value in metrics.items()}
