@@ -59,6 +59,8 @@ class MicroBatch:
     """(b,) indices of the sequences whose future is predicted; None = all."""
     doc_ids: Tensor
     """(b, T)"""
+    pairs: Tensor
+    """(b, T) bool: positions t with a valid summary at t + shift, in their document."""
     bank: KeyBank | None = None
     """None until it is known: pooled summaries come out of the student's forward."""
     first_key: int = 0
@@ -91,6 +93,7 @@ class FutureObjective:
         eos_id: ends a document; None = a sequence is one document.
         mesh: of the ranks that have different data; None = one.
         amp: autocast for forwards, where the host uses it.
+        key_dtype: of the summaries as keys, and so of the contrastive loss's matrix products on an accelerator.
         device: of the model.
     """
 
@@ -163,14 +166,16 @@ class FutureObjective:
             valid = has_future(doc_ids)
             # Of all sequences, times the share that is used: a sum over those is then unbiased.
             share = 1.0 if selection is None else len(selection) / len(inputs)
-            counts[0] += pair_mask(valid, doc_ids, shift).sum() * share
+            pairs = pair_mask(valid, doc_ids, shift)
+            counts[0] += pairs.sum() * share
             counts[1] += (valid & (labels != IGNORE_INDEX)).sum() * share
-            selection = None if selection is None else selection.to(self._device)
-            microbatches.append(MicroBatch(inputs, selection, doc_ids if selection is None else doc_ids[selection]))
+            if selection is not None:
+                selection = selection.to(self._device)
+                doc_ids, pairs = doc_ids[selection], pairs[selection]
+            microbatches.append(MicroBatch(inputs, selection, doc_ids, pairs))
         if self._mesh is not None:
             dist.all_reduce(counts, group=self._mesh.get_group())
-        pairs, positions = counts.clamp_min(1.0).tolist()
-        plan = StepPlan(weights, shift, pairs, positions, microbatches)
+        plan = StepPlan(weights, shift, *counts.clamp_min(1.0).tolist(), microbatches)
         if self.anticausal and self._encoder_config.negatives == "global":
             self._fill_banks(plan)
         return plan
@@ -192,40 +197,38 @@ class FutureObjective:
         """Run the teacher for a micro-batch, where its keys are not known yet. Before the student's forward."""
         microbatch = plan.microbatches[index]
         if self.anticausal and microbatch.bank is None:
-            microbatch.bank = self._bank(self._summaries(microbatch), microbatch.doc_ids, plan.shift)
+            microbatch.bank = self._bank(self._taught(microbatch), microbatch, plan.shift)
 
-    def summaries(self, input_ids: Tensor) -> Tensor:
-        """(B, T) tokens, each sequence one document, to (B, T, D) anti-causal summaries. Collective."""
+    def summaries(self, input_ids: Tensor, doc_ids: Tensor | None = None) -> FutureSummaries:
+        """(B, T) tokens, and (B, T) document numbers or None, to anti-causal summaries. Collective."""
         with self._amp, self._without_dropout():
-            return self.model.future_encoder(self.model, input_ids, None, flex=self._flex).states
+            return self.model.future_encoder(self.model, input_ids.to(self._device), doc_ids, flex=self._flex)
 
     def _fill_banks(self, plan: StepPlan) -> None:
         """All keys of the step, of all ranks: rank by rank, micro-batch by micro-batch."""
-        banks = [self._bank(self._summaries(m), m.doc_ids, plan.shift) for m in plan.microbatches]
+        banks = [self._bank(self._taught(m), m, plan.shift) for m in plan.microbatches]
         bank, first = self._gathered(KeyBank(*(torch.cat(parts) for parts in zip(*banks, strict=True))))
         for microbatch in plan.microbatches:
             microbatch.bank, microbatch.first_key = bank, first
             first += microbatch.doc_ids.numel()
 
-    def _summaries(self, microbatch: MicroBatch) -> FutureSummaries:
+    def _taught(self, microbatch: MicroBatch) -> FutureSummaries:
         doc_ids = None if self._eos_id is None else microbatch.doc_ids
-        inputs = microbatch.select(microbatch.input_ids)
-        with self.stopwatch.measure("teacher"), self._amp, self._without_dropout():
-            return self.model.future_encoder(self.model, inputs, doc_ids, flex=self._flex)
+        with self.stopwatch.measure("teacher"):
+            return self.summaries(microbatch.select(microbatch.input_ids), doc_ids)
 
     def _pooled(self, hidden_states: Tensor, microbatch: MicroBatch, shift: int) -> tuple[KeyBank, int]:
         """The bank of pooled summaries, and where this rank's begin."""
         detach = self._encoder_config.detach_targets
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
             summaries = self.model.future_encoder(hidden_states, microbatch.doc_ids)
-            bank = self._bank(summaries, microbatch.doc_ids, shift)
+            bank = self._bank(summaries, microbatch, shift)
         return self._gathered(bank) if self._encoder_config.negatives == "global" else (bank, 0)
 
-    def _bank(self, summaries: FutureSummaries, doc_ids: Tensor, shift: int) -> KeyBank:
+    def _bank(self, summaries: FutureSummaries, microbatch: MicroBatch, shift: int) -> KeyBank:
         keys = F.normalize(summaries.states.float(), dim=-1).to(self._key_dtype)
-        pairs = pair_mask(summaries.valid_mask, doc_ids, shift)
-        targets = torch.zeros_like(pairs)
-        targets[:, shift:] = pairs[:, :-shift]
+        targets = torch.zeros_like(microbatch.pairs)
+        targets[:, shift:] = microbatch.pairs[:, :-shift]
         return KeyBank(keys.flatten(0, 1), targets.flatten(), summaries.valid_mask.flatten())
 
     def _gathered(self, bank: KeyBank) -> tuple[KeyBank, int]:
@@ -303,7 +306,7 @@ class FutureObjective:
     ) -> dict[str, Tensor]:
         """InfoNCE of the prediction at t with F_{t+shift}, over all pairs."""
         predictions = self.model.future_predictor(hidden_states).flatten(0, 1)
-        pairs = pair_mask(has_future(microbatch.doc_ids), microbatch.doc_ids, plan.shift).flatten()
+        pairs = microbatch.pairs.flatten()
         rows = torch.arange(len(pairs), device=pairs.device)
         targets = torch.where(pairs, rows + (first_key + plan.shift), 0)
         out = info_nce(

@@ -53,12 +53,12 @@ def build_lr_schedulers(
     optimizers: OptimizersContainer, config: LRSchedulerConfig, training_steps: int
 ) -> LRSchedulersContainer:
     """The host's schedule for each group, with the group's own warm-up where it has one."""
-    if all(len(optimizer.param_groups) == 1 and not own_groups(model) for model, optimizer in _parts(optimizers)):
+    if not any(own_groups(model) for model in optimizers.model_parts):
         return build_host_lr_schedulers(optimizers, config, training_steps)
     # One model part: pipelining, where parts would have different groups, is refused by config/checks.py.
-    ((model, optimizer),) = _parts(optimizers)
+    (model,), (optimizer,) = optimizers.model_parts, optimizers
     warmups = [options.warmup_steps for _, options in own_groups(model)]
-    if len(optimizer.param_groups) > len(warmups):
+    if len(optimizer.param_groups) > len(warmups):  # what is in no group of its own comes first
         warmups.insert(0, None)
     return LRSchedulersContainer(optimizers, [_schedule(config, training_steps, warmup) for warmup in warmups])
 
@@ -73,10 +73,6 @@ def own_groups(model: nn.Module) -> list[tuple[nn.Module, HeadOptimization]]:
         if options != default and any(p.requires_grad for p in head.parameters()):
             groups.append((head, options))
     return groups
-
-
-def _parts(optimizers: OptimizersContainer) -> list[tuple[nn.Module, torch.optim.Optimizer]]:
-    return list(zip(optimizers.model_parts, optimizers, strict=False))
 
 
 def _schedule(config: LRSchedulerConfig, training_steps: int, warmup_steps: int | None) -> Any:

@@ -229,7 +229,7 @@ class FutureTrainer(torchtitan.train.Trainer):
         probe = self._probe()
         report = seed(target, path, self.job_config.seed, probe, self._dump_folder)
         if self.objective is not None and self.objective.anticausal and self.job_config.seed.verify != "none":
-            prove_anticausal(self._summaries_of, probe.tokens)
+            prove_anticausal(lambda tokens: self.objective.summaries(tokens).states, probe.tokens)
             logger.info("Verified that no summary of the future depends on its past")
         self.seed_identity = report.identity
         self.metrics_processor.rewind(0)
@@ -265,10 +265,6 @@ class FutureTrainer(torchtitan.train.Trainer):
                 return model(tokens.to(self.device))
         finally:
             model.train()
-
-    def _summaries_of(self, tokens: Tensor) -> Tensor:
-        """(1, T) tokens of one document to (1, T, D) anti-causal summaries. Collective."""
-        return self.objective.summaries(tokens.to(self.device))
 
     def _export_step(self, step: int) -> None:
         config = self.job_config

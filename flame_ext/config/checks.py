@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError
-from flame_ext.model.attention import not_anticausal
+from flame_ext.model.attention import not_anticausal, supports_flex_attention
 from flame_ext.model.hf_causal_lm import load_hf_config
 from flame_ext.model.train_spec import MODEL_NAME
 from flame_ext.registration import CONVERTER_NAME
@@ -224,6 +224,11 @@ def _check_against_model(config: FlameJobConfig, hf_config: PreTrainedConfig) ->
                 f"future_encoder.summary_method = 'anticausal' can not be right for {hf_config.model_type!r}: {reason}; take "
                 "'mean', 'max' or 'attention'"
             )
+    if config.future_encoder.teacher_attention == "flex" and not supports_flex_attention(hf_config):
+        yield (
+            f"future_encoder.teacher_attention = 'flex': transformers has no FlexAttention for {hf_config.model_type!r}; take "
+            "'auto' or 'sdpa'"
+        )
     limit = getattr(text, "max_position_embeddings", None)
     if limit is not None and config.training.seq_len > limit:
         yield (

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flame_ext.heads.gated_mlp import GatedMLP
 from flame_ext.heads.initialisation import ParameterInit, linear_inits
 
 # Candidates that are predicted at a time: at most this many elements of the widest activation (64 MiB in float32).
@@ -88,14 +89,8 @@ class ActionLayer(nn.Module):
         return linear_inits(self)
 
 
-class _Tower(nn.Module):
-    """x + SwiGLU(x) (Shazeer 2020, https://arxiv.org/abs/2002.05202), without biases."""
-
-    def __init__(self, hidden_size: int, ffn_hidden_size: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=False)
-        self.down_proj = nn.Linear(ffn_hidden_size, hidden_size, bias=False)
+class _Tower(GatedMLP):
+    """x + SwiGLU(x)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return x + super().forward(x)

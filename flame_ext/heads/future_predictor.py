@@ -7,20 +7,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flame_ext.heads.gated_mlp import GatedMLP
 from flame_ext.heads.initialisation import ParameterInit, linear_inits
-
-
-class _GatedMLP(nn.Module):
-    """SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202) without biases."""
-
-    def __init__(self, hidden_size: int, ffn_hidden_size: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=False)
-        self.down_proj = nn.Linear(ffn_hidden_size, hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class FuturePredictor(nn.Module):
@@ -46,7 +34,7 @@ class FuturePredictor(nn.Module):
                 nn.Linear(hidden_size, 2 * hidden_size), nn.GELU(), nn.Linear(2 * hidden_size, hidden_size)
             )
         elif head_type == "gated":
-            self.proj = _GatedMLP(hidden_size, 2 * hidden_size)
+            self.proj = GatedMLP(hidden_size, 2 * hidden_size)
         else:
             raise ValueError(f"head_type must be one of 'linear', 'mlp', 'gated', got {head_type!r}")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 BOOLEAN_ATTENTION = "flame_ext_boolean"
 """The name under which :func:`boolean_attention` is known to transformers."""
@@ -40,15 +40,27 @@ def not_anticausal(config: PreTrainedConfig) -> str | None:
         attention_windows(config)
     except ValueError as e:
         return str(e)
-    try:
-        model_cls = AutoModelForCausalLM._model_mapping[type(config)]
-    except KeyError:
+    model_cls = _known_class(config)
+    if model_cls is None:
         return None
     if model_cls._is_stateful:
         return "it carries a recurrent state from left to right"
     if not (model_cls._supports_sdpa or model_cls._supports_attention_backend):
         return "its own attention code takes no boolean mask"
     return None
+
+
+def supports_flex_attention(config: PreTrainedConfig) -> bool:
+    """Whether transformers says so of the architecture; of code from elsewhere, which it does not know, true."""
+    model_cls = _known_class(config)
+    return model_cls is None or bool(model_cls._supports_flex_attn)
+
+
+def _known_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    try:
+        return AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        return None
 
 
 def boolean_attention(

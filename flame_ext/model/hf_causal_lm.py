@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightTransform, revert_weight_conversion
 
+from flame_ext.config.sections import HeadOptimization
 from flame_ext.errors import ConfigError
 from flame_ext.heads.initialisation import ParameterInit
 from flame_ext.model.attention import BOOLEAN_ATTENTION, attention_implementation
@@ -102,6 +103,7 @@ class HFCausalLM(nn.Module):
     model_args: HFModelArgs
     weight_transforms: tuple[WeightTransform, ...]
     head_names: list[str]
+    head_optimization: dict[str, HeadOptimization]
     parameter_inits: dict[str, ParameterInit]
     tied_keys: dict[str, str]
     computed_buffers: list[str]

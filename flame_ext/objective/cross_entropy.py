@@ -6,13 +6,13 @@ memory on. Here only one chunk of rows at a time is in float32, in the forward a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from flame_ext.objective.compilation import compiled
 
 IGNORE_INDEX = -100
 """The label of a position that does not count, as torch and the host have it."""
@@ -75,7 +75,7 @@ class _TokenLogProbs(torch.autograd.Function):
         own = labels.masked_fill(labels == IGNORE_INDEX, 0)[:, None]
         values = torch.empty(logits.shape[0], 1 + top_k, device=logits.device)
         token_ids = torch.empty(logits.shape[0], 1 + top_k, device=logits.device, dtype=torch.int64)
-        look_up = _compiled(_look_up, compile_backend)
+        look_up = compiled(_look_up, compile_backend)
         for rows in _chunks(logits):
             values[rows], token_ids[rows] = look_up(logits[rows], own[rows], top_k)
         ctx.save_for_backward(logits, token_ids)
@@ -87,7 +87,7 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx, grad, _no_grad):
         logits, token_ids = ctx.saved_tensors
         logits_grad = torch.empty_like(logits)
-        spread = _compiled(_spread, ctx.compile_backend)
+        spread = compiled(_spread, ctx.compile_backend)
         for rows in _chunks(logits):
             logits_grad[rows] = spread(logits[rows], token_ids[rows], grad[rows])
         return logits_grad, None, None, None
@@ -114,8 +114,3 @@ def _spread(logits: Tensor, token_ids: Tensor, grad: Tensor) -> Tensor:
 def _chunks(logits: Tensor) -> list[slice]:
     rows = max(1, _CHUNK_ELEMENTS // logits.shape[1])
     return [slice(begin, begin + rows) for begin in range(0, logits.shape[0], rows)]
-
-
-@cache
-def _compiled(function: Callable, backend: str | None) -> Callable:
-    return function if backend is None else torch.compile(function, backend=backend, dynamic=True)

@@ -28,8 +28,11 @@ def prove_anticausal(summaries: Callable[[Tensor], Tensor], tokens: Tensor) -> N
     changed = tokens.clone()
     others = tokens[tokens != tokens[0, middle]]
     changed[0, middle] = others[0]
-    before, after = summaries(tokens), summaries(changed)
     remedy = "future_encoder.summary_method = 'anticausal' can not be right for this backbone; take 'mean', 'max' or 'attention'"
+    try:
+        before, after = summaries(tokens), summaries(changed)
+    except Exception as e:  # the backbone's own code, with a mask that it may never have been given
+        raise SeedError(f"the anti-causal forward fails with {type(e).__name__}: {e}; {remedy}") from e
     if not (torch.isfinite(before).all() and torch.isfinite(after).all()):
         raise SeedError(f"the anti-causal forward gives values that are not finite; {remedy}")
     differs = (before != after).any(dim=-1)[0]

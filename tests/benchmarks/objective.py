@@ -1,24 +1,23 @@
-"""What the objective costs: ``python tests/benchmarks/objective.py [--rounds 3] [--steps 20]`` prints Markdown tables.
+"""What the objective costs: ``python tests/benchmarks/objective.py [--rounds 3] [--steps 40]`` prints Markdown tables.
 
 Each figure stands beside its peer from the same run: the tiled InfoNCE beside the naive formula, our cross-entropy beside
-the host's, a step with the objective beside one of plain cross-entropy. Runs alternate, so that a slow minute of the
-machine falls on all of them.
+the host's, a step with the objective beside one of plain cross-entropy. They alternate, steps of training one by one, so
+that a slow minute of the machine falls on all of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing as mp
 import os
 import platform
 import resource
+import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import flame_ext  # noqa: F401  (before torchtitan)
@@ -27,10 +26,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 PLAIN = ["--model.converters=", "--future_encoder.no-enable", "--future_predictor.no-enable"]
 ACTION = ["--action_layer.enable", "--action_layer.top_k=8"]
+WARM_UP = 5  # steps that are not counted
 STEPS: dict[str, list[str]] = {
     "cross-entropy alone": PLAIN,
     "anticausal, no document boundaries": ["--future_encoder.no-respect_doc_boundaries"],
     "anticausal": [],
+    "anticausal, linear head": ["--future_predictor.head_type=linear"],
     "anticausal, all the future": ["--future_encoder.future_k=0"],
     "mean of 32": ["--future_encoder.summary_method=mean"],
     "anticausal, teacher_fraction = 0.5": ["--future_encoder.teacher_fraction=0.5"],
@@ -105,48 +106,82 @@ def compare(function: Callable[..., tuple[float, float]], names: list[str], roun
     print(flush=True)
 
 
-def step_seconds(options: list[str], steps: int) -> list[float]:
-    """Seconds of each step of the debug job after the first five."""
+def step_worker(pipe: Connection, options: list[str], folder: str) -> None:
+    """The debug job, a step for each message; answers with its seconds."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.chdir(REPOSITORY)
+    from torchtitan.tools.logging import logger
+
+    from flame_ext.train import parse
+    from flame_ext.trainer import FutureTrainer
+
+    arguments = ["--job.config_file=configs/debug.toml", f"--job.dump_folder={folder}", "--seed.verify=none"]
+    logger.setLevel("ERROR")
+    trainer = FutureTrainer(parse([*arguments, "--metrics.no-enable-tensorboard", *options]))
+    trainer.checkpointer.load()
+    batches = trainer.batch_generator(trainer.dataloader)
+    while pipe.recv():
+        trainer.step += 1
+        begin = time.perf_counter()
+        trainer.train_step(batches)
+        pipe.send(time.perf_counter() - begin)
+    trainer.close()
+
+
+def compare_steps(steps: int) -> None:
+    """Print a row for each variant, relative to cross-entropy alone, of which every round of steps has one.
+
+    Means over the steps, since some have no teacher; the ratio of a round is that to its own plain step.
+    """
+    context = mp.get_context("spawn")
+    seconds: dict[str, list[float]] = {name: [] for name in STEPS}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--standalone"]
-        command += ["-m", "flame_ext.train", "--job.config_file=configs/debug.toml", f"--job.dump_folder={folder}/run"]
-        command += [f"--training.steps={steps}", "--checkpoint.interval=1000", "--seed.verify=none", *options]
-        command += ["--checkpoint.no-last_save_in_hf", "--metrics.no-enable-tensorboard"]
-        subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
-        lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
-    tokens = lines[0]["tokens_seen"]
-    return [tokens / line["tokens_per_second"] for line in lines[5:]]
-
-
-def compare_steps(rounds: int, steps: int) -> None:
-    """Print a row for each variant, relative to cross-entropy alone. Means, since some steps run no teacher."""
-    results: dict[str, list[float]] = {name: [] for name in STEPS}
-    for _ in range(rounds):
-        for name, options in STEPS.items():
-            results[name].append(statistics.mean(step_seconds(options, steps)))
-    base = results["cross-entropy alone"]
-    print("| debug job, 8 x 256 tokens | s a step | each round | to cross-entropy alone |")
+        pipes = {}
+        for number, (name, options) in enumerate(STEPS.items()):
+            pipes[name], end = context.Pipe()
+            context.Process(target=step_worker, args=(end, options, f"{folder}/{number}"), daemon=True).start()
+        for step in range(WARM_UP + steps):
+            for name, pipe in pipes.items():
+                pipe.send(True)
+                taken = pipe.recv()
+                if step >= WARM_UP:
+                    seconds[name].append(taken)
+        for pipe in pipes.values():
+            pipe.send(False)
+    plain = seconds["cross-entropy alone"]
+    print(f"| debug job, 8 x 256 tokens, {steps} steps | s a step (quartiles) | to cross-entropy alone | (quartiles) |")
     print("|---|---|---|---|")
-    for name, values in results.items():
-        ratio = statistics.median(value / plain for value, plain in zip(values, base, strict=True))
-        each = ", ".join(f"{value:.3f}" for value in values)
-        print(f"| {name} | {statistics.median(values):.3f} | {each} | {ratio:.2f}x |")
+    for name, values in seconds.items():
+        ratios = [value / base for value, base in zip(values, plain, strict=True)]
+        # Of an interval of four one step is dear: its quartiles say nothing, its mean does.
+        ratio = statistics.mean(values) / statistics.mean(plain) if "interval" in name else statistics.median(ratios)
+        print(f"| {name} | {_quartiles(values)} | {ratio:.2f}x | {_quartiles(ratios)} |")
     print(flush=True)
+
+
+def _quartiles(values: list[float]) -> str:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.3f} ({low:.3f}-{high:.3f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=25, help="of each run of the debug job; 5 are not counted")
+    parser.add_argument("--rounds", type=int, default=3, help="of the losses alone; 0 = leave them out")
+    parser.add_argument("--steps", type=int, default=40, help="of the debug job in each variant")
     arguments = parser.parse_args()
     import torch
 
     print(
         f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, medians of {arguments.rounds} rounds\n"
     )
-    compare(info_nce_case, ["naive", "tiled"], arguments.rounds, 16384, 1024)
-    compare(cross_entropy_case, ["host", "chunked"], arguments.rounds, 8192, 50304)
-    compare_steps(arguments.rounds, arguments.steps)
+    if arguments.rounds:
+        compare(info_nce_case, ["naive", "tiled"], arguments.rounds, 16384, 1024)
+        compare(cross_entropy_case, ["host", "chunked"], arguments.rounds, 8192, 50304)
+    compare_steps(arguments.steps)
 
 
 if __name__ == "__main__":

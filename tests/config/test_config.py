@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError
@@ -159,6 +159,24 @@ def test_values_that_can_not_be_right(options: list[str], message: str) -> None:
 )
 def test_backbones_that_can_not_look_ahead_are_refused(model_type: str, reason: str | None) -> None:
     assert not_anticausal(AutoConfig.for_model(model_type)) == reason
+
+
+@pytest.mark.parametrize(("model_type", "supported"), [("olmo", True), ("gpt_neox", True), ("gpt2", False), ("falcon", False)])
+def test_flex_attention_is_refused_where_transformers_has_none(
+    tmp_path: Path, model_type: str, supported: bool
+) -> None:
+    config = AutoConfig.for_model(model_type, vocab_size=264)
+    config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
+    config.save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).write_bytes((TINY_OLMO / file).read_bytes())
+    options = [f"--job.config_file={DEBUG_TOML}", f"--model.hf_assets_path={tmp_path}"]
+    parse(options)
+    if supported:
+        parse([*options, "--future_encoder.teacher_attention=flex"])
+        return
+    with pytest.raises(ConfigError, match=f"'flex': transformers has no FlexAttention for '{model_type}'; take 'auto'"):
+        parse([*options, "--future_encoder.teacher_attention=flex"])
 
 
 def test_an_unknown_summary_method_is_refused(tmp_path: Path) -> None:

@@ -56,6 +56,16 @@ def test_what_sees_no_future_is_refused() -> None:
         prove_anticausal(embedded, TOKENS)
 
 
+def test_a_backbone_that_can_not_run_under_the_mask_is_refused() -> None:
+    def failing(tokens: Tensor) -> Tensor:
+        raise AttributeError("'dict' object has no attribute 'shape'")
+
+    with pytest.raises(
+        SeedError, match="fails with AttributeError: 'dict' object has no attribute 'shape'.*take 'mean'"
+    ):
+        prove_anticausal(failing, TOKENS)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_refused(value: float) -> None:
     def broken(tokens: Tensor) -> Tensor:

@@ -1,0 +1,14 @@
+"""``torch.compile`` of the losses' arithmetic, once for each function and backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+
+@cache
+def compiled(function: Callable, backend: str | None) -> Callable:
+    """``function``, compiled with dynamic shapes (the last chunk of a batch is a smaller one); as it is for None."""
+    return function if backend is None else torch.compile(function, backend=backend, dynamic=True)
