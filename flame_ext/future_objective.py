@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from flame_ext.config.sections import FlameJobConfig
-from flame_ext.heads.future_encoder import AnticausalEncoder, FutureSummaries
+from flame_ext.heads.future_encoder import AnticausalEncoder, FutureSummaries, MaskForm
 from flame_ext.model.hf_causal_lm import HFCausalLM
 from flame_ext.objective.action import action_losses, candidate_mask
 from flame_ext.objective.contrastive import info_nce
@@ -113,8 +113,7 @@ class FutureObjective:
         self._key_dtype, self._device = key_dtype, device
         self._compile_backend = loss_compile_backend(config)
         self.anticausal = isinstance(model.future_encoder, AnticausalEncoder)
-        supports_flex = device.type == "cuda" and model._supports_flex_attn
-        self._flex = {"auto": supports_flex, "flex": True, "sdpa": False}[self._encoder_config.teacher_attention]
+        self._mask_form = mask_form(self._encoder_config.teacher_attention, model, device)
         self._dropout = _has_dropout(model)
         self._full_weights = LossWeights(
             self._encoder_config.loss_weight,
@@ -202,7 +201,7 @@ class FutureObjective:
     def summaries(self, input_ids: Tensor, doc_ids: Tensor | None = None) -> FutureSummaries:
         """(B, T) tokens, and (B, T) document numbers or None, to anti-causal summaries. Collective."""
         with self._amp, self._without_dropout():
-            return self.model.future_encoder(self.model, input_ids.to(self._device), doc_ids, flex=self._flex)
+            return self.model.future_encoder(self.model, input_ids.to(self._device), doc_ids, form=self._mask_form)
 
     def _fill_banks(self, plan: StepPlan) -> None:
         """All keys of the step, of all ranks: rank by rank, micro-batch by micro-batch."""
@@ -405,6 +404,15 @@ def trains_future(config: FlameJobConfig) -> bool:
     weights = [config.future_encoder.loss_weight]
     weights += [action.loss_weight, action.model_loss_weight] if action.enable else []
     return config.future_encoder.enable and any(weight > 0 for weight in weights)
+
+
+def mask_form(teacher_attention: str, model: HFCausalLM, device: torch.device) -> MaskForm:
+    """The masks of the teacher, for a ``future_encoder.teacher_attention``."""
+    if teacher_attention == "flex" or (
+        teacher_attention == "auto" and device.type == "cuda" and model._supports_flex_attn
+    ):
+        return "flex"
+    return "windows" if teacher_attention == "auto" and model._supports_attention_backend else "dense"
 
 
 def loss_compile_backend(config: FlameJobConfig) -> str | None:

@@ -229,7 +229,10 @@ class FutureTrainer(torchtitan.train.Trainer):
         probe = self._probe()
         report = seed(target, path, self.job_config.seed, probe, self._dump_folder)
         if self.objective is not None and self.objective.anticausal and self.job_config.seed.verify != "none":
-            prove_anticausal(lambda tokens: self.objective.summaries(tokens).states, probe.tokens)
+            # As long as those of the training: how masks are made and attended by depends on it.
+            seq_len = self.job_config.training.seq_len
+            tokens = probe.tokens.repeat(1, -(-seq_len // probe.tokens.shape[1]))[:, :seq_len]
+            prove_anticausal(lambda tokens: self.objective.summaries(tokens).states, tokens)
             logger.info("Verified that no summary of the future depends on its past")
         self.seed_identity = report.identity
         self.metrics_processor.rewind(0)

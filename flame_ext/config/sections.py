@@ -120,8 +120,8 @@ class FutureEncoder(HeadOptimization):
 
     teacher_attention: Literal["auto", "sdpa", "flex"] = "auto"
     """
-    Attention of the anticausal forward: 'flex' (FlexAttention with a BlockMask), 'sdpa' (a boolean mask), 'auto': flex on
-    CUDA where the backbone supports it, else sdpa.
+    Attention of the anticausal forward: 'flex' (FlexAttention with a BlockMask), 'sdpa' (a boolean mask of all pairs of
+    positions), 'auto': flex on CUDA where the backbone supports it, else sdpa, block by block where the window is short.
     """
 
 

@@ -11,10 +11,18 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from flame_ext.heads.initialisation import ParameterInit, linear_inits
-from flame_ext.objective.masks import anticausal_block_mask, anticausal_mask, has_future
+from flame_ext.objective.masks import (
+    anticausal_block_mask,
+    anticausal_mask,
+    anticausal_window_mask,
+    has_future,
+    window_is_short,
+)
 from flame_ext.objective.windows import reduce_following
 
 AttentionMask = Tensor | BlockMask
+MaskForm = Literal["dense", "windows", "flex"]
+"""A (T, T) tensor; blocks of one where the window is short; FlexAttention's."""
 
 
 class FutureSummaries(NamedTuple):
@@ -47,28 +55,31 @@ class AnticausalEncoder(nn.Module):
 
     @torch.no_grad()  # not inference_mode: FSDP's unsharded parameters are used again by the student's forward
     def forward(
-        self, backbone: Callable[..., Tensor], input_ids: Tensor, doc_ids: Tensor | None, flex: bool = False
+        self, backbone: Callable[..., Tensor], input_ids: Tensor, doc_ids: Tensor | None, form: MaskForm = "dense"
     ) -> FutureSummaries:
         """
         Args:
             backbone: ``backbone(input_ids, attention_mask=mask, output="hidden_states")`` gives (B, T, D). The mask is
-                (B or 1, 1, T, T), true where attention is allowed, or one for each layer type if there are several.
+                (B or 1, 1, T, T), true where attention is allowed, or in blocks of it, or one for each layer type if
+                there are several.
                 Under FSDP it has to be the root module.
             input_ids: (B, T).
             doc_ids: (B, T) if summaries stop at the end of their document, else None.
-            flex: make ``BlockMask`` masks, for a backbone that runs FlexAttention.
+            form: of the masks, one that the backbone understands.
         """
-        masks = {kind: self._mask(input_ids, doc_ids, window, flex) for kind, window in self.windows.items()}
+        masks = {kind: self._mask(input_ids, doc_ids, window, form) for kind, window in self.windows.items()}
         mask = masks if len(masks) > 1 else next(iter(masks.values()))
         states = backbone(input_ids, attention_mask=mask, output="hidden_states")
         return FutureSummaries(states, has_future(torch.zeros_like(input_ids) if doc_ids is None else doc_ids))
 
-    def _mask(self, input_ids: Tensor, doc_ids: Tensor | None, window: int, flex: bool) -> AttentionMask:
+    def _mask(self, input_ids: Tensor, doc_ids: Tensor | None, window: int, form: MaskForm) -> AttentionMask:
         # A causal window of w is w - 1 positions beside the own one, which an anti-causal layer does not attend to.
         reach = min((k for k in (self.future_k, max(1, window - 1) if window else 0) if k), default=0)
         batch_size, seq_len = input_ids.shape
-        if flex:
+        if form == "flex":
             return anticausal_block_mask(batch_size, seq_len, reach, doc_ids, device=input_ids.device)
+        if form == "windows" and window_is_short(seq_len, reach):
+            return anticausal_window_mask(seq_len, reach, doc_ids, device=input_ids.device)
         return anticausal_mask(seq_len, reach, doc_ids, device=input_ids.device)
 
     def parameter_inits(self) -> dict[str, ParameterInit]:

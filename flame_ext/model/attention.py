@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -74,16 +75,17 @@ def boolean_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention with a boolean mask and soft-capping, zeros where nothing is allowed; for transformers' interface.
+    """Attention with a boolean mask, zeros where nothing is allowed; for transformers' interface.
 
-    For backbones that scaled_dot_product_attention does not serve (Gemma-2). transformers' own code for them adds a
-    boolean mask to the scores as zeros and ones.
+    For what transformers' own code lacks: masks in blocks; and soft-capping (Gemma-2), where it adds a boolean mask to the
+    scores as zeros and ones.
 
     Args:
         module: the attention layer.
         query: (B, H, T, d).
         key, value: (B, H or fewer, T, d).
-        attention_mask: (B or 1, 1, T, T) bool.
+        attention_mask: (B or 1, 1, T, T) bool; or (B or 1, n, C, K) in blocks of C queries and the K keys from the same
+            position on, n·C >= T (:func:`flame_ext.objective.masks.anticausal_window_mask`).
         dropout: must be 0.
         scaling: of the scores; d^-1/2 by default.
         softcap: c in c·tanh(score / c), before the mask.
@@ -94,13 +96,37 @@ def boolean_attention(
     if dropout or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise NotImplementedError(f"{type(module).__name__}: dropout, sinks and position biases are not supported here")
     groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    batch_size, seq_len = query.shape[0], query.shape[2]
+    if attention_mask.shape[1] > 1:
+        _, count, size, reach = attention_mask.shape
+        query = _blocks(query, count, size, size)
+        key, value = _blocks(key, count, size, reach), _blocks(value, count, size, reach)
+        attention_mask = attention_mask.expand(batch_size, -1, -1, -1).flatten(0, 1).unsqueeze(1)
+    if softcap is None:
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    else:
+        output = _soft_capped(query, key, value, attention_mask, scaling, softcap)
+    # Of blocks, (B·n, C, H, d), the sequences again; without them this changes nothing.
+    output = output.transpose(1, 2).unflatten(0, (batch_size, -1)).flatten(1, 2)
+    return output[:, :seq_len].contiguous(), None
+
+
+def _blocks(states: Tensor, count: int, size: int, reach: int) -> Tensor:
+    """(B, H, T, d) to (B·count, H, reach, d): from every size-th position on, zeros after the end."""
+    states = F.pad(states, (0, 0, 0, (count - 1) * size + reach - states.shape[2]))
+    return states.unfold(2, reach, size).permute(0, 2, 1, 4, 3).flatten(0, 1)
+
+
+def _soft_capped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float
+) -> Tensor:
     scores = (query @ key.transpose(2, 3)).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~attention_mask, float("-inf")).softmax(dim=-1)
-    weights = weights.masked_fill(~attention_mask.any(dim=-1, keepdim=True), 0.0)
-    return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous(), None
+    scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    weights = weights.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
+    return weights.to(value.dtype) @ value
 
 
 AttentionInterface.register(BOOLEAN_ATTENTION, boolean_attention)

@@ -210,7 +210,8 @@ class HFCausalLM(nn.Module):
         Args:
             input_ids: (B, T).
             attention_mask: None = causal; or (B or 1, 1, T, T), true where attention is allowed, as a bool tensor or a
-                ``BlockMask``; or a dict of them by layer type.
+                ``BlockMask``; or (B or 1, n, C, K) bool, see :func:`flame_ext.model.attention.boolean_attention`; or a
+                dict of them by layer type, no ``BlockMask`` beside a tensor.
             position_ids: (B, T); None = 0..T-1.
             output: "logits" (B, T, V), or "hidden_states" (B, T, D), after the final norm, without running the output
                 embedding.
@@ -245,7 +246,7 @@ class HFCausalLM(nn.Module):
         own = self.base_model.config._attn_implementation
         if any(isinstance(mask, BlockMask) for mask in masks):
             return attention_implementation(self.base_model.config, "flex_attention")
-        if mask is not None and own != "sdpa":
+        if any(mask is not None and (own != "sdpa" or mask.shape[1] > 1) for mask in masks):
             return attention_implementation(self.base_model.config, BOOLEAN_ATTENTION)
         return nullcontext()
 

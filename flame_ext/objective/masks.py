@@ -5,8 +5,12 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+_MIN_BLOCK = 64
+"""Queries in a block of a windowed mask; smaller blocks save scores, and cost more in copies of keys than that."""
 
 
 def doc_ids_from_eos(input_ids: Tensor, eos_id: int) -> Tensor:
@@ -50,6 +54,40 @@ def anticausal_mask(
         return allowed[None, None]
     same_document = doc_ids[:, None, :, None] == doc_ids[:, None, None, :]
     return allowed & same_document
+
+
+def anticausal_window_mask(
+    seq_len: int, future_k: int, doc_ids: Tensor | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """:func:`anticausal_mask` for a window much shorter than the sequence, without its (T, T): block by block.
+
+    Block n of C = max(future_k, 64) queries, the positions nC .. nC + C - 1, can see no keys but those of nC .. nC + K - 1,
+    K = C + future_k. :func:`flame_ext.model.attention.boolean_attention` attends by it.
+
+    Args:
+        seq_len: T.
+        future_k: window, > 0.
+        doc_ids: (B, T) integers, or None if the sequence is one document.
+        device: of the result; ``doc_ids.device`` by default.
+
+    Returns:
+        (B, ceil(T / C), C, K) bool, true where attention is allowed; B is 1 without ``doc_ids``.
+    """
+    size = max(future_k, _MIN_BLOCK)
+    count = -(-seq_len // size)
+    query = torch.arange(count * size, device=doc_ids.device if device is None and doc_ids is not None else device)
+    query = query.view(count, size, 1)
+    key = query[:, :1] + torch.arange(size + future_k, device=query.device)  # (count, 1, K)
+    allowed = ((key > query) & (key <= query + future_k) & (key < seq_len))[None]
+    if doc_ids is None:
+        return allowed
+    doc_ids = F.pad(doc_ids, (0, count * size + future_k - seq_len), value=-1)
+    return allowed & (doc_ids[:, query] == doc_ids[:, key])
+
+
+def window_is_short(seq_len: int, future_k: int) -> bool:
+    """Whether :func:`anticausal_window_mask` saves at least half of the scores."""
+    return future_k > 0 and 2 * (max(future_k, _MIN_BLOCK) + future_k) <= seq_len
 
 
 def anticausal_block_mask(

@@ -161,7 +161,9 @@ def test_backbones_that_can_not_look_ahead_are_refused(model_type: str, reason: 
     assert not_anticausal(AutoConfig.for_model(model_type)) == reason
 
 
-@pytest.mark.parametrize(("model_type", "supported"), [("olmo", True), ("gpt_neox", True), ("gpt2", False), ("falcon", False)])
+@pytest.mark.parametrize(
+    ("model_type", "supported"), [("olmo", True), ("gpt_neox", True), ("gpt2", False), ("falcon", False)]
+)
 def test_flex_attention_is_refused_where_transformers_has_none(
     tmp_path: Path, model_type: str, supported: bool
 ) -> None:

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 from transformers.integrations.flex_attention import WrappedFlexAttention
 
-from flame_ext.heads.future_encoder import AnticausalEncoder
+from flame_ext.heads.future_encoder import AnticausalEncoder, MaskForm
 from flame_ext.model.attention import attention_windows
 from flame_ext.model.hf_causal_lm import HFCausalLM, HFModelArgs, build_hf_causal_lm
+from flame_ext.objective import masks
 from flame_ext.objective.masks import (
     anticausal_block_mask,
     anticausal_mask,
+    anticausal_window_mask,
     doc_ids_from_eos,
     has_future,
     pair_mask,
@@ -67,6 +69,21 @@ def test_block_mask_is_the_dense_mask(tokens: list[list[int]], future_k: int, do
     assert torch.equal(allowed.expand_as(expected), expected)
 
 
+@given(BATCHES, st.integers(1, 6), st.booleans(), st.integers(1, 4))
+@settings(max_examples=100, deadline=None)
+def test_window_mask_is_the_dense_mask(tokens: list[list[int]], future_k: int, documents: bool, min_block: int) -> None:
+    docs = doc_ids_from_eos(torch.tensor(tokens), eos_id=0) if documents else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masks, "_MIN_BLOCK", min_block)
+        blocks = anticausal_window_mask(9, future_k, docs)
+    size = max(future_k, min_block)
+    assert blocks.shape == (len(tokens) if documents else 1, -(-9 // size), size, size + future_k)
+    dense = torch.zeros(len(blocks), 9, 9, dtype=torch.bool)
+    for b, n, i, j in blocks.nonzero().tolist():
+        dense[b, n * size + i, n * size + j] = True  # out of bounds if anything beyond the end is allowed
+    assert torch.equal(dense, anticausal_mask(9, future_k, docs)[:, 0])
+
+
 @pytest.mark.parametrize("future_k", [0, 5, 200])
 @pytest.mark.parametrize("documents", [False, True])
 def test_flex_attention_skips_no_block_that_counts(future_k: int, documents: bool) -> None:
@@ -112,20 +129,20 @@ def total_reach(model: HFCausalLM, future_k: int) -> int:
     return reach
 
 
-def check_reach(model: HFCausalLM, future_k: int, flex: bool = False) -> None:
+def check_reach(model: HFCausalLM, future_k: int, form: MaskForm = "dense") -> None:
     tokens = torch.randint(2, 264, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     tokens[0, 13] = 0  # the end of the first document
     docs = doc_ids_from_eos(tokens, 0)
     encoder = AnticausalEncoder(future_k, attention_windows(model.config))
     reach = total_reach(model, future_k)
     for doc_ids in (None, docs):
-        before = encoder(model, tokens, doc_ids, flex)
+        before = encoder(model, tokens, doc_ids, form)
         assert torch.isfinite(before.states).all() and not before.states.requires_grad
         assert torch.equal(before.valid_mask, has_future(torch.zeros_like(tokens) if doc_ids is None else docs))
         for j in (0, 5, 13, 20, 31, 50, LENGTH - 1):
             changed = tokens.clone()
             changed[0, j] = 100 if tokens[0, j] != 100 else 101
-            differs = (before.states != encoder(model, changed, doc_ids, flex).states).any(dim=-1)
+            differs = (before.states != encoder(model, changed, doc_ids, form).states).any(dim=-1)
             assert not differs[1].any(), "the other sequence"
             for t in range(LENGTH):
                 same_document = doc_ids is None or docs[0, t] == docs[0, j]
@@ -146,6 +163,19 @@ def test_no_token_reaches_a_summary_of_its_future(tmp_path: Path, name: str, fut
     check_reach(random_model(save_tiny(name, tmp_path)), future_k)
 
 
+@pytest.mark.parametrize("name", ["olmo-tied", "llama-scaled-rope", "gemma2", "olmo3-sliding-window"])
+def test_windows_are_attended_to_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(masks, "_MIN_BLOCK", 6)  # the last block is not full
+    model = random_model(save_tiny(name, tmp_path))
+    check_reach(model, future_k=4, form="windows")
+    tokens = torch.randint(0, 264, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    docs = doc_ids_from_eos(tokens % 10, 0)
+    encoder = AnticausalEncoder(4, attention_windows(model.config))
+    for doc_ids in (None, docs):
+        blocks = encoder(model, tokens, doc_ids, "windows").states
+        torch.testing.assert_close(blocks, encoder(model, tokens, doc_ids).states, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["olmo2", "olmo3-sliding-window"])
 def test_no_token_reaches_a_summary_of_its_future_by_flex_attention(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -155,9 +185,9 @@ def test_no_token_reaches_a_summary_of_its_future_by_flex_attention(
     monkeypatch.setattr(WrappedFlexAttention, "__init__", lambda self, training: None)
     monkeypatch.setattr(WrappedFlexAttention, "_compiled_flex_attention", staticmethod(flex_attention))
     model = random_model(save_tiny(name, tmp_path))
-    check_reach(model, future_k=4, flex=True)
+    check_reach(model, future_k=4, form="flex")
     tokens = torch.randint(2, 264, (2, LENGTH))
     encoder = AnticausalEncoder(0, attention_windows(model.config))
     torch.testing.assert_close(
-        encoder(model, tokens, None, flex=True).states, encoder(model, tokens, None).states, rtol=1e-3, atol=1e-4
+        encoder(model, tokens, None, form="flex").states, encoder(model, tokens, None).states, rtol=1e-3, atol=1e-4
     )
