@@ -2,7 +2,8 @@
 
 torchrun --nproc_per_node 8 -m flame_ext.train --job.config_file configs/olmo1b_fp.toml [--section.key value ...]
 
-Exit code: 0 done, 1 the run failed, 2 the configuration or the way of launching is wrong.
+Exit code: 0 done, 1 the run failed, 2 the configuration or the way of launching is wrong, 75 a signal stopped the run,
+which has saved: start the same command again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torchtitan.tools.logging import init_logger
 from flame_ext.config.checks import check_config
 from flame_ext.config.manager import FlameConfigManager
 from flame_ext.config.sections import FlameJobConfig
+from flame_ext.ending import EXIT_PREEMPTED, StopSignals, note_exit_code
 from flame_ext.errors import ConfigError, UserError
 from flame_ext.registration import register
 from flame_ext.trainer import FutureTrainer
@@ -46,17 +48,25 @@ def parse(args: list[str]) -> FlameJobConfig:
     return config
 
 
-def run(config: FlameJobConfig) -> None:
-    """Train. Must run in every rank, under torchrun's environment."""
+def run(config: FlameJobConfig) -> int:
+    """Train. Must run in every rank, under torchrun's environment.
+
+    Returns:
+        0, or :data:`flame_ext.ending.EXIT_PREEMPTED`.
+    """
     trainer: FutureTrainer | None = None
+    signals = StopSignals()
+    signals.install()
     try:
-        trainer = FutureTrainer(config)
+        trainer = FutureTrainer(config, signals)
         trainer.train()
     finally:
+        signals.restore()
         if trainer is not None:
             trainer.close()
     if dist.is_initialized():
         dist.destroy_process_group()
+    return EXIT_PREEMPTED if trainer.preempted else 0
 
 
 @record
@@ -75,9 +85,12 @@ def main(args: list[str] | None = None) -> None:
     except UserError as e:
         _fail(e, 2)
     try:
-        run(config)
+        code = run(config)
     except UserError as e:
         _fail(e, 1)
+    if code:
+        note_exit_code(code)
+        raise SystemExit(code)
 
 
 def _fail(error: UserError, code: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ import transformers
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpoint import MODEL
+from torchtitan.components.dataloader import DataloaderExhaustedError
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
@@ -25,7 +28,8 @@ from flame_ext.checkpoint.export import ExportSpec, export_hf
 from flame_ext.checkpoint.manager import SeedingCheckpointManager
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.distributed import is_main_rank
-from flame_ext.errors import ConfigError
+from flame_ext.ending import Circumstances, StopSignals, agree
+from flame_ext.errors import CheckpointError, ConfigError, UserError
 from flame_ext.future_objective import FutureObjective, StepPlan, trains_future
 from flame_ext.heads.converter import head_arguments
 from flame_ext.model.hf_causal_lm import HFCausalLM
@@ -48,11 +52,24 @@ PROBE_LENGTH = 128
 
 
 class FutureTrainer(torchtitan.train.Trainer):
-    """Trains a :class:`HFCausalLM`, with or without heads. All its state is the host's."""
+    """Trains a :class:`HFCausalLM`, with or without heads. All its state is the host's.
+
+    Args:
+        job_config: checked.
+        signals: asked before every step; None = no signal stops the run.
+    """
 
     job_config: FlameJobConfig
 
-    def __init__(self, job_config: FlameJobConfig) -> None:
+    def __init__(self, job_config: FlameJobConfig, signals: StopSignals | None = None) -> None:
+        self._signals = signals or StopSignals()
+        self._stopping = self._finishing = False
+        self._grad_norm = 0.0
+        self._nonfinite_steps = 0
+        self.skipped_steps = 0
+        """Steps without an update, since the gradient was not finite; of this process."""
+        self.run_id: str | None = None
+        """Names the run in its steps, from its step 0 on."""
         self.seed_identity: dict[str, Any] | None = None
         """What the run grew from; every step's manifest carries it on."""
         manager = partial(
@@ -60,6 +77,7 @@ class FutureTrainer(torchtitan.train.Trainer):
             seed=self._seed_from,
             export=self._export_step,
             facts=self._manifest_facts,
+            admit=self._finite,
             resumed=self._resumed_from,
         )
         # The host's __init__ builds its CheckpointManager by this name and offers no other place to exchange it.
@@ -107,23 +125,112 @@ class FutureTrainer(torchtitan.train.Trainer):
     # -- training ------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """As the host's; with ``seed.dry_run``, everything up to step 1."""
-        if not self.job_config.seed.dry_run:
-            return super().train()
-        self.checkpointer.load(step=self.job_config.checkpoint.load_step)
-        logger.info(f"Dry run: stopped before step {self.step + 1}")
+        """As the host's, up to the last step, a stop signal, or the end of the data, each of which is saved.
+
+        With ``seed.dry_run``, everything up to step 1. A run that is complete already trains nothing.
+
+        Raises:
+            UserError: on all ranks at the same step.
+        """
+        if self.job_config.seed.dry_run:
+            self.checkpointer.load(step=self.job_config.checkpoint.load_step)
+            logger.info(f"Dry run: stopped before step {self.step + 1}")
+            return
+        super().train()
+        if self._finishing:
+            self._finish()
+        elif self.preempted:
+            self.checkpointer.save_now(self.step)
+            logger.info(f"Stopped by {self._signal_name()} after step {self.step}: start the same command again to go on")
+
+    @property
+    def preempted(self) -> bool:
+        """Whether a signal has stopped the run before its last step."""
+        return self._stopping and not self._finishing and self.step < self.job_config.training.steps
+
+    def should_continue_training(self) -> bool:
+        return not self._stopping and super().should_continue_training()
+
+    def _finish(self) -> None:
+        """The data have ended: the step before is the last one, as if ``training.steps`` had said so."""
+        self.step -= 1  # the host had counted the one that was not run
+        if self.step == 0:
+            raise UserError(f"training.dataset {self.job_config.training.dataset!r} has no data for a single step")
+        self.checkpointer.save(self.step, last_step=True)
+        logger.info(f"The data ended after step {self.step} of {self.job_config.training.steps}: this run is complete")
+
+    def _signal_name(self) -> str:
+        received = self._signals.received
+        return "a signal to another rank" if received is None else received.name
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.metrics_processor.rewind(self.step)
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
-        """As the host's, with the objective's plan of the whole step made before its first micro-batch."""
-        microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
+        """As the host's, with what all ranks have to agree on and the objective's plan of the whole step made before.
+
+        Raises:
+            DataloaderExhaustedError: on all ranks, if the data of any do not suffice.
+            UserError: on all ranks, if a save in the background has failed, or gradients stay non-finite.
+        """
+        microbatches = self._microbatches_for_all(data_iterator)
         self._parts, self._microbatch = {}, 0
         if self.objective is not None:
             self._plan = self.objective.plan(self.step, [(inputs["input"], labels) for inputs, labels in microbatches])
-        super().train_step(iter(microbatches))
+        with mock.patch.object(dist_utils, "clip_grad_norm_", partial(self._clip_grad_norm, dist_utils.clip_grad_norm_)):
+            super().train_step(iter(microbatches))
+        self._nonfinite_steps = 0 if math.isfinite(self._grad_norm) else self._nonfinite_steps + 1
+        if self._nonfinite_steps >= self.job_config.checkpoint.max_nonfinite_steps:
+            raise UserError(
+                f"the gradient norm was not finite on {self._nonfinite_steps} steps in a row, the last one step {self.step} "
+                "(checkpoint.max_nonfinite_steps): lower optimizer.lr, look at the data of these steps, or continue from an "
+                "earlier step with checkpoint.load_step"
+            )
+
+    def _microbatches_for_all(
+        self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]
+    ) -> list[tuple[dict[str, Tensor], Tensor]]:
+        """This rank's micro-batches of the step, if all ranks have theirs. Collective."""
+        tokens_before, microbatches, ended = self.ntokens_seen, [], False
+        try:
+            for _ in range(self.gradient_accumulation_steps):
+                microbatches.append(next(data_iterator))
+        except DataloaderExhaustedError:
+            ended = True
+        error = self.checkpointer.background_error() if self.checkpointer.enable else None
+        now = agree(Circumstances(self._signals.received is not None, ended, error is not None), self.device)
+        if now.save_failed:
+            raise CheckpointError(error or "a save in the background failed on another rank, which says why")
+        if now.data_ended:
+            self.ntokens_seen, self._finishing = tokens_before, True
+            raise DataloaderExhaustedError
+        self._stopping = now.stop
+        return microbatches
+
+    def _clip_grad_norm(self, clip: Callable[..., Tensor], parameters: list[torch.nn.Parameter], *args, **kwargs) -> Tensor:
+        """The host's, and no gradients at all if their norm is not finite: optimizers then leave everything as it is."""
+        norm = clip(parameters, *args, **kwargs)
+        self._grad_norm = norm.item()  # of all ranks: they decide alike
+        if not math.isfinite(self._grad_norm):
+            for parameter in parameters:
+                parameter.grad = None
+            self.skipped_steps += 1
+            logger.warning(
+                f"Step {self.step}: the gradient norm is {self._grad_norm}: no update (skipped so far: {self.skipped_steps})"
+            )
+        return norm
+
+    def _finite(self, step: int) -> bool:
+        """Whether a step may be saved: gradient norm, losses and weights are finite on every rank. Collective."""
+        weights = [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters()]
+        weights = [p.detach() for p in weights if p.numel()]
+        finite = torch.tensor(math.isfinite(self._grad_norm), dtype=torch.uint8, device=self.device)
+        for value in (*self._parts.values(), torch.nn.utils.get_total_norm(weights, math.inf, foreach=True)):
+            finite *= torch.isfinite(value).all().to(self.device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        return bool(finite)
 
     def forward_backward_step(
         self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Tensor
@@ -182,7 +289,7 @@ class FutureTrainer(torchtitan.train.Trainer):
     def _step_metrics(self, grad_norm: float) -> dict[str, float | None]:
         parts = self._reduced(self._parts)
         self._part_names = list(dict.fromkeys([*self._part_names, *parts]))
-        metrics = {**dict.fromkeys(self._part_names), **parts}
+        metrics = {**dict.fromkeys(self._part_names), **parts, "skipped_steps": self.skipped_steps}
         if self.objective is not None:
             # Gradients are clipped by now, all by one factor.
             unclipped = max(1.0, (grad_norm + 1e-6) / self.job_config.training.max_norm)
@@ -235,10 +342,13 @@ class FutureTrainer(torchtitan.train.Trainer):
             prove_anticausal(lambda tokens: self.objective.summaries(tokens).states, tokens)
             logger.info("Verified that no summary of the future depends on its past")
         self.seed_identity = report.identity
+        run_id = [uuid.uuid4().hex]
+        dist.broadcast_object_list(run_id, src=0)
+        self.run_id = run_id[0]
         self.metrics_processor.rewind(0)
 
     def _resumed_from(self, manifest: dict[str, Any]) -> None:
-        self.seed_identity = manifest.get("seed")
+        self.seed_identity, self.run_id = manifest.get("seed"), manifest.get("run")
         path, allow_pickle = self.job_config.checkpoint.initial_load_path, self.job_config.seed.allow_pickle
         if is_main_rank() and (change := changed_source(self.seed_identity, path, allow_pickle)) is not None:
             logger.warning(change)
@@ -294,6 +404,8 @@ class FutureTrainer(torchtitan.train.Trainer):
                 "transformers": transformers.__version__,
             },
             "seed": self.seed_identity,
+            "run": self.run_id,
+            "finished": self._finishing or self.step >= self.job_config.training.steps,
         }
 
 
