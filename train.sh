@@ -6,6 +6,8 @@
 #   NNODE         nodes (default: 1); then also MASTER_ADDR and MASTER_PORT of the first one, and NODE_RANK
 #   LOG_RANK      local ranks whose output is shown, comma-separated (default: 0)
 #   PYTHON        the interpreter (default: python)
+#
+# SIGTERM and SIGUSR1 are handed on: the run saves and this script exits with 75, for a launcher to start it again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -34,7 +36,27 @@ export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 # Tokenisation runs in the training process: its own threads would compete with it, and warn after a fork.
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 
-exec "$PYTHON" -m torch.distributed.run \
+# What torchrun passes on to its workers; and where they leave an exit code, since torchrun makes 1 of every one.
+export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+FLAME_EXT_EXIT_FILE=$(mktemp)
+export FLAME_EXT_EXIT_FILE
+
+"$PYTHON" -m torch.distributed.run \
     --nnodes "$NNODE" --nproc_per_node "$NGPU" "${rendezvous[@]}" \
     --local_ranks_filter "$LOG_RANK" --role rank --tee 3 \
-    -m flame_ext.train --job.config_file "$CONFIG_FILE" "$@"
+    -m flame_ext.train --job.config_file "$CONFIG_FILE" "$@" &
+torchrun=$!
+for signal in TERM USR1 INT; do
+    # shellcheck disable=SC2064
+    trap "kill -s $signal $torchrun 2>/dev/null || true" "$signal"
+done
+while kill -0 "$torchrun" 2>/dev/null; do
+    wait "$torchrun" || true # a trap ends it early
+done
+code=0
+wait "$torchrun" || code=$?
+if [[ -s "$FLAME_EXT_EXIT_FILE" ]]; then
+    code=$(<"$FLAME_EXT_EXIT_FILE")
+fi
+rm -f "$FLAME_EXT_EXIT_FILE"
+exit "$code"

@@ -61,9 +61,11 @@ def run(config: FlameJobConfig) -> int:
         trainer = FutureTrainer(config, signals)
         trainer.train()
     finally:
-        signals.restore()
-        if trainer is not None:
-            trainer.close()
+        try:
+            if trainer is not None:
+                trainer.close()
+        finally:
+            signals.restore()
     if dist.is_initialized():
         dist.destroy_process_group()
     return EXIT_PREEMPTED if trainer.preempted else 0

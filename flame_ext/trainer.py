@@ -141,7 +141,9 @@ class FutureTrainer(torchtitan.train.Trainer):
             self._finish()
         elif self.preempted:
             self.checkpointer.save_now(self.step)
-            logger.info(f"Stopped by {self._signal_name()} after step {self.step}: start the same command again to go on")
+            logger.info(
+                f"Stopped by {self._signal_name()} after step {self.step}: start the same command again to go on"
+            )
 
     @property
     def preempted(self) -> bool:
@@ -178,7 +180,9 @@ class FutureTrainer(torchtitan.train.Trainer):
         self._parts, self._microbatch = {}, 0
         if self.objective is not None:
             self._plan = self.objective.plan(self.step, [(inputs["input"], labels) for inputs, labels in microbatches])
-        with mock.patch.object(dist_utils, "clip_grad_norm_", partial(self._clip_grad_norm, dist_utils.clip_grad_norm_)):
+        with mock.patch.object(
+            dist_utils, "clip_grad_norm_", partial(self._clip_grad_norm, dist_utils.clip_grad_norm_)
+        ):
             super().train_step(iter(microbatches))
         self._nonfinite_steps = 0 if math.isfinite(self._grad_norm) else self._nonfinite_steps + 1
         if self._nonfinite_steps >= self.job_config.checkpoint.max_nonfinite_steps:
@@ -208,7 +212,9 @@ class FutureTrainer(torchtitan.train.Trainer):
         self._stopping = now.stop
         return microbatches
 
-    def _clip_grad_norm(self, clip: Callable[..., Tensor], parameters: list[torch.nn.Parameter], *args, **kwargs) -> Tensor:
+    def _clip_grad_norm(
+        self, clip: Callable[..., Tensor], parameters: list[torch.nn.Parameter], *args, **kwargs
+    ) -> Tensor:
         """The host's, and no gradients at all if their norm is not finite: optimizers then leave everything as it is."""
         norm = clip(parameters, *args, **kwargs)
         self._grad_norm = norm.item()  # of all ranks: they decide alike

@@ -1,0 +1,10 @@
+"""For ``experimental.custom_import``: the data of rank 1 end inside the accumulation window of its fourth step."""
+
+import os
+from itertools import islice
+
+from flame_ext.data.packing import PackedDocuments
+
+if os.environ["RANK"] == "1":
+    endless = PackedDocuments.__iter__
+    PackedDocuments.__iter__ = lambda self: islice(endless(self), 7)

@@ -1,0 +1,122 @@
+"""How runs end: by a signal, with the data, by an error on one rank, or because nothing finite comes out any more."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing as mp
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flame_ext.checkpoint.steps import find_steps
+from flame_ext.ending import EXIT_PREEMPTED
+from tests.ranks import REPOSITORY, TrainRun, train
+
+FAST = (
+    "--training.seq_len=32", "--training.local_batch_size=2", "--seed.verify=none", "--lr_scheduler.warmup_steps=0",
+    "--checkpoint.keep_latest_k=0",
+)  # fmt: skip
+WITHOUT_END = (*FAST, "--training.steps=100000", "--checkpoint.interval=100000")
+
+
+def steps_of(dump_folder: Path) -> list[int]:
+    return [step.step for step in find_steps(dump_folder / "checkpoint")[0]]
+
+
+def metrics_lines(dump_folder: Path) -> list[dict]:
+    file = dump_folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def wait_for_steps(dump_folder: Path, count: int, alive: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 90
+    while len(metrics_lines(dump_folder)) < count and alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def signalled(dump_folder: Path, rank: int, number: signal.Signals, at: int) -> TrainRun:
+    """A run of two ranks, one of which gets a signal after some steps."""
+
+    def send(processes: list[mp.Process]) -> None:
+        wait_for_steps(dump_folder, at, processes[0].is_alive)
+        os.kill(processes[rank].pid, number)
+
+    return train(dump_folder, *WITHOUT_END, world_size=2, watch=send, check=False)
+
+
+def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_from_there(dump_folder: Path) -> None:
+    stopped = signalled(dump_folder, rank=1, number=signal.SIGTERM, at=2)
+    assert stopped.exit_codes == [EXIT_PREEMPTED] * 2, stopped.ranks[0].output[-3000:]
+    (step,) = steps_of(dump_folder)
+    assert step == stopped.metrics[-1]["step"] >= 2, "the last step that was run is the one that was saved"
+    assert f"Stopped by SIGTERM after step {step}" in stopped.ranks[1].output
+    again = signalled(dump_folder, rank=0, number=signal.SIGUSR1, at=step + 1)
+    assert again.exit_codes == [EXIT_PREEMPTED] * 2
+    assert "Stopped by SIGUSR1" in again.ranks[0].output and f"step-{step}" in again.ranks[0].output
+    assert [line["step"] for line in again.metrics] == list(range(1, steps_of(dump_folder)[-1] + 1))
+    assert not (dump_folder / "hf").exists(), "only a run that is complete is exported"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_launcher_ends_with_the_code_for_requeueing(tmp_path: Path, number: signal.Signals) -> None:
+    dump_folder = tmp_path / "run"
+    environment = {
+        **os.environ,
+        "NGPU": "2",
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    command = ["./train.sh", f"--job.dump_folder={dump_folder}", "--metrics.no-enable-tensorboard", *WITHOUT_END]
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
+        try:
+            wait_for_steps(dump_folder, 1, lambda: launcher.poll() is None)
+            launcher.send_signal(number)
+            assert launcher.wait(timeout=60) == EXIT_PREEMPTED, (tmp_path / "log").read_text()[-3000:]
+        finally:
+            launcher.kill()
+    assert steps_of(dump_folder) == [metrics_lines(dump_folder)[-1]["step"]]
+
+
+def test_data_that_end_on_one_rank_end_the_run_on_all_as_its_last_step_does(dump_folder: Path) -> None:
+    options = (*FAST, "--training.local_batch_size=1", "--training.global_batch_size=4", "--training.steps=50")
+    run = train(dump_folder, *options, "--experimental.custom_import=tests.faults.plugins.data_ends", world_size=2)
+    assert steps_of(dump_folder) == [3] and [line["step"] for line in run.metrics] == [1, 2, 3]
+    assert (dump_folder / "hf" / "step-3" / "model.safetensors").is_file()
+    assert all("The data ended after step 3 of 50" in rank.output for rank in run.ranks)
+    assert run.metrics[-1]["tokens_seen"] == 3 * 4 * 32
+
+
+def test_steps_without_a_finite_gradient_are_skipped_counted_and_never_saved(dump_folder: Path) -> None:
+    ignored = "--experimental.custom_import=tests.faults.plugins.labels_ignored"
+    options = (*FAST, "--training.steps=9", "--checkpoint.interval=1", "--checkpoint.max_nonfinite_steps=3")
+    run = train(dump_folder, *options, ignored, world_size=2, check=False)
+    assert run.exit_codes == [1, 1]
+    for rank in run.ranks:
+        assert "the gradient norm was not finite on 3 steps in a row, the last one step 6" in rank.output
+        assert "error: " in rank.output.splitlines()[-1]
+    assert steps_of(dump_folder) == [1, 2, 3], "the third step has one sequence with labels"
+    assert run.values("skipped_steps") == [0, 0, 0, 1, 2], "the line of the step that ends the run is not the point"
+
+
+def test_weights_that_are_not_finite_are_not_saved(dump_folder: Path) -> None:
+    run = train(dump_folder, *FAST, "--training.steps=1", "--optimizer.lr=1e39", check=False)
+    assert run.exit_codes == [1]
+    assert "step 1 was not saved" in run.ranks[0].output and steps_of(dump_folder) == []
+
+
+def test_an_error_on_one_rank_ends_the_others_and_leaves_the_last_step(dump_folder: Path) -> None:
+    raises = "--experimental.custom_import=tests.faults.plugins.rank_raises"
+    run = train(
+        dump_folder, *FAST, "--training.steps=9", "--checkpoint.interval=2", raises,
+        "--comm.train_timeout_seconds=20", "--comm.init_timeout_seconds=20", world_size=2, check=False, timeout=90,
+    )  # fmt: skip
+    assert all(run.exit_codes) and "this sequence can not be read" in run.ranks[1].output
+    assert steps_of(dump_folder) == [2]
