@@ -36,13 +36,15 @@ export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 # Tokenisation runs in the training process: its own threads would compete with it, and warn after a fork.
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 
-# What torchrun passes on to its workers; and where they leave an exit code, since torchrun makes 1 of every one.
-export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+# Seconds that workers have to save before torchrun kills them (older than torch 2.13 it always takes 30).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
+# Where they leave an exit code, since torchrun makes 1 of every one.
 FLAME_EXT_EXIT_FILE=$(mktemp)
 export FLAME_EXT_EXIT_FILE
 
 "$PYTHON" -m torch.distributed.run \
     --nnodes "$NNODE" --nproc_per_node "$NGPU" "${rendezvous[@]}" \
+    --signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
     --local_ranks_filter "$LOG_RANK" --role rank --tee 3 \
     -m flame_ext.train --job.config_file "$CONFIG_FILE" "$@" &
 torchrun=$!

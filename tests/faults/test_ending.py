@@ -107,9 +107,11 @@ def test_steps_without_a_finite_gradient_are_skipped_counted_and_never_saved(dum
 
 
 def test_weights_that_are_not_finite_are_not_saved(dump_folder: Path) -> None:
-    run = train(dump_folder, *FAST, "--training.steps=1", "--optimizer.lr=1e39", check=False)
-    assert run.exit_codes == [1]
-    assert "step 1 was not saved" in run.ranks[0].output and steps_of(dump_folder) == []
+    overflow = "--experimental.custom_import=tests.faults.plugins.weights_overflow"
+    run = train(dump_folder, *FAST, "--training.steps=2", "--checkpoint.interval=1", overflow, check=False)
+    assert run.exit_codes == [1] and steps_of(dump_folder) == [1]
+    assert "step 2 is not saved: its gradient norm, losses or weights are not finite" in run.ranks[0].output
+    assert not (dump_folder / "hf").exists()
 
 
 def test_an_error_on_one_rank_ends_the_others_and_leaves_the_last_step(dump_folder: Path) -> None:
