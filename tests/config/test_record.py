@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from flame_ext.config.record import asset_digests, check_unchanged, config_digest, config_record
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError
-from tests.ranks import TINY_OLMO
+from flame_ext.train import parse
+from tests.ranks import DEBUG_TOML, TINY_OLMO
 
 HARMLESS_SECTIONS = {
     "activation_checkpoint", "checkpoint", "comm", "compile", "fault_tolerance", "job", "memory_estimation", "metrics",
@@ -27,6 +28,8 @@ HARMLESS_FIELDS = {
     "training.dataloader.num_workers", "training.dataloader.persistent_workers", "training.dataloader.pin_memory",
     "training.dataloader.prefetch_factor", "training.enable_cpu_offload", "training.gc_debug", "training.gc_freq",
 }  # fmt: skip
+
+BATCH_SIZES = ("training.local_batch_size", "training.global_batch_size")  # compared together, see below
 
 
 def leaves(section: Any, prefix: str = "") -> list[str]:
@@ -66,7 +69,7 @@ def refusal(then: dict[str, Any], now: dict[str, Any], allowed: list[str] | None
     return str(e.value)
 
 
-@pytest.mark.parametrize("name", [name for name in LEAVES if name != "training.local_batch_size"])
+@pytest.mark.parametrize("name", [n for n in LEAVES if n not in BATCH_SIZES])
 def test_every_field_matters_unless_it_is_known_to_be_harmless(name: str) -> None:
     then, now = record(), record(name)
     if name.split(".")[0] in HARMLESS_SECTIONS or name in HARMLESS_FIELDS:
@@ -187,3 +190,29 @@ def test_model_and_tokenizer_are_compared_by_content(tmp_path: Path) -> None:
     assert "model.hf_assets_path/tokenizer.json: then SHA-256 " in text
     assert "model.hf_assets_path/modelling.py: then absent, now SHA-256 e3b0c44298fc…" in text
     assert "config.json" not in text
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("exclude_from_loading=optimizer", "the next step takes the schedule's first learning rate"),
+        ("exclude_from_loading=lr_scheduler", "the schedule starts over while the step goes on"),
+        ("exclude_from_loading=dataloader", "the data start over while the step goes on"),
+        ("exclude_from_loading=train_state", "the step starts over while schedule and data go on"),
+        ("exclude_from_loading=model", "the weights would be random"),
+        ("exclude_from_loading=optimiser", "there is no such part (model, optimizer,"),
+        ("exclude_from_loading=dataloader,lr_scheduler", "2 problems in the configuration"),
+        ("max_nonfinite_steps=0", "checkpoint.max_nonfinite_steps must be >= 1 (1 = stop at the first"),
+    ],
+)
+def test_options_that_would_take_a_run_apart_are_refused(option: str, message: str) -> None:
+    with pytest.raises(ConfigError) as e:
+        parse([f"--job.config_file={DEBUG_TOML}", f"--checkpoint.{option}"])
+    assert message in str(e.value)
+
+
+def test_the_options_are_read_from_the_command_line() -> None:
+    allowed = "--checkpoint.allow_config_change=optimizer.lr,optimizer.eps"
+    config = parse([f"--job.config_file={DEBUG_TOML}", allowed, "--checkpoint.max_nonfinite_steps=3"])
+    assert config.checkpoint.allow_config_change == ["optimizer.lr", "optimizer.eps"]
+    assert config.checkpoint.max_nonfinite_steps == 3 and config.checkpoint.interval == 20
