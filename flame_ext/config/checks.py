@@ -22,6 +22,15 @@ from flame_ext.registration import CONVERTER_NAME
 # One of these is what the host's tokenizer is built from.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
+# What becomes of a run that resumes a step without one of its parts.
+WITHOUT = {
+    "model": "without it the weights would be random",
+    "optimizer": "without it the moments start at 0 and the next step takes the schedule's first learning rate",
+    "lr_scheduler": "without it the schedule starts over while the step goes on",
+    "dataloader": "without it the data start over while the step goes on",
+    "train_state": "without it the step starts over while schedule and data go on",
+}
+
 
 def check_config(config: FlameJobConfig) -> None:
     """Check values and their combinations.
@@ -89,6 +98,17 @@ def _check_checkpoint(config: FlameJobConfig) -> Iterator[str]:
         yield "checkpoint.async_mode = 'async_with_pinned_mem' needs an accelerator (pinned memory); use 'async' or 'disabled'"
     if checkpoint.interval < 1:
         yield f"checkpoint.interval must be >= 1 step, got {checkpoint.interval}"
+    if checkpoint.max_nonfinite_steps < 1:
+        yield (
+            f"checkpoint.max_nonfinite_steps must be >= 1 (1 = stop at the first step without a finite gradient norm), got "
+            f"{checkpoint.max_nonfinite_steps}"
+        )
+    for name in checkpoint.exclude_from_loading:
+        consequence = WITHOUT.get(name, f"there is no such part ({', '.join(WITHOUT)})")
+        yield (
+            f"checkpoint.exclude_from_loading has {name!r}, but a step is resumed whole: {consequence}; leave it out, or start "
+            "anew from the weights: a new job.dump_folder with checkpoint.initial_load_path = the step or its export"
+        )
 
 
 def _check_objective(config: FlameJobConfig) -> Iterator[str]:

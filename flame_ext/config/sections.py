@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from torchtitan.config import JobConfig
+from torchtitan.config.job_config import Checkpoint as HostCheckpoint
 
 
 @dataclass
@@ -195,9 +196,24 @@ class Data:
 
 
 @dataclass
+class Checkpoint(HostCheckpoint):
+    """torchtitan's section, with what a resumed run has to agree on and when a run gives up."""
+
+    allow_config_change: list[str] = field(default_factory=list)
+    """
+    Full names of options, such as 'optimizer.lr', that may differ from those of the run that saved the step. A change of
+    any other that determines the numbers of the run is an error.
+    """
+
+    max_nonfinite_steps: int = 10
+    """Stop after this many steps in a row whose gradient norm is not finite."""
+
+
+@dataclass
 class FlameJobConfig(JobConfig):
     """torchtitan's ``JobConfig`` and the sections of flame_ext."""
 
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
     seed: Seed = field(default_factory=Seed)
     future_encoder: FutureEncoder = field(default_factory=FutureEncoder)
     future_predictor: FuturePredictor = field(default_factory=FuturePredictor)
