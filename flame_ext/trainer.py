@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,11 +25,14 @@ from torchtitan.tools.logging import logger
 
 import flame_ext
 from flame_ext.checkpoint.export import ExportSpec, export_hf
+from flame_ext.checkpoint.lock import FolderLock
 from flame_ext.checkpoint.manager import SeedingCheckpointManager
+from flame_ext.checkpoint.steps import CompleteStep
+from flame_ext.config.record import asset_digests, check_unchanged, config_digest, config_record
 from flame_ext.config.sections import FlameJobConfig
-from flame_ext.distributed import is_main_rank
+from flame_ext.distributed import failing_together, is_main_rank
 from flame_ext.ending import Circumstances, StopSignals, agree
-from flame_ext.errors import CheckpointError, ConfigError, UserError
+from flame_ext.errors import CheckpointError, ConfigError, SeedError, UserError
 from flame_ext.future_objective import FutureObjective, StepPlan, trains_future
 from flame_ext.heads.converter import head_arguments
 from flame_ext.model.hf_causal_lm import HFCausalLM
@@ -37,6 +40,7 @@ from flame_ext.objective.cross_entropy import IGNORE_INDEX
 from flame_ext.seeding.anticausal import prove_anticausal
 from flame_ext.seeding.identity import changed_source
 from flame_ext.seeding.key_names import KeyNames
+from flame_ext.seeding.layouts import open_source
 from flame_ext.seeding.seed import SeedTarget, seed
 from flame_ext.seeding.verify import Probe
 
@@ -63,6 +67,7 @@ class FutureTrainer(torchtitan.train.Trainer):
 
     def __init__(self, job_config: FlameJobConfig, signals: StopSignals | None = None) -> None:
         self._signals = signals or StopSignals()
+        self._lock = FolderLock(Path(job_config.job.dump_folder))
         self._stopping = self._finishing = False
         self._grad_norm = 0.0
         self._nonfinite_steps = 0
@@ -118,9 +123,21 @@ class FutureTrainer(torchtitan.train.Trainer):
         offload = training.enable_cpu_offload
         training.enable_cpu_offload = offload and self.device.type != "cpu"
         try:
-            return super().init_distributed()
+            parallel_dims = super().init_distributed()
         finally:
             training.enable_cpu_offload = offload
+        # Here, since from here on ranks can fail together, and nothing has been written yet.
+        with failing_together(CheckpointError):
+            if is_main_rank():
+                self._lock.acquire()
+        return parallel_dims
+
+    def close(self) -> None:
+        """As the host's; the folder is free when nothing writes to it any more."""
+        try:
+            super().close()
+        finally:
+            self._lock.release()
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -135,6 +152,9 @@ class FutureTrainer(torchtitan.train.Trainer):
         if self.job_config.seed.dry_run:
             self.checkpointer.load(step=self.job_config.checkpoint.load_step)
             logger.info(f"Dry run: stopped before step {self.step + 1}")
+            return
+        if (step := self._completed_before()) is not None:
+            logger.info(f"Already complete: {step.path} is the last step of this run, and nothing is left to train")
             return
         super().train()
         if self._finishing:
@@ -160,6 +180,39 @@ class FutureTrainer(torchtitan.train.Trainer):
             raise UserError(f"training.dataset {self.job_config.training.dataset!r} has no data for a single step")
         self.checkpointer.save(self.step, last_step=True)
         logger.info(f"The data ended after step {self.step} of {self.job_config.training.steps}: this run is complete")
+
+    def _completed_before(self) -> CompleteStep | None:
+        """The last step of this run if there is one; its export is made up for if it is not there. Collective."""
+        config = self.job_config.checkpoint
+        if not config.enable or config.load_step != -1:
+            return None
+        step = self.checkpointer.newest_step()
+        if step is None:
+            return None
+        finished_then = step.manifest.get("finished") and "training.steps" not in config.allow_config_change
+        if not finished_then and step.step < self.job_config.training.steps:
+            return None
+        self._resumed_from(step.manifest, step.path)
+        if config.last_save_in_hf and not self._is_exported(step.step):
+            self.checkpointer.load_model(step)
+            self._export_step(step.step)
+        return step
+
+    def _is_exported(self, step: int) -> bool:
+        """Whether the export of a step can be read, by its headers. Collective."""
+        missing: str | None = None
+        folder = self._dump_folder / "hf" / f"step-{step}"
+        with failing_together(CheckpointError):
+            if is_main_rank():
+                try:
+                    open_source(folder)
+                except SeedError as e:
+                    missing = str(e)
+        found = [missing]
+        dist.broadcast_object_list(found, src=0)
+        if found[0] is not None:
+            logger.warning(f"Exporting step {step} again: {found[0]}")
+        return found[0] is None
 
     def _signal_name(self) -> str:
         received = self._signals.received
@@ -353,7 +406,11 @@ class FutureTrainer(torchtitan.train.Trainer):
         self.run_id = run_id[0]
         self.metrics_processor.rewind(0)
 
-    def _resumed_from(self, manifest: dict[str, Any]) -> None:
+    def _resumed_from(self, manifest: dict[str, Any], where: Path) -> None:
+        """Raises ConfigError, on every rank alike, if the step is of a run with other numbers."""
+        allowed = self.job_config.checkpoint.allow_config_change
+        for change in check_unchanged(manifest.get("config", {}), self._record, allowed, str(where)):
+            logger.warning(f"Changed since {where.name}, as checkpoint.allow_config_change permits: {change}")
         self.seed_identity, self.run_id = manifest.get("seed"), manifest.get("run")
         path, allow_pickle = self.job_config.checkpoint.initial_load_path, self.job_config.seed.allow_pickle
         if is_main_rank() and (change := changed_source(self.seed_identity, path, allow_pickle)) is not None:
@@ -398,6 +455,12 @@ class FutureTrainer(torchtitan.train.Trainer):
         state = {file_keys[key]: tensor for key, tensor in state.items()}
         export_hf(state, self.model.head_names, self._dump_folder / "hf" / f"step-{step}", spec)
 
+    @cached_property
+    def _record(self) -> dict[str, Any]:
+        config, dims = self.job_config, self.parallel_dims
+        assets = asset_digests(Path(config.model.hf_assets_path), code=config.seed.trust_remote_code)
+        return config_record(config, data_parallel_degree=dims.dp_replicate * dims.dp_shard, assets=assets)
+
     def _manifest_facts(self) -> dict[str, Any]:
         """What a step's manifest records of its run; the seed's identity, so that a step knows what it grew from."""
         dims = self.parallel_dims
@@ -411,6 +474,8 @@ class FutureTrainer(torchtitan.train.Trainer):
             },
             "seed": self.seed_identity,
             "run": self.run_id,
+            "config": self._record,
+            "config_sha256": config_digest(self._record),
             "finished": self._finishing or self.step >= self.job_config.training.steps,
         }
 
