@@ -218,9 +218,26 @@ class FutureTrainer(torchtitan.train.Trainer):
         received = self._signals.received
         return "a signal to another rank" if received is None else received.name
 
+    _tokens_beside: int = 0
+    """Tokens seen by all ranks, less the number of ranks times this rank's: not 0 where they could not be shared evenly."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As the host's, with the tokens that all ranks have seen: DCP keeps one rank's number for all of them."""
+        ranks, _ = self._data_ranks()
+        # Every rank reads as many tokens as any other, so no rank has to ask.
+        return {"step": self.step, "tokens_seen": ranks * self.ntokens_seen + self._tokens_beside}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        self.step, tokens = state_dict["step"], state_dict["tokens_seen"]
+        ranks, rank = self._data_ranks()
+        self.ntokens_seen = tokens // ranks + (tokens % ranks if rank == 0 else 0)  # the host sums over ranks
+        self._tokens_beside = tokens - ranks * self.ntokens_seen
         self.metrics_processor.rewind(self.step)
+
+    def _data_ranks(self) -> tuple[int, int]:
+        """Number of ranks that read different data, and this one's among them."""
+        mesh = self.parallel_dims.get_optional_mesh("batch")
+        return (1, 0) if mesh is None else (mesh.size(), mesh.get_local_rank())
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
         """As the host's, with what all ranks have to agree on and the objective's plan of the whole step made before.

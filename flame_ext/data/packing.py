@@ -9,20 +9,19 @@ one document number and one offset for each lane.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
-from typing import Any
+from itertools import cycle
 
 import datasets
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils.data import IterableDataset
-from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataset
 
+from flame_ext.data.loader import PackedDataloader, ResumableDataloader, StreamDataloader
 from flame_ext.data.sources import text_of
 from flame_ext.errors import ConfigError
 from flame_ext.model.hf_causal_lm import load_hf_config
@@ -38,7 +37,7 @@ class Lane:
     """Position of the next token in that document."""
 
 
-class PackedDocuments(IterableDataset, Stateful):
+class PackedDocuments(IterableDataset):
     """Sequences of ``seq_len + 1`` tokens from this rank's lanes, in turn, without end.
 
     Args:
@@ -59,48 +58,42 @@ class PackedDocuments(IterableDataset, Stateful):
         num_lanes: int,
         rng_seed: int | None,
     ) -> None:
-        self._count, self._tokens_of, self._seq_len, self._num_lanes = count, tokens_of, seq_len, num_lanes
+        self._count, self._tokens_of, self._seq_len = count, tokens_of, seq_len
+        self.num_lanes = num_lanes
         self._order = lru_cache(maxsize=2)(partial(_permutation, count, rng_seed))  # lanes may stand in two epochs
-        self._lanes = {number: Lane(number) for number in lanes}
-        self._tokens: dict[int, list[int]] = {}  # of each lane's current document; made again after a resume
-        self._turn = 0
+        self.lanes = {number: Lane(number) for number in lanes}
+        """Where the next iteration begins, in the order of the lanes' turns. Iterating does not move it: a dataloader's
+        workers read ahead, and only what reaches the training counts (:meth:`move`)."""
 
-    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Yields ``{"input": (T,)}, labels (T,)``; labels are the inputs moved by one, as the host's dataset has them."""
-        numbers = list(self._lanes)
-        while True:
-            number = numbers[self._turn]
-            self._turn = (self._turn + 1) % len(numbers)
-            tokens = torch.tensor(self._take(number, self._seq_len + 1))
-            yield {"input": tokens[:-1]}, tokens[1:]
+    def move(self, lane: int, document: int, offset: int) -> None:
+        """Put a lane to a position and make its turn the last."""
+        self.lanes.pop(lane)
+        self.lanes[lane] = Lane(document, offset)
 
-    def _take(self, number: int, length: int) -> list[int]:
-        lane, taken = self._lanes[number], []
+    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
+        """Yields ``{"input": (T,)}, labels (T,), position (3,)``; labels are the inputs moved by one, as the host's
+        dataset has them; the position is the lane's after this sequence: its number, document and offset.
+        """
+        lanes = {number: replace(lane) for number, lane in self.lanes.items()}
+        current: dict[int, list[int]] = {}  # tokens of each lane's document
+        for number, lane in cycle(lanes.items()):
+            tokens = torch.tensor(self._take(number, lane, current, self._seq_len + 1))
+            yield {"input": tokens[:-1]}, tokens[1:], torch.tensor([number, lane.document, lane.offset])
+
+    def _take(self, number: int, lane: Lane, current: dict[int, list[int]], length: int) -> list[int]:
+        taken: list[int] = []
         while len(taken) < length:
-            if number not in self._tokens:
+            if number not in current:
                 epoch, index = divmod(lane.document, self._count)
-                self._tokens[number] = self._tokens_of(self._order(epoch)[index])
-            tokens = self._tokens[number]
+                current[number] = self._tokens_of(self._order(epoch)[index])
+            tokens = current[number]
             part = tokens[lane.offset : lane.offset + length - len(taken)]
             taken += part
             lane.offset += len(part)
             if lane.offset == len(tokens):
-                lane.document, lane.offset = lane.document + self._num_lanes, 0
-                del self._tokens[number]
+                lane.document, lane.offset = lane.document + self.num_lanes, 0
+                del current[number]
         return taken
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"turn": self._turn, "lanes": {number: asdict(lane) for number, lane in self._lanes.items()}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if set(state["lanes"]) != set(self._lanes):
-            raise ConfigError(
-                f"the saved data position has lanes {sorted(state['lanes'])}, this rank reads {sorted(self._lanes)}: resume "
-                "with the same training.global_batch_size and the same number of data-parallel ranks"
-            )
-        self._turn = state["turn"]
-        self._lanes = {number: Lane(**lane) for number, lane in state["lanes"].items()}
-        self._tokens = {}
 
 
 def _permutation(count: int, rng_seed: int | None, epoch: int) -> list[int]:
@@ -112,7 +105,7 @@ def _permutation(count: int, rng_seed: int | None, epoch: int) -> list[int]:
 
 def build_dataloader(
     dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig
-) -> ParallelAwareDataloader:
+) -> ResumableDataloader:
     """The TrainSpec's dataloader: ``training.dataset`` by its name in the host's registry.
 
     Map-style data are packed by lanes; streamed data (c4) go the host's own way.
@@ -154,7 +147,8 @@ def build_dataloader(
         dataset = HuggingFaceTextDataset(
             training.dataset, training.dataset_path, tokenizer, training.seq_len, dp_rank, dp_world_size, infinite=True
         )
-    return ParallelAwareDataloader(
+    dataloader = PackedDataloader if isinstance(dataset, PackedDocuments) else StreamDataloader
+    return dataloader(
         dataset, dp_rank, dp_world_size, batch_size=training.local_batch_size, **asdict(training.dataloader)
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 from pathlib import Path
@@ -30,7 +29,8 @@ def dataset(ranks: int, rank: int, num_lanes: int, rng_seed: int | None = 5, seq
 def take(data: PackedDocuments, count: int) -> list[list[int]]:
     """Whole samples: the inputs and the last label."""
     samples = []
-    for inputs, labels in itertools.islice(iter(data), count):
+    for inputs, labels, (lane, document, offset) in itertools.islice(iter(data), count):
+        data.move(int(lane), int(document), int(offset))
         assert torch.equal(inputs["input"][1:], labels[:-1])
         samples.append([*inputs["input"].tolist(), labels[-1].item()])
     return samples
@@ -63,20 +63,11 @@ def test_an_epoch_has_every_document_once_and_epochs_differ() -> None:
 
 @given(st.integers(0, 40), st.integers(1, 9))
 @settings(max_examples=50, deadline=None)
-def test_resuming_goes_on_with_the_next_token(before: int, seq_len: int) -> None:
+def test_a_second_iteration_goes_on_with_the_next_token(before: int, seq_len: int) -> None:
     unbroken = take(dataset(1, 0, 4, seq_len=seq_len), before + 20)
     broken = dataset(1, 0, 4, seq_len=seq_len)
     take(broken, before)
-    state = json.loads(json.dumps(broken.state_dict()))
-    state["lanes"] = {int(lane): position for lane, position in state["lanes"].items()}
-    resumed = dataset(1, 0, 4, seq_len=seq_len)
-    resumed.load_state_dict(copy.deepcopy(state))
-    assert take(resumed, 20) == unbroken[before:]
-
-
-def test_other_lanes_are_refused_on_resume() -> None:
-    with pytest.raises(ConfigError, match="same number of data-parallel ranks"):
-        dataset(1, 0, 4).load_state_dict(dataset(2, 0, 4).state_dict())
+    assert take(broken, 20) == unbroken[before:]
 
 
 def test_local_files_of_each_format(tmp_path: Path) -> None:
