@@ -5,6 +5,7 @@ Built by the host's own builders first; only then are the heads' parameters take
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -61,6 +62,30 @@ def build_lr_schedulers(
     if len(optimizer.param_groups) > len(warmups):  # what is in no group of its own comes first
         warmups.insert(0, None)
     return LRSchedulersContainer(optimizers, [_schedule(config, training_steps, warmup) for warmup in warmups])
+
+
+def configured_again(optimizers: OptimizersContainer, lr_schedulers: LRSchedulersContainer) -> Callable[[], None]:
+    """What is to be called after a step is loaded to have these options and rates instead of the saved ones.
+
+    A step brings each group's options and base rates along, so a changed configuration would change nothing.
+    """
+    options = [[{k: v for k, v in group.items() if k != "params"} for group in o.param_groups] for o in optimizers]
+    rates = [list(scheduler.base_lrs) for scheduler in lr_schedulers.schedulers]
+
+    def configure() -> None:
+        for optimizer, fresh in zip(optimizers, options, strict=True):
+            for group, values in zip(optimizer.param_groups, fresh, strict=True):
+                group.update(values)
+        for scheduler, base_lrs in zip(lr_schedulers.schedulers, rates, strict=True):
+            scheduler.base_lrs = base_lrs
+            scheduler._last_lr = [
+                rate * schedule(scheduler.last_epoch)
+                for rate, schedule in zip(base_lrs, scheduler.lr_lambdas, strict=True)
+            ]
+            for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+                group["lr"] = rate
+
+    return configure
 
 
 def own_groups(model: nn.Module) -> list[tuple[nn.Module, HeadOptimization]]:

@@ -16,7 +16,7 @@ import torchtitan.train
 import transformers
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torchtitan.components.checkpoint import MODEL
+from torchtitan.components.checkpoint import DATALOADER, MODEL
 from torchtitan.components.dataloader import DataloaderExhaustedError
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
@@ -37,6 +37,7 @@ from flame_ext.future_objective import FutureObjective, StepPlan, trains_future
 from flame_ext.heads.converter import head_arguments
 from flame_ext.model.hf_causal_lm import HFCausalLM
 from flame_ext.objective.cross_entropy import IGNORE_INDEX
+from flame_ext.optimization import configured_again
 from flame_ext.seeding.anticausal import prove_anticausal
 from flame_ext.seeding.identity import changed_source
 from flame_ext.seeding.key_names import KeyNames
@@ -176,6 +177,8 @@ class FutureTrainer(torchtitan.train.Trainer):
     def _finish(self) -> None:
         """The data have ended: the step before is the last one, as if ``training.steps`` had said so."""
         self.step -= 1  # the host had counted the one that was not run
+        # Some ranks have read a part of it.
+        self.checkpointer.states[DATALOADER] = self._data_position
         if self.step == 0:
             raise UserError(f"training.dataset {self.job_config.training.dataset!r} has no data for a single step")
         self.checkpointer.save(self.step, last_step=True)
@@ -267,6 +270,7 @@ class FutureTrainer(torchtitan.train.Trainer):
     ) -> list[tuple[dict[str, Tensor], Tensor]]:
         """This rank's micro-batches of the step, if all ranks have theirs. Collective."""
         tokens_before, microbatches, ended = self.ntokens_seen, [], False
+        self._data_position = self.dataloader.state_dict()
         try:
             for _ in range(self.gradient_accumulation_steps):
                 microbatches.append(next(data_iterator))
@@ -423,15 +427,24 @@ class FutureTrainer(torchtitan.train.Trainer):
         self.run_id = run_id[0]
         self.metrics_processor.rewind(0)
 
-    def _resumed_from(self, manifest: dict[str, Any], where: Path) -> None:
-        """Raises ConfigError, on every rank alike, if the step is of a run with other numbers."""
+    def _resumed_from(self, manifest: dict[str, Any], where: Path) -> Callable[[], None]:
+        """Check a step before it is loaded; the result is to be called after.
+
+        Raises:
+            ConfigError: on every rank alike, if the step is of a run with other numbers.
+            CheckpointError: its position in the data does not fit.
+        """
         allowed = self.job_config.checkpoint.allow_config_change
-        for change in check_unchanged(manifest.get("config", {}), self._record, allowed, str(where)):
+        changes = check_unchanged(manifest.get("config", {}), self._record, allowed, str(where))
+        if not manifest.get("model_only"):
+            self.dataloader.require_layout(manifest.get("data"))
+        for change in changes:
             logger.warning(f"Changed since {where.name}, as checkpoint.allow_config_change permits: {change}")
         self.seed_identity, self.run_id = manifest.get("seed"), manifest.get("run")
         path, allow_pickle = self.job_config.checkpoint.initial_load_path, self.job_config.seed.allow_pickle
         if is_main_rank() and (change := changed_source(self.seed_identity, path, allow_pickle)) is not None:
             logger.warning(change)
+        return configured_again(self.optimizers, self.lr_schedulers) if changes else lambda: None
 
     def _probe(self) -> Probe:
         training = self.job_config.training
@@ -491,6 +504,7 @@ class FutureTrainer(torchtitan.train.Trainer):
             },
             "seed": self.seed_identity,
             "run": self.run_id,
+            "data": self.dataloader.layout,
             "config": self._record,
             "config_sha256": config_digest(self._record),
             "finished": self._finishing or self.step >= self.job_config.training.steps,

@@ -24,6 +24,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from flame_ext.checkpoint.steps import put_in_place, start, temporary_path
 from flame_ext.distributed import failing_together, is_main_rank
 from flame_ext.errors import CheckpointError
+from flame_ext.faults import fault_point
 from flame_ext.files import write_json
 from flame_ext.heads.converter import HEAD_BUILDERS
 from flame_ext.seeding.layouts.hf_safetensors import HEADS_FOLDER, INDEX_NAME
@@ -77,6 +78,7 @@ def export_hf(state: Mapping[str, Tensor], head_names: list[str], folder: Path, 
         if is_main_rank():
             _write_small_files(start(folder), spec)
     temporary = temporary_path(folder)
+    fault_point("during_export")
     _write_tensors(backbone, temporary, spec, spec.max_shard_size)
     if heads:
         _write_tensors(heads, temporary / HEADS_FOLDER, spec, "1TB")

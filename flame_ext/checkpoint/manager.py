@@ -1,25 +1,42 @@
-"""torchtitan's ``CheckpointManager`` with three differences: step 0 is seeded, a step is complete or absent, and the
-last save exports to a folder of its own.
+"""torchtitan's ``CheckpointManager`` with four differences: step 0 is seeded, a step is complete or absent, it is read
+with suspicion, and the last save exports to a folder of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager, ModelWrapper
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import GarbageCollection
 
-from flame_ext.checkpoint.steps import complete_step, find_steps, recover_replaced, start, temporary_path
-from flame_ext.distributed import failing_together, is_main_rank
+from flame_ext.checkpoint.reading import StepPlanner, StepReader
+from flame_ext.checkpoint.rng import RankRNG
+from flame_ext.checkpoint.steps import (
+    CompleteStep,
+    complete_step,
+    damaged_files,
+    describe_files,
+    find_steps,
+    recover_replaced,
+    start,
+    temporary_path,
+    written_files,
+)
+from flame_ext.distributed import describe, failing_together, is_main_rank
 from flame_ext.errors import CheckpointError
+from flame_ext.faults import fault_point
+
+RNG = "rng"
 
 
 class UntiedModelWrapper(ModelWrapper):
@@ -37,7 +54,9 @@ class SeedingCheckpointManager(CheckpointManager):
         seed: puts the weights of a folder into the model (``checkpoint.initial_load_path``); collective.
         export: writes the model as a Hugging Face folder for a step; collective.
         facts: what every manifest records beside step and files.
-        resumed: called with the manifest of the step that is resumed.
+        resumed: called with the manifest and the folder of the step that is to be resumed, before anything of it is loaded; what
+            it returns is called after.
+        admit: whether a step may be saved; collective.
         **kwargs: the host's.
     """
 
@@ -47,12 +66,14 @@ class SeedingCheckpointManager(CheckpointManager):
         seed: Callable[[str], None],
         export: Callable[[int], None],
         facts: Callable[[], dict[str, Any]],
-        resumed: Callable[[dict[str, Any]], None],
+        resumed: Callable[[dict[str, Any], Path], Callable[[], None]],
+        admit: Callable[[int], bool],
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self._seed, self._export, self._facts, self._resumed = seed, export, facts, resumed
+        self._seed, self._export, self._facts, self._resumed, self._admit = seed, export, facts, resumed, admit
         self.states[MODEL] = UntiedModelWrapper(kwargs["model_parts"])
+        self.states[RNG] = RankRNG()
         self.hf_assets_path = self.sd_adapter.hf_assets_path
 
     # -- loading -------------------------------------------------------------------------------------------------
@@ -62,7 +83,9 @@ class SeedingCheckpointManager(CheckpointManager):
         """Resume from a complete step if there is one, else seed from the source. Never leaves random weights.
 
         Raises:
-            CheckpointError: ``step`` is asked for by number and is not there complete.
+            CheckpointError: ``step`` is asked for by number and is not there complete and undamaged; or every step is
+                damaged.
+            ConfigError: the step is of a run with other numbers.
             SeedError: the source can not be put into the model.
         """
         folder = Path(self.folder)
@@ -73,14 +96,12 @@ class SeedingCheckpointManager(CheckpointManager):
             steps, passed_over = find_steps(folder)
             for line in passed_over:
                 logger.warning(f"Passed over {folder / line}")
-            chosen = steps[-1] if steps else None
-            if step != -1:
-                chosen = next((s for s in steps if s.step == step), None)
-                if chosen is None:
-                    there = ", ".join(str(s.step) for s in steps) or "none"
-                    raise CheckpointError(
-                        f"checkpoint.load_step = {step}: no complete step of that number in {folder} (complete: {there})"
-                    )
+            if step != -1 and step not in {s.step for s in steps}:
+                there = ", ".join(str(s.step) for s in steps) or "none"
+                raise CheckpointError(
+                    f"checkpoint.load_step = {step}: no complete step of that number in {folder} (complete: {there})"
+                )
+        chosen = self._undamaged([s for s in steps if step in (-1, s.step)])
         if chosen is None:
             self._seed_from_source(folder)
             return True
@@ -91,11 +112,61 @@ class SeedingCheckpointManager(CheckpointManager):
                 f"{chosen.path} holds the model alone (checkpoint.last_save_model_only), which can not be resumed; continue "
                 "from its export with a new job.dump_folder, or set last_save_model_only = false before the last step"
             )
-        self.dcp_load(self._states_to_load(model_only=False), str(chosen.path), from_hf=False, from_quantized=False)
+        loaded = self._resumed(chosen.manifest, chosen.path)
+        states = self._states_to_load(model_only=False)
+        if not self.states[RNG].fits(chosen.manifest["world_size"]):
+            del states[RNG]
+            logger.info(f"{chosen.path} has the random number generators of another number of ranks: they start anew")
+        self.dcp_load(states, str(chosen.path), from_hf=False, from_quantized=False)
         GarbageCollection.collect("GC collection for checkpoint loading.")
-        self._resumed(chosen.manifest)
+        loaded()
         logger.info(f"Resumed from {chosen.path} (complete: {', '.join(str(s.step) for s in steps)})")
         return True
+
+    def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
+        """As the host's, but nothing is unpickled that is not plain data. Collective.
+
+        Raises:
+            CheckpointError: on every rank.
+        """
+        path = Path(checkpoint_id)
+        try:
+            dcp.load(state_dict, storage_reader=StepReader(path), planner=StepPlanner())
+        except CheckpointException as e:
+            raise CheckpointError(f"{path} can not be loaded: {_first_failure(e)}") from e
+        self.states[MODEL].load_state_dict(state_dict)
+
+    def newest_step(self) -> CompleteStep | None:
+        """The complete step with the highest number, whose files have not been read yet."""
+        with failing_together(CheckpointError):
+            steps, _ = find_steps(Path(self.folder))
+        return steps[-1] if steps else None
+
+    def load_model(self, step: CompleteStep) -> None:
+        """The weights of a step alone. Collective."""
+        if self._undamaged([step]) is not None:
+            self.dcp_load(self.states[MODEL].state_dict(), str(step.path), from_hf=False, from_quantized=False)
+
+    def _undamaged(self, candidates: list[CompleteStep]) -> CompleteStep | None:
+        """The last of these steps whose files have their SHA-256, which the ranks share out. Collective.
+
+        Raises:
+            CheckpointError: there are steps, and all of them are damaged.
+        """
+        problems: list[str] = []
+        for candidate in reversed(candidates):
+            files = sorted(candidate.manifest["files"])
+            found = [line for part in _gathered(partial(damaged_files, candidate), files) for line in part]
+            if not found:
+                return candidate
+            problems.append(f"{candidate.path}: {'; '.join(found)}")
+            if len(candidates) > 1:
+                logger.warning(f"Passed over {problems[-1]}")
+        if problems:
+            raise CheckpointError(
+                f"{'; '.join(problems)}; restore the files from a copy, or start anew with another job.dump_folder"
+            )
+        return None
 
     def _seed_from_source(self, folder: Path) -> None:
         path = self.initial_load_path
@@ -108,6 +179,33 @@ class SeedingCheckpointManager(CheckpointManager):
         self._seed(path)
 
     # -- saving --------------------------------------------------------------------------------------------------
+
+    def save(self, curr_step: int, last_step: bool = False) -> None:
+        """As the host's, but a step that is not admitted is not saved.
+
+        Raises:
+            CheckpointError: on every rank, if a file can not be written, or if it is the last step that is not admitted.
+        """
+        if self._should_save(curr_step, last_step) and not self._admit(curr_step):
+            refusal = f"step {curr_step} is not saved: its gradient norm, losses or weights are not finite"
+            if last_step:
+                raise CheckpointError(
+                    f"{refusal}; look at metrics.jsonl, and resume from an earlier step with a lower rate"
+                )
+            logger.warning(refusal)
+            return
+        super().save(curr_step, last_step)
+
+    def save_now(self, step: int) -> None:
+        """Save a step that is not due, and be done with it on return, unless it is there or is not admitted. Collective."""
+        if not self.enable or self.load_only:
+            return
+        self._async_wait()
+        newest = self.newest_step()
+        if (newest is not None and newest.step == step) or not self._admit(step):
+            return
+        self.dcp_save(self._flattened_model_states_sd(), self._create_checkpoint_id(step), AsyncMode.DISABLED, True)
+        self._purge_stale_checkpoints()
 
     def dcp_save(
         self,
@@ -124,28 +222,45 @@ class SeedingCheckpointManager(CheckpointManager):
         with failing_together(CheckpointError):
             if is_main_rank():
                 start(final)
-        result = super().dcp_save(
-            state_dict, str(temporary_path(final)), async_mode, enable_garbage_collection, to_hf=False
-        )
+        try:
+            result = super().dcp_save(
+                state_dict, str(temporary_path(final)), async_mode, enable_garbage_collection, to_hf=False
+            )
+        except CheckpointException as e:
+            raise CheckpointError(f"{final} can not be saved: {_first_failure(e)}") from e
         if async_mode == AsyncMode.DISABLED:
+            fault_point("after_shards")
+            files: dict[str, dict[str, Any]] = {}
+            for part in _gathered(partial(describe_files, temporary_path(final)), written_files(final)):
+                files |= part
             with failing_together(CheckpointError):
                 if is_main_rank():
-                    complete_step(final, step, facts)
+                    complete_step(final, step, facts, files)
             return result
+        fault_point("during_async_save")
         if not is_main_rank():
             return result
+
+        def complete() -> None:
+            complete_step(final, step, facts, describe_files(temporary_path(final), written_files(final)))
+
         # DCP's coordinator is this rank, and its upload is done only when every rank's files are. What the host waits
         # for from here on is the upload and the step's completion.
         if isinstance(result, AsyncSaveResponse):
-            completed = _then(result.upload_completion, lambda: complete_step(final, step, facts))
-            return AsyncSaveResponse(result.staging_completion, completed)
-        return _then(result, lambda: complete_step(final, step, facts))
+            return AsyncSaveResponse(result.staging_completion, _then(result.upload_completion, complete))
+        return _then(result, complete)
+
+    def background_error(self) -> str | None:
+        """What went wrong in a save that has ended in the background, on this rank; None if nothing did, or it goes on."""
+        future = getattr(self, "save_future", None)
+        error = future.exception() if future is not None and future.done() else None
+        return None if error is None else f"the save in the background failed: {_first_failure(error)}"
 
     def _async_wait(self) -> None:
         try:
             super()._async_wait()
-        except (OSError, CheckpointException) as e:
-            raise CheckpointError(f"the last save in the background failed: {e}") from e
+        except (OSError, CheckpointError, CheckpointException) as e:
+            raise CheckpointError(f"the save in the background failed: {_first_failure(e)}") from e
 
     def close(self) -> None:
         """Wait for a save in the background before the host tears its threads down."""
@@ -165,9 +280,10 @@ class SeedingCheckpointManager(CheckpointManager):
             self._export(curr_step)
 
     def _purge_stale_checkpoints(self) -> None:
-        """Only complete steps count towards ``keep_latest_k`` and only they are deleted."""
+        """Only complete steps of this run count towards ``keep_latest_k`` and only they are deleted."""
         if self.keep_latest_k > 0 and is_main_rank():
-            steps, _ = find_steps(Path(self.folder))
+            run = self._facts()["run"]
+            steps = [step for step in find_steps(Path(self.folder))[0] if step.manifest.get("run") == run]
             for stale in steps[: -self.keep_latest_k]:
                 self.purge_queue.put(str(stale.path))
 
@@ -187,3 +303,25 @@ def _then(upload: Future, action: Callable[[], None]) -> Future:
 
     upload.add_done_callback(finish)
     return completed
+
+
+def _gathered(action: Callable[[list[str]], Any], files: list[str]) -> list[Any]:
+    """What ``action`` gives for each rank's share of the files. Collective.
+
+    Raises:
+        CheckpointError: on every rank, if it fails on any.
+    """
+    share = None
+    with failing_together(CheckpointError):
+        share = action(files[dist.get_rank() :: dist.get_world_size()])
+    shares = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, share)
+    return shares
+
+
+def _first_failure(error: BaseException) -> str:
+    """What DCP's collection of every rank's exception and traceback is about: the first exception, with its path and errno."""
+    if isinstance(error, CheckpointException):
+        rank, (first, _) = min(error.failures.items())
+        return f"[rank {rank}] {_first_failure(first)}"
+    return describe(error)
