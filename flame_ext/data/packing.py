@@ -23,7 +23,7 @@ from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDatase
 
 from flame_ext.data.loader import PackedDataloader, ResumableDataloader, StreamDataloader
 from flame_ext.data.sources import text_of
-from flame_ext.errors import ConfigError
+from flame_ext.errors import CheckpointError, ConfigError
 from flame_ext.model.hf_causal_lm import load_hf_config
 
 
@@ -73,6 +73,9 @@ class PackedDocuments(IterableDataset):
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
         """Yields ``{"input": (T,)}, labels (T,), position (3,)``; labels are the inputs moved by one, as the host's
         dataset has them; the position is the lane's after this sequence: its number, document and offset.
+
+        Raises:
+            CheckpointError: a lane was put (:meth:`move`) beyond the end of a document.
         """
         lanes = {number: replace(lane) for number, lane in self.lanes.items()}
         current: dict[int, list[int]] = {}  # tokens of each lane's document
@@ -87,6 +90,11 @@ class PackedDocuments(IterableDataset):
                 epoch, index = divmod(lane.document, self._count)
                 current[number] = self._tokens_of(self._order(epoch)[index])
             tokens = current[number]
+            if lane.offset > len(tokens):
+                raise CheckpointError(
+                    f"the data position is token {lane.offset} of a document that has {len(tokens)}: the step was saved with "
+                    "other data, data.rng_seed or tokenizer"
+                )
             part = tokens[lane.offset : lane.offset + length - len(taken)]
             taken += part
             lane.offset += len(part)

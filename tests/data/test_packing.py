@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from flame_ext.data.packing import PackedDocuments, build_dataloader
 from flame_ext.data.python_stdlib import read_stdlib
 from flame_ext.data.sources import load_local, register_local_sources, text_of
-from flame_ext.errors import ConfigError
+from flame_ext.errors import CheckpointError, ConfigError
 from flame_ext.train import parse
 from tests.ranks import DEBUG_TOML
 
@@ -68,6 +68,13 @@ def test_a_second_iteration_goes_on_with_the_next_token(before: int, seq_len: in
     broken = dataset(1, 0, 4, seq_len=seq_len)
     take(broken, before)
     assert take(broken, 20) == unbroken[before:]
+
+
+def test_a_position_in_other_data_is_refused() -> None:
+    data = dataset(1, 0, 1, rng_seed=None)
+    data.move(0, 4, len(DOCUMENTS[4]) + 1)
+    with pytest.raises(CheckpointError, match="token 8 of a document that has 7: the step was saved with other data"):
+        take(data, 1)
 
 
 def test_local_files_of_each_format(tmp_path: Path) -> None:
