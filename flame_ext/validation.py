@@ -26,6 +26,8 @@ class FutureValidator(Validator):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        # Each pass draws a seed for workers: not from the default generator, which a resumed run continues.
+        self.validation_dataloader.generator = torch.Generator()
         self._start = copy.deepcopy(self.validation_dataloader.state_dict())
 
     @torch.no_grad()

@@ -137,6 +137,7 @@ def train(
     timeout: float = 120,
     config: Path = DEBUG_TOML,
     check: bool = True,
+    env: dict[str, str] | None = None,
     watch: Callable[[list[mp.Process]], None] | None = None,
 ) -> TrainRun:
     """Run ``flame_ext.train`` on the debug configuration (or ``config``) in ``world_size`` processes.
@@ -146,7 +147,7 @@ def train(
     arguments = [f"--job.config_file={config}", f"--job.dump_folder={dump_folder}", "--seed.verify=finite"]
     arguments += ["--metrics.no-enable-tensorboard", *options]
     logs = dump_folder.parent / f"{dump_folder.name}.ranks"
-    ranks = run_ranks(_train_main, world_size, arguments, timeout=timeout, folder=logs, watch=watch)
+    ranks = run_ranks(_train_main, world_size, arguments, timeout=timeout, folder=logs, env=env, watch=watch)
     run = TrainRun(ranks, dump_folder)
     if check and any(run.exit_codes):
         raise AssertionError(f"exit codes {run.exit_codes}\n" + "\n".join(rank.output[-3000:] for rank in ranks))

@@ -12,7 +12,8 @@ from tests.ranks import TINY_OLMO, train
 def test_a_resume_against_another_source_says_so(tmp_path: Path, dump_folder: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(TINY_OLMO, source)
-    options = ["--checkpoint.interval=1", "--training.local_batch_size=2", f"--checkpoint.initial_load_path={source}"]
+    options = ["--checkpoint.interval=1", "--training.local_batch_size=2"]
+    options += ["--checkpoint.allow_config_change=training.steps", f"--checkpoint.initial_load_path={source}"]
     train(dump_folder, *options, "--training.steps=1")
     report = json.loads((dump_folder / "seed_report.json").read_text())
     identity = {key: report[key] for key in ("source", "revision", "source_digest", "weights_digest")}

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from flame_ext.checkpoint.steps import complete_step, find_steps, recover_replaced, start, temporary_path
+from flame_ext.checkpoint.steps import (
+    complete_step,
+    damaged_files,
+    describe_files,
+    find_steps,
+    read_manifest,
+    recover_replaced,
+    start,
+    temporary_path,
+    written_files,
+)
 from flame_ext.errors import CheckpointError
 from tests.conftest import TEN_STEPS
 from tests.ranks import TrainRun, train
@@ -16,8 +26,12 @@ from tests.ranks import TrainRun, train
 def write_step(folder: Path, step: int, content: bytes = b"weights") -> Path:
     final = folder / f"step-{step}"
     (start(final) / "__0_0.distcp").write_bytes(content)
-    complete_step(final, step, {})
+    complete(final, step)
     return final
+
+
+def complete(final: Path, step: int, **facts: int) -> None:
+    complete_step(final, step, facts, describe_files(temporary_path(final), written_files(final)))
 
 
 def test_only_complete_steps_are_found_in_order_of_their_number(tmp_path: Path) -> None:
@@ -41,7 +55,7 @@ def test_a_step_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
     final = write_step(tmp_path, 3, b"old")
     (start(final) / "__0_0.distcp").write_bytes(b"half of the new")
     assert (final / "__0_0.distcp").read_bytes() == b"old" and len(find_steps(tmp_path)[0]) == 1
-    complete_step(final, 3, {"fact": 1})
+    complete(final, 3, fact=1)
     assert (final / "__0_0.distcp").read_bytes() == b"half of the new"
     assert json.loads((final / "manifest.json").read_text())["fact"] == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-3"] and not temporary_path(final).exists()
@@ -59,10 +73,11 @@ def test_a_step_moved_aside_by_a_killed_run_gets_its_name_back(tmp_path: Path) -
 def test_background_saves_are_complete_and_resumable(ten_steps: TrainRun, dump_folder: Path) -> None:
     options = [*TEN_STEPS, "--checkpoint.async_mode=async", "--checkpoint.keep_latest_k=3"]
     run = train(dump_folder, *options, "--training.steps=7")
+    longer = "--checkpoint.allow_config_change=training.steps"
     assert run.values("loss") == ten_steps.values("loss")[:7]
     steps, passed_over = find_steps(dump_folder / "checkpoint")
     assert [s.step for s in steps] == [5, 7] and not passed_over
-    resumed = train(dump_folder, *TEN_STEPS, "--checkpoint.load_step=5")
+    resumed = train(dump_folder, *TEN_STEPS, longer, "--checkpoint.load_step=5")
     assert resumed.values("loss") == ten_steps.values("loss")
 
 
@@ -75,13 +90,31 @@ def test_a_step_that_is_not_there_is_refused(ten_steps: TrainRun, dump_folder: P
 def test_a_model_only_step_is_not_resumed(dump_folder: Path) -> None:
     options = [*TEN_STEPS, "--training.steps=1", "--checkpoint.last_save_model_only", "--checkpoint.no-last_save_in_hf"]
     train(dump_folder, *options)
-    run = train(dump_folder, *TEN_STEPS, check=False)
+    run = train(dump_folder, *TEN_STEPS, "--checkpoint.allow_config_change=training.steps", check=False)
     assert run.exit_codes == [1]
     assert "step-1 holds the model alone" in run.ranks[0].output
 
 
 def test_manifest_errors_name_the_reason(tmp_path: Path) -> None:
-    from flame_ext.checkpoint.steps import read_manifest
-
     with pytest.raises(CheckpointError, match="the save did not finish"):
         read_manifest(tmp_path)
+    manifest = write_step(tmp_path, 3) / "manifest.json"
+    whole = json.loads(manifest.read_text())
+    for files, reason in (
+        ({"__0_0.distcp": 7}, "unreadable"),
+        ({"../step-3/__0_0.distcp": whole["files"]["__0_0.distcp"]}, "is no name of a file in the folder"),
+        ([], "unreadable"),
+    ):
+        manifest.write_text(json.dumps({**whole, "files": files}))
+        with pytest.raises(CheckpointError, match=reason):
+            read_manifest(manifest.parent)
+
+
+def test_a_changed_byte_is_found_by_its_file(tmp_path: Path) -> None:
+    path = write_step(tmp_path, 3)
+    (step,), _ = find_steps(tmp_path)
+    assert damaged_files(step, ["__0_0.distcp"]) == []
+    (path / "__0_0.distcp").write_bytes(b"weighty")
+    (step,), passed_over = find_steps(tmp_path)
+    (line,) = damaged_files(step, ["__0_0.distcp"])
+    assert not passed_over and line.startswith("__0_0.distcp: SHA-256 is ")

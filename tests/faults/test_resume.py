@@ -72,13 +72,8 @@ def _train_recording(arguments: list[str]) -> dict[int, list[list[int]]]:
         return step(self, input_dict=input_dict, labels=labels, **kwargs)
 
     def load(self: SeedingCheckpointManager, **kwargs: Any) -> bool:
-        # Whoever loads them decides by the number of ranks; here it is the test.
         steps, _ = find_steps(Path(self.folder))
-        rng = RankRNG()
-        if not steps or rng.fits(steps[-1].manifest["world_size"]):
-            self.states["rng"] = rng
         result = resume(self, **kwargs)
-        self.states["rng"] = rng
         if steps:
             states = {**self.states[MODEL].state_dict(), OPTIMIZER: self.states[OPTIMIZER]}
             dcp.save(states, checkpoint_id=Path(self.folder).parent / AFTER_RESUME)

@@ -42,7 +42,7 @@ METADATA_NAME = ".metadata"
 NESTED_PREFIX = "model."  # what {"model": state_dict} makes of every key
 
 # What a trainer saves beside the model, by the first part of the key (torchtitan's names, and its forerunners').
-_NOT_THE_MODEL = ("optimizer", "lr_scheduler", "dataloader", "train_state", "ft_dataloader")
+_NOT_THE_MODEL = ("optimizer", "lr_scheduler", "dataloader", "train_state", "rng", "ft_dataloader")
 
 _MAX_METADATA_BYTES = 2**29
 
