@@ -315,7 +315,11 @@ class FutureTrainer(torchtitan.train.Trainer):
     def forward_backward_step(
         self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Tensor
     ) -> Tensor:
-        """One micro-batch. Returns the total loss: local sums over global numbers of tokens and of pairs."""
+        """One micro-batch. Returns the total loss: local sums over global numbers of tokens and of pairs.
+
+        Where no label of the whole step counts, the cross-entropy is 0.
+        """
+        global_valid_tokens = torch.as_tensor(global_valid_tokens).clamp_min(1)
         if self.objective is None:
             loss = super().forward_backward_step(
                 input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens

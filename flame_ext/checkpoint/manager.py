@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager, ModelWrapper
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import GarbageCollection
@@ -32,6 +32,7 @@ from flame_ext.checkpoint.steps import (
     temporary_path,
     written_files,
 )
+from flame_ext.checkpoint.writing import StepWriter
 from flame_ext.distributed import describe, failing_together, is_main_rank
 from flame_ext.errors import CheckpointError
 from flame_ext.faults import fault_point
@@ -130,6 +131,8 @@ class SeedingCheckpointManager(CheckpointManager):
             CheckpointError: on every rank.
         """
         path = Path(checkpoint_id)
+        with failing_together(CheckpointError):  # first, and apart: DCP would log it as a traceback
+            StepReader(path).read_metadata()
         try:
             dcp.load(state_dict, storage_reader=StepReader(path), planner=StepPlanner())
         except CheckpointException as e:
@@ -223,11 +226,11 @@ class SeedingCheckpointManager(CheckpointManager):
             if is_main_rank():
                 start(final)
         try:
-            result = super().dcp_save(
-                state_dict, str(temporary_path(final)), async_mode, enable_garbage_collection, to_hf=False
-            )
+            result = self._write(state_dict, StepWriter(temporary_path(final)), async_mode)
         except CheckpointException as e:
             raise CheckpointError(f"{final} can not be saved: {_first_failure(e)}") from e
+        if enable_garbage_collection:
+            GarbageCollection.collect("GC collection invoked by checkpointer.")
         if async_mode == AsyncMode.DISABLED:
             fault_point("after_shards")
             files: dict[str, dict[str, Any]] = {}
@@ -249,6 +252,20 @@ class SeedingCheckpointManager(CheckpointManager):
         if isinstance(result, AsyncSaveResponse):
             return AsyncSaveResponse(result.staging_completion, _then(result.upload_completion, complete))
         return _then(result, complete)
+
+    def _write(self, state_dict: dict[str, Any], writer: StepWriter, async_mode: AsyncMode) -> Any:
+        """What the host does, with a writer of our own."""
+        if async_mode == AsyncMode.DISABLED:
+            return dcp.save(state_dict, storage_writer=writer)
+        if async_mode == AsyncMode.ASYNC:
+            return dcp.async_save(state_dict, storage_writer=writer, process_group=self.pg)
+        return dcp.async_save(
+            state_dict,
+            storage_writer=writer,
+            process_group=self.pg,
+            async_checkpointer_type=AsyncCheckpointerType.PROCESS,
+            async_stager=self.stager,
+        )
 
     def background_error(self) -> str | None:
         """What went wrong in a save that has ended in the background, on this rank; None if nothing did, or it goes on."""

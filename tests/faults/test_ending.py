@@ -95,15 +95,24 @@ def test_data_that_end_on_one_rank_end_the_run_on_all_as_its_last_step_does(dump
 
 
 def test_steps_without_a_finite_gradient_are_skipped_counted_and_never_saved(dump_folder: Path) -> None:
-    ignored = "--experimental.custom_import=tests.faults.plugins.labels_ignored"
+    overflows = "--experimental.custom_import=tests.faults.plugins.loss_overflows"
     options = (*FAST, "--training.steps=9", "--checkpoint.interval=1", "--checkpoint.max_nonfinite_steps=3")
-    run = train(dump_folder, *options, ignored, world_size=2, check=False)
+    run = train(dump_folder, *options, overflows, world_size=2, check=False)
     assert run.exit_codes == [1, 1]
     for rank in run.ranks:
-        assert "the gradient norm was not finite on 3 steps in a row, the last one step 6" in rank.output
-        assert "error: " in rank.output.splitlines()[-1]
-    assert steps_of(dump_folder) == [1, 2, 3], "the third step has one sequence with labels"
-    assert run.values("skipped_steps") == [0, 0, 0, 1, 2], "the line of the step that ends the run is not the point"
+        error = rank.output.splitlines()[-1]
+        assert error.startswith("error: the gradient norm was not finite on 3 steps in a row, the last one step 6")
+    assert "step 4 is not saved: its gradient norm, losses or weights are not finite" in run.ranks[0].output
+    assert steps_of(dump_folder) == [1, 2, 3]
+    assert run.values("skipped_steps") == [0, 0, 0, 1, 2, 3] and run.values("loss")[3:] == [None] * 3
+
+
+def test_a_step_in_which_no_label_counts_has_no_cross_entropy_and_harms_nothing(dump_folder: Path) -> None:
+    ignored = "--experimental.custom_import=tests.faults.plugins.labels_ignored"
+    run = train(dump_folder, *FAST, "--training.steps=3", ignored, world_size=2)
+    assert run.values("loss_ce")[1] == 0.0 and run.values("loss_future")[1] > 0
+    assert run.values("skipped_steps") == [0, 0, 0] and run.values("loss_ce")[2] > 0
+    assert steps_of(dump_folder) == [3]
 
 
 def test_weights_that_are_not_finite_are_not_saved(dump_folder: Path) -> None:

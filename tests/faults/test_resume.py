@@ -48,6 +48,7 @@ def train(dump_folder: Path, *options: str, ranks: int, steps: int = STEPS, drop
     # All sequences of a step in one micro-batch: as many negatives for any number of ranks.
     arguments += [f"--training.local_batch_size={BATCH // ranks}", f"--future_predictor.dropout={dropout}"]
     arguments += ["--checkpoint.no-last_save_in_hf", "--lr_scheduler.total_steps=60", f"--training.steps={steps}"]
+    arguments.append("--checkpoint.allow_config_change=training.steps")
     logs = dump_folder.parent / f"{dump_folder.name}.ranks"
     run = Recorded(run_ranks(_train_recording, ranks, [*arguments, *options], folder=logs), dump_folder)
     if any(run.exit_codes):

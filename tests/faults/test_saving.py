@@ -119,6 +119,7 @@ def test_a_file_that_can_not_be_written_ends_the_run_with_its_error(
     folder = broken_after(1, unbroken, dump_folder)
     before = contents(folder)
     two = [*FAST, "--training.local_batch_size=1", "--training.global_batch_size=2", f"--checkpoint.async_mode={mode}"]
+    two.append("--checkpoint.allow_config_change=experimental.custom_import")
     run = train(dump_folder, *two, SMALL_FILES, world_size=2, check=False)
     assert run.exit_codes == [1, 1]
     for rank in run.ranks:
@@ -143,14 +144,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk(small_disk: Path) -> None:
-    run = train(small_disk / "run", *FAST, check=False)
+    run = train(small_disk, *FAST, check=False)
     assert run.exit_codes == [1] and "[Errno 28] No space left on device" in run.ranks[0].output
-    assert steps_in(small_disk / "run" / "checkpoint") == []
+    assert steps_in(small_disk / "checkpoint") == []
 
 
 def test_a_folder_that_can_not_be_written(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    run = train(small_disk / "run", *FAST, check=False)
+    run = train(small_disk, *FAST, check=False)
     assert run.exit_codes == [1]
     assert any(
         line.startswith("error: ") and "Read-only file system" in line for line in run.ranks[0].output.splitlines()
@@ -211,7 +212,7 @@ def test_only_complete_steps_of_this_run_are_deleted(unbroken: TrainRun, dump_fo
         (folder / name / "file").write_text(name)
     (folder / "step-8").write_text("not even a folder")
     a_day = 24 * 3600
-    os.utime(folder / "step-2", (0, os.stat(folder / "step-2").st_mtime - a_day))  # no time of day is looked at
+    os.utime(folder / "step-2", (0, (folder / "step-2").stat().st_mtime - a_day))  # no time of day is looked at
     foreign = {n: c for n, c in contents(folder).items() if not n.startswith("step-2/")}
     run = train(dump_folder, *FAST, "--checkpoint.keep_latest_k=2", "--training.steps=5",
                 "--checkpoint.allow_config_change=training.steps")  # fmt: skip

@@ -1,4 +1,4 @@
-"""For ``experimental.custom_import``: from the sixth sequence of each rank on, no label counts."""
+"""For ``experimental.custom_import``: the labels of the third and fourth sequence of each rank do not count."""
 
 import torch
 from torchtitan.components.loss import IGNORE_INDEX
@@ -9,8 +9,8 @@ sequences = PackedDocuments.__iter__
 
 
 def without_labels(self):
-    for number, (inputs, labels) in enumerate(sequences(self)):
-        yield inputs, labels if number < 5 else torch.full_like(labels, IGNORE_INDEX)
+    for number, (inputs, labels, position) in enumerate(sequences(self)):
+        yield inputs, torch.full_like(labels, IGNORE_INDEX) if number in (2, 3) else labels, position
 
 
 PackedDocuments.__iter__ = without_labels
