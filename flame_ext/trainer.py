@@ -87,7 +87,7 @@ class FutureTrainer(torchtitan.train.Trainer):
             resumed=self._resumed_from,
         )
         # The host's __init__ builds its CheckpointManager by this name and offers no other place to exchange it.
-        with mock.patch.object(torchtitan.train, "CheckpointManager", manager):
+        with mock.patch.object(torchtitan.train, "CheckpointManager", manager), self._lock.released_on_error():
             super().__init__(job_config)
         self.model: HFCausalLM = self.model_parts[0]
         # At weight 0 neither the teacher nor the losses are run: the step is the host's own, number for number.
@@ -125,6 +125,8 @@ class FutureTrainer(torchtitan.train.Trainer):
         training.enable_cpu_offload = offload and self.device.type != "cpu"
         try:
             parallel_dims = super().init_distributed()
+        except OSError as e:  # it makes a folder for traces, on every rank
+            raise CheckpointError(f"job.dump_folder {str(self._dump_folder)!r} can not be written: {e}") from e
         finally:
             training.enable_cpu_offload = offload
         # Here, since from here on ranks can fail together, and nothing has been written yet.

@@ -12,7 +12,8 @@ import os
 import socket
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -86,6 +87,15 @@ class FolderLock:
             self.file.unlink(missing_ok=True)
         elif holder is not None:
             logger.warning(f"{self.file} now names {_named(holder)}: left to it")
+
+    @contextmanager
+    def released_on_error(self) -> Iterator[None]:
+        """Nobody else is there to release it while its owner is being built."""
+        try:
+            yield
+        except BaseException:
+            self.release()
+            raise
 
     def __enter__(self) -> FolderLock:
         self.acquire()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flame_ext.checkpoint.lock import FolderLock
+from flame_ext.checkpoint.lock import LOCK_NAME, FolderLock
 from flame_ext.checkpoint.steps import find_steps
 from tests.ranks import TrainRun, train
 
@@ -229,7 +229,10 @@ def test_a_second_run_in_the_folder_is_refused(unbroken: TrainRun, dump_folder: 
         assert second.exit_codes == [1] and contents(dump_folder) == before
         error = second.ranks[0].output.splitlines()[-1]
         assert error.startswith("error: ") and f"in use by process {os.getpid()} on " in error
+    failed = train(dump_folder, *FAST, "--training.dataset=nowhere", check=False)
+    assert failed.exit_codes == [1] and not (dump_folder / LOCK_NAME).exists(), "released by a run that fails early"
     train(dump_folder, *FAST)
+    assert not (dump_folder / LOCK_NAME).exists()
 
 
 def test_a_changed_configuration_is_named_field_by_field(unbroken: TrainRun, dump_folder: Path) -> None:
