@@ -90,6 +90,7 @@ def export_hf(state: Mapping[str, Tensor], head_names: list[str], folder: Path, 
 
 def _write_small_files(folder: Path, spec: ExportSpec) -> None:
     spec.config.dtype = spec.dtype
+    spec.config._auto_class = None  # of a configuration that came with code: transformers would save the code, too
     spec.config.save_pretrained(folder)
     if (spec.assets / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(spec.assets).save_pretrained(folder)

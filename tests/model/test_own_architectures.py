@@ -67,6 +67,8 @@ def test_code_in_the_folder_runs_only_where_it_is_trusted(folder: Path, dump_fol
     refused = run(folder, dump_folder, world_size=1)
     assert refused.exit_codes == [2] and "trust_remote_code" in refused.ranks[0].output
     assert not (folder.parent / "ran").exists()
-    trusted = run(folder, dump_folder, "--seed.trust_remote_code", "--seed.dry_run", world_size=1)
+    trusted = run(folder, dump_folder, "--seed.trust_remote_code", world_size=1)
     assert trusted.exit_codes == [0], trusted.ranks[0].output[-3000:]
     assert (folder.parent / "ran").exists()
+    export = dump_folder / "hf" / "step-1"
+    assert (export / "config.json").is_file() and not list(export.rglob("*.py")), "code is not carried on"
