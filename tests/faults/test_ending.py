@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -75,13 +76,16 @@ def test_a_signal_to_the_launcher_ends_with_the_code_for_requeueing(tmp_path: Pa
     }
     command = ["./train.sh", f"--job.dump_folder={dump_folder}", "--metrics.no-enable-tensorboard", *WITHOUT_END]
     with (tmp_path / "log").open("w") as log:
-        launcher = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
+        launcher = subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
         try:
             wait_for_steps(dump_folder, 1, lambda: launcher.poll() is None)
             launcher.send_signal(number)
             assert launcher.wait(timeout=60) == EXIT_PREEMPTED, (tmp_path / "log").read_text()[-3000:]
         finally:
-            launcher.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
     assert steps_of(dump_folder) == [metrics_lines(dump_folder)[-1]["step"]]
 
 
