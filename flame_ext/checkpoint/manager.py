@@ -234,7 +234,7 @@ class SeedingCheckpointManager(CheckpointManager):
         if async_mode == AsyncMode.DISABLED:
             fault_point("after_shards")
             files: dict[str, dict[str, Any]] = {}
-            for part in _gathered(partial(describe_files, temporary_path(final)), written_files(final)):
+            for part in _gathered(partial(describe_files, temporary_path(final)), _listed(final)):
                 files |= part
             with failing_together(CheckpointError):
                 if is_main_rank():
@@ -320,6 +320,16 @@ def _then(upload: Future, action: Callable[[], None]) -> Future:
 
     upload.add_done_callback(finish)
     return completed
+
+
+def _listed(final: Path) -> list[str]:
+    """The files that all ranks have written, as the main rank sees them: a network file system shows others older lists."""
+    names: list[list[str]] = [[]]
+    with failing_together(CheckpointError):
+        if is_main_rank():
+            names = [written_files(final)]
+    dist.broadcast_object_list(names, src=0)
+    return names[0]
 
 
 def _gathered(action: Callable[[list[str]], Any], files: list[str]) -> list[Any]:
