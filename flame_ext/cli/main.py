@@ -1,85 +1,29 @@
-"""``flame-ext``: thin commands over the library.
-
-flame-ext inspect PATH [--json] [--allow-pickle]
-"""
+"""``flame-ext``: thin commands over the library, a module each."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections import Counter
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.table import Column, Table
-
+from flame_ext.cli import inspect
 from flame_ext.errors import UserError
-from flame_ext.seeding.layouts import open_source
-from flame_ext.seeding.source import Source
+
+COMMANDS = (inspect,)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns 0 if the path is healthy, 2 if it can not be read."""
-    parser = argparse.ArgumentParser(prog="flame-ext", description="Look at what a training job could be seeded from.")
+    """Run one command. Returns its exit code: 0 done, 2 if something can not be read or written, said in one line."""
+    parser = argparse.ArgumentParser(prog="flame-ext", description="Look at what a job could be seeded from.")
     commands = parser.add_subparsers(dest="command", required=True)
-    inspect = commands.add_parser("inspect", help="say what lies at a path, from headers alone")
-    inspect.add_argument("path", help="a Hugging Face folder or a DCP checkpoint")
-    inspect.add_argument("--allow-pickle", action="store_true", help="read .bin files, with weights_only")
-    inspect.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    for command in COMMANDS:
+        command.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
-        source = open_source(options.path, options.allow_pickle)
+        return options.run(options)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    if options.json:
-        print(json.dumps(as_json(source), indent=2))
-    else:
-        print_table(source)
-    return 0
-
-
-def as_json(source: Source) -> dict[str, object]:
-    """Layout, digest, totals, and each key with its shape, dtype, size and file."""
-    return {
-        "path": str(source.path),
-        "layout": source.layout,
-        "source_digest": source.digest,
-        "bytes": sum(entry.nbytes for entry in source.entries.values()),
-        "passed_over": list(source.passed_over),
-        "objects": sorted(source.objects),
-        "keys": {
-            key: {
-                "shape": list(entry.shape),
-                "dtype": str(entry.dtype).removeprefix("torch."),
-                "bytes": entry.nbytes,
-                "file": entry.place,
-            }
-            for key, entry in sorted(source.entries.items())
-        },
-    }
-
-
-def print_table(source: Source) -> None:
-    """The same, for people."""
-    # Piped or redirected, a row stays a line; in a terminal a long key is folded, never cut.
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    facts = as_json(source)
-    dtypes = Counter(str(entry.dtype).removeprefix("torch.") for entry in source.entries.values())
-    console.print(
-        f"{source.path}: {source.layout}, {len(source.entries)} tensors ({', '.join(f'{n} {d}' for d, n in dtypes.items())}), "
-        f"{facts['bytes']:,} bytes, digest {source.digest[:16]}"
-    )
-    for name in source.passed_over:
-        console.print(f"passed over: {name}")
-    if source.objects:
-        console.print(f"not tensors: {', '.join(sorted(source.objects))}")
-    table = Table(Column("key", overflow="fold"), "shape", "dtype", "bytes", Column("file", overflow="fold"))
-    for key, entry in sorted(source.entries.items()):
-        dtype = str(entry.dtype).removeprefix("torch.")
-        table.add_row(key, "x".join(map(str, entry.shape)), dtype, f"{entry.nbytes:,}", entry.place)
-    console.print(table)
 
 
 if __name__ == "__main__":
