@@ -111,6 +111,13 @@ def test_steps_without_a_finite_gradient_are_skipped_counted_and_never_saved(dum
     assert run.values("skipped_steps") == [0, 0, 0, 1, 2, 3] and run.values("loss")[3:] == [None] * 3
 
 
+def test_a_step_without_a_finite_gradient_leaves_the_model_as_it_was(dump_folder: Path) -> None:
+    overflows = "--experimental.custom_import=tests.faults.plugins.loss_overflows_once"
+    run = train(dump_folder, *FAST, "--training.steps=4", "--checkpoint.interval=1", overflows, world_size=2)
+    assert steps_of(dump_folder) == [1, 3, 4] and run.values("skipped_steps") == [0, 1, 1, 1]
+    assert run.values("loss")[1] is None and None not in run.values("loss")[2:]
+
+
 def test_a_step_in_which_no_label_counts_has_no_cross_entropy_and_harms_nothing(dump_folder: Path) -> None:
     ignored = "--experimental.custom_import=tests.faults.plugins.labels_ignored"
     run = train(dump_folder, *FAST, "--training.steps=3", ignored, world_size=2)

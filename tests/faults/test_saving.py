@@ -130,6 +130,18 @@ def test_a_file_that_can_not_be_written_ends_the_run_with_its_error(
     assert steps_in(folder) == [1] and before.items() <= contents(folder).items()
 
 
+def test_a_save_that_fails_in_the_background_ends_the_run_without_waiting_for_the_next(
+    unbroken: TrainRun, dump_folder: Path
+) -> None:
+    broken_after(1, unbroken, dump_folder)
+    run = train(
+        dump_folder, *FAST, SMALL_FILES, "--checkpoint.async_mode=async", "--checkpoint.interval=30",
+        "--training.steps=1000", "--checkpoint.allow_config_change=experimental.custom_import,training.steps", check=False,
+    )  # fmt: skip
+    assert run.exit_codes == [1] and "[Errno 27] File too large" in run.ranks[0].output
+    assert 30 <= run.metrics[-1]["step"] < 60, "the first save is that of step 30, the next would be that of step 60"
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MB."""

@@ -65,6 +65,17 @@ def a_path_that_leads_elsewhere(step: Path, _canary: Path) -> None:
     (step / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
+def an_unlisted_link_that_leads_elsewhere(step: Path, _canary: Path) -> None:
+    metadata = pickle.loads((step / ".metadata").read_bytes())
+    for index, info in metadata.storage_data.items():
+        metadata.storage_data[index] = replace(info, relative_path=f"linked_{info.relative_path}")
+    for shard in list(step.glob("*.distcp")):
+        elsewhere = step.parent / f"elsewhere_{shard.name}"
+        shutil.copy(shard, elsewhere)
+        (step / f"linked_{shard.name}").symlink_to(elsewhere)
+    (step / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
 def a_link_that_leads_elsewhere(step: Path, _canary: Path) -> None:
     shard = next(step.glob("*.distcp"))
     shard.rename(step.parent / "elsewhere.distcp")
@@ -77,6 +88,7 @@ def a_link_that_leads_elsewhere(step: Path, _canary: Path) -> None:
         (code_in_metadata, "a checkpoint has no use for it, so this one is damaged or made to run code"),
         (code_in_an_entry, "'train_state.step' is not plain data and was not unpickled"),
         (a_path_that_leads_elsewhere, "only plain file names in the same folder are read"),
+        (an_unlisted_link_that_leads_elsewhere, "outside the source; copy the file itself to its place"),
     ],
 )
 def test_nothing_of_a_step_is_run_or_read_from_elsewhere(
