@@ -96,6 +96,8 @@ def test_data_that_end_on_one_rank_end_the_run_on_all_as_its_last_step_does(dump
     assert (dump_folder / "hf" / "step-3" / "model.safetensors").is_file()
     assert all("The data ended after step 3 of 50" in rank.output for rank in run.ranks)
     assert run.metrics[-1]["tokens_seen"] == 3 * 4 * 32
+    again = train(dump_folder, *options, "--experimental.custom_import=tests.faults.plugins.data_ends", world_size=2)
+    assert "Already complete: " in again.ranks[0].output and steps_of(dump_folder) == [3]
 
 
 def test_steps_without_a_finite_gradient_are_skipped_counted_and_never_saved(dump_folder: Path) -> None:

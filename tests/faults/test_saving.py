@@ -257,3 +257,13 @@ def test_a_changed_configuration_is_named_field_by_field(unbroken: TrainRun, dum
     run = train(dump_folder, *changed, "--checkpoint.allow_config_change=optimizer.lr")
     assert "allow_config_change permits: optimizer.lr: then 0.001, now 0.0005" in run.ranks[0].output
     assert run.values("lr")[2] == pytest.approx(unbroken.values("lr")[2] / 2), "and it is the one that is used"
+
+
+def test_a_position_in_other_lanes_is_refused(unbroken: TrainRun, dump_folder: Path) -> None:
+    folder = broken_after(2, unbroken, dump_folder)
+    before = contents(folder)
+    larger = [*FAST, "--training.global_batch_size=4"]
+    run = train(dump_folder, *larger, "--checkpoint.allow_config_change=training.global_batch_size", check=False)
+    assert run.exit_codes == [1] and contents(folder) == before
+    assert "the step has a data position of 2 lanes, this run has 4 lanes" in run.ranks[0].output.splitlines()[-1]
+    assert "set training.global_batch_size = 2" in run.ranks[0].output.splitlines()[-1]
