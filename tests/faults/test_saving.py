@@ -6,14 +6,15 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from flame_ext.checkpoint.lock import LOCK_NAME, FolderLock
-from flame_ext.checkpoint.steps import find_steps
-from tests.ranks import TrainRun, train
+from flame_ext.checkpoint.steps import damaged_files, find_steps
+from tests.ranks import REPOSITORY, TrainRun, train
 
 FAST = (
     "--training.seq_len=32", "--training.local_batch_size=2", "--seed.verify=none", "--lr_scheduler.warmup_steps=0",
@@ -140,6 +141,28 @@ def test_a_save_that_fails_in_the_background_ends_the_run_without_waiting_for_th
     )  # fmt: skip
     assert run.exit_codes == [1] and "[Errno 27] File too large" in run.ranks[0].output
     assert 30 <= run.metrics[-1]["step"] < 60, "the first save is that of step 30, the next would be that of step 60"
+
+
+def test_saves_by_a_process_of_their_own(unbroken: TrainRun, tmp_path: Path) -> None:
+    """As ``async_with_pinned_mem`` does, in memory that is not pinned. Not by ``train``: its processes may not start others."""
+    dump_folder, process = tmp_path / "run", "--experimental.custom_import=tests.faults.plugins.saving_process"
+    command = [
+        "./train.sh",
+        f"--job.dump_folder={dump_folder}",
+        *FAST,
+        "--checkpoint.async_mode=async_with_pinned_mem",
+        process,
+    ]
+    environment = {**os.environ, "NGPU": "1", "PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY)}
+    run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=150)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert "Completed checkpoint save request" in run.stdout + run.stderr, "another process has saved"
+    steps, _ = find_steps(dump_folder / "checkpoint")
+    assert [step.step for step in steps] == [1, 2, 3] and not any(damaged_files(s, s.manifest["files"]) for s in steps)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(dump_folder / "checkpoint" / "step-2", resumed / "checkpoint" / "step-2")
+    again = train(resumed, *FAST, "--checkpoint.allow_config_change=experimental.custom_import")
+    assert again.values("loss") == unbroken.values("loss")[2:]
 
 
 @pytest.fixture
