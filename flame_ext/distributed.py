@@ -41,6 +41,6 @@ def failing_together(error_type: type[UserError], group: dist.ProcessGroup | Non
             raise error_type(where + message) from error
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """The message of a user's error alone; the type as well for any other."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

@@ -174,7 +174,8 @@ class FutureObjective:
             microbatches.append(MicroBatch(inputs, selection, doc_ids, pairs))
         if self._mesh is not None:
             dist.all_reduce(counts, group=self._mesh.get_group())
-        plan = StepPlan(weights, shift, *counts.clamp_min(1.0).tolist(), microbatches)
+        pairs_in_all, positions = counts.clamp_min(1.0).tolist()
+        plan = StepPlan(weights, shift, pairs_in_all, positions, microbatches)
         if self.anticausal and self._encoder_config.negatives == "global":
             self._fill_banks(plan)
         return plan
@@ -257,7 +258,7 @@ class FutureObjective:
     # -- the losses ----------------------------------------------------------------------------------------------
 
     def losses(
-        self, plan: StepPlan, index: int, labels: Tensor, global_valid_tokens: Tensor
+        self, plan: StepPlan, index: int, labels: Tensor, global_valid_tokens: Tensor | float
     ) -> Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]:
         """What the student's forward is to compute: logits and hidden states to the total loss and its parts.
 
@@ -287,12 +288,12 @@ class FutureObjective:
                 loss = loss + plan.weights.future * future["loss_future"]
                 parts |= future
             if trains_action:
-                candidates = [
+                of_own, token_ids = (
                     microbatch.select(values.unflatten(0, labels.shape)).flatten(0, 1) for values in log_probs
-                ]
+                )
                 known = microbatch.select(labels).flatten() != IGNORE_INDEX
                 bank = bank._replace(keys=bank.keys.detach())
-                action = self._action_losses(plan, *candidates, known, hidden_states, bank, first_key)
+                action = self._action_losses(plan, of_own, token_ids, known, hidden_states, bank, first_key)
                 loss = loss + plan.weights.action * action["loss_action"]
                 loss = loss + plan.weights.action_model * action["loss_action_model"]
                 parts |= action

@@ -11,6 +11,7 @@ import os
 import resource
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -23,7 +24,7 @@ class CpuDeviceModule(ModuleType):
     def __init__(self) -> None:
         super().__init__("flame_ext.host.cpu")
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(torch.cpu, name)
 
     @staticmethod

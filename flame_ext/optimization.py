@@ -20,10 +20,11 @@ from torchtitan.config import Optimizer as OptimizerConfig
 from torchtitan.distributed import ParallelDims
 
 from flame_ext.config.sections import HeadOptimization
+from flame_ext.model.hf_causal_lm import HFCausalLM
 
 
 def build_optimizers(
-    model_parts: list[nn.Module], optimizer_config: OptimizerConfig, parallel_dims: ParallelDims, *args: Any
+    model_parts: list[HFCausalLM], optimizer_config: OptimizerConfig, parallel_dims: ParallelDims, *args: Any
 ) -> OptimizersContainer:
     """The host's optimizers; a head with options of its own (``model.head_optimization``) is a group of its own.
 
@@ -88,7 +89,7 @@ def configured_again(optimizers: OptimizersContainer, lr_schedulers: LRScheduler
     return configure
 
 
-def own_groups(model: nn.Module) -> list[tuple[nn.Module, HeadOptimization]]:
+def own_groups(model: HFCausalLM) -> list[tuple[nn.Module, HeadOptimization]]:
     """The trained heads of ``model`` that are not optimised as the backbone is."""
     default = HeadOptimization()
     groups = []

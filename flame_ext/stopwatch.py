@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._laps: dict[str, list[tuple]] = defaultdict(list)
+        self._laps: dict[str, list[tuple[Any, ...]]] = defaultdict(list)
 
     def restart(self) -> None:
         """Forget what was measured: a new step begins."""

@@ -289,7 +289,7 @@ class FutureTrainer(torchtitan.train.Trainer):
         return microbatches
 
     def _clip_grad_norm(
-        self, clip: Callable[..., Tensor], parameters: list[torch.nn.Parameter], *args, **kwargs
+        self, clip: Callable[..., Tensor], parameters: list[torch.nn.Parameter], *args: Any, **kwargs: Any
     ) -> Tensor:
         """The host's, and no gradients at all if their norm is not finite: optimizers then leave everything as it is."""
         norm = clip(parameters, *args, **kwargs)
@@ -348,17 +348,20 @@ class FutureTrainer(torchtitan.train.Trainer):
     def _idle_losses(self, labels: Tensor, global_valid_tokens: Tensor) -> Callable[[Tensor, Tensor], Any]:
         """For a step on which the objective's weights are 0 (``teacher_interval``, schedules)."""
 
+        objective = self.objective
+        assert objective is not None
+
         def compute(logits: Tensor, hidden_states: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             loss = self.loss_fn(logits, labels) / global_valid_tokens
-            return loss + self.objective.idle(hidden_states), {"loss_ce": loss.detach()}
+            return loss + objective.idle(hidden_states), {"loss_ce": loss.detach()}
 
         return compute
 
     def _evaluate(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Metrics of a validation batch, (B, T) inputs and labels, to be summed over ranks."""
-        tokens = (labels != IGNORE_INDEX).sum()
+        labelled = (labels != IGNORE_INDEX).sum()
         mesh = self.parallel_dims.get_optional_mesh("batch")
-        tokens = max(1.0, tokens.item() if mesh is None else dist_utils.dist_sum(tokens, mesh))
+        tokens = max(1.0, labelled.item() if mesh is None else dist_utils.dist_sum(labelled, mesh))
         with self.train_context(), self.maybe_enable_amp:
             if self.objective is None:
                 return {"loss_ce": self.loss_fn(self.model(inputs), labels) / tokens}
@@ -421,11 +424,12 @@ class FutureTrainer(torchtitan.train.Trainer):
         )
         probe = self._probe()
         report = seed(target, path, self.job_config.seed, probe, self._dump_folder)
-        if self.objective is not None and self.objective.anticausal and self.job_config.seed.verify != "none":
+        objective = self.objective
+        if objective is not None and objective.anticausal and self.job_config.seed.verify != "none":
             # As long as those of the training: how masks are made and attended by depends on it.
             seq_len = self.job_config.training.seq_len
             tokens = probe.tokens.repeat(1, -(-seq_len // probe.tokens.shape[1]))[:, :seq_len]
-            prove_anticausal(lambda tokens: self.objective.summaries(tokens).states, tokens)
+            prove_anticausal(lambda tokens: objective.summaries(tokens).states, tokens)
             logger.info("Verified that no summary of the future depends on its past")
         self.seed_identity = report.identity
         run_id = [uuid.uuid4().hex]
@@ -446,10 +450,11 @@ class FutureTrainer(torchtitan.train.Trainer):
             self.dataloader.require_layout(manifest.get("data"))
         for change in changes:
             logger.warning(f"Changed since {where.name}, as checkpoint.allow_config_change permits: {change}")
-        self.seed_identity, self.run_id = manifest.get("seed"), manifest.get("run")
+        self.seed_identity = manifest.get("seed")
+        self.run_id = manifest.get("run")
         path, allow_pickle = self.job_config.checkpoint.initial_load_path, self.job_config.seed.allow_pickle
-        if is_main_rank() and (change := changed_source(self.seed_identity, path, allow_pickle)) is not None:
-            logger.warning(change)
+        if is_main_rank() and (other := changed_source(self.seed_identity, path, allow_pickle)) is not None:
+            logger.warning(other)
         return configured_again(self.optimizers, self.lr_schedulers) if changes else lambda: None
 
     def _probe(self) -> Probe:

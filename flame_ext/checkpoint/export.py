@@ -90,7 +90,7 @@ def export_hf(state: Mapping[str, Tensor], head_names: list[str], folder: Path, 
 
 def _write_small_files(folder: Path, spec: ExportSpec) -> None:
     spec.config.dtype = spec.dtype
-    spec.config._auto_class = None  # of a configuration that came with code: transformers would save the code, too
+    spec.config._auto_class = None  # type: ignore[misc]  # of a configuration that came with code: transformers would save the code, too
     spec.config.save_pretrained(folder)
     if (spec.assets / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(spec.assets).save_pretrained(folder)
@@ -110,7 +110,8 @@ def _write_tensors(state: Mapping[str, Tensor], folder: Path, spec: ExportSpec, 
         max_shard_size=max_shard_size,
     )
     for name, keys in plan.filename_to_tensors.items():
-        tensors = {key: _gathered(state[key], spec.dtype) for key in keys}
+        gathered = ((key, _gathered(state[key], spec.dtype)) for key in keys)
+        tensors = {key: tensor for key, tensor in gathered if tensor is not None}
         with failing_together(CheckpointError):
             if is_main_rank():
                 # from_pretrained wants to know the framework that wrote the file.

@@ -61,6 +61,8 @@ class SeedingCheckpointManager(CheckpointManager):
         **kwargs: the host's.
     """
 
+    last_save_in_hf: bool
+
     def __init__(
         self,
         *,
@@ -305,11 +307,11 @@ class SeedingCheckpointManager(CheckpointManager):
                 self.purge_queue.put(str(stale.path))
 
 
-def _then(upload: Future, action: Callable[[], None]) -> Future:
+def _then(upload: Future[Any], action: Callable[[], None]) -> Future[None]:
     """A future that is done when ``upload`` is and ``action`` has run, or has the exception of either."""
-    completed: Future = Future()
+    completed: Future[None] = Future()
 
-    def finish(future: Future) -> None:
+    def finish(future: Future[Any]) -> None:
         try:
             future.result()
             action()

@@ -30,7 +30,9 @@ class RankRNG(Stateful):
         return world_size == self._world_size
 
     def state_dict(self) -> dict[str, Any]:
-        name, keys, *rest = np.random.get_state()  # noqa: NPY002 (the default generator, which others may draw from)
+        # The default generator, which others may draw from.
+        state: Any = np.random.get_state()  # noqa: NPY002
+        name, keys, *rest = state
         return {
             f"rank_{self._rank}": {
                 "cpu": torch.get_rng_state(),

@@ -14,7 +14,7 @@ from flame_ext.seeding.layouts import open_source
 from flame_ext.seeding.source import Source
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command and what runs it."""
     parser = commands.add_parser("inspect", help="say what lies at a path, from headers alone")
     parser.add_argument("path", help="a Hugging Face folder or a DCP checkpoint")

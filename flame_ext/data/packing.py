@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from itertools import cycle
+from typing import Any
 
 import datasets
 import torch
@@ -37,7 +38,7 @@ class Lane:
     """Position of the next token in that document."""
 
 
-class PackedDocuments(IterableDataset):
+class PackedDocuments(IterableDataset[tuple[dict[str, Tensor], Tensor, Tensor]]):
     """Sequences of ``seq_len + 1`` tokens from this rank's lanes, in turn, without end.
 
     Args:
@@ -143,7 +144,7 @@ def build_dataloader(
         def tokens_of(index: int) -> list[int]:
             return tokenizer.encode(text_of(data[index], job_config.data.text_field), add_bos=True, add_eos=True)
 
-        dataset: IterableDataset = PackedDocuments(
+        dataset: IterableDataset[Any] = PackedDocuments(
             count=len(data),
             tokens_of=tokens_of,
             seq_len=training.seq_len,

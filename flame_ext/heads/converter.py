@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
@@ -14,6 +17,11 @@ from flame_ext.heads.future_encoder import build_future_encoder
 from flame_ext.heads.future_predictor import FuturePredictor
 from flame_ext.model.attention import attention_windows
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from flame_ext.model.hf_causal_lm import HFCausalLM
+
 
 class FuturePredictionConverter:
     """Adds the heads to a model that has ``add_head`` (``HFCausalLM``)."""
@@ -21,7 +29,7 @@ class FuturePredictionConverter:
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
         self.job_config = job_config
 
-    def convert(self, model: nn.Module) -> None:
+    def convert(self, model: HFCausalLM) -> None:
         """Attach the heads, on meta, before the host parallelises the model. In place.
 
         A head whose losses have weight 0 does not ask for gradients, nor do a frozen backbone and projections behind
@@ -50,7 +58,7 @@ class FuturePredictionConverter:
         """Nothing to do."""
 
 
-def head_arguments(job_config: JobConfig, config, backbone: nn.Module) -> dict[str, dict]:
+def head_arguments(job_config: JobConfig, config: PreTrainedConfig, backbone: nn.Module) -> dict[str, dict[str, Any]]:
     """Name of each enabled head to what it is built from, as plain data; an export keeps it (``future_heads/config.json``).
 
     Args:
@@ -61,7 +69,7 @@ def head_arguments(job_config: JobConfig, config, backbone: nn.Module) -> dict[s
     text = config.get_text_config()
     encoder, predictor, action = job_config.future_encoder, job_config.future_predictor, job_config.action_layer
     anticausal = encoder.summary_method == "anticausal"
-    arguments: dict[str, dict] = {
+    arguments: dict[str, dict[str, Any]] = {
         "future_encoder": {
             "summary_method": encoder.summary_method,
             "future_k": encoder.future_k,
@@ -86,7 +94,7 @@ def head_arguments(job_config: JobConfig, config, backbone: nn.Module) -> dict[s
     return arguments
 
 
-HEAD_BUILDERS = {
+HEAD_BUILDERS: dict[str, Callable[..., Any]] = {
     "future_encoder": build_future_encoder,
     "future_predictor": FuturePredictor,
     "action_layer": ActionLayer,
@@ -94,13 +102,13 @@ HEAD_BUILDERS = {
 """Name of a head to what builds it from its arguments."""
 
 
-def build_heads(job_config: JobConfig, config, backbone: nn.Module) -> dict[str, nn.Module]:
+def build_heads(job_config: JobConfig, config: PreTrainedConfig, backbone: nn.Module) -> dict[str, Any]:
     """The enabled heads, on the current default device; arguments as in :func:`head_arguments`."""
     arguments = head_arguments(job_config, config, backbone)
     return {name: HEAD_BUILDERS[name](**values) for name, values in arguments.items()}
 
 
-def _ffn_hidden_size(text) -> int:
+def _ffn_hidden_size(text: PreTrainedConfig) -> int:
     """The backbone's, under the names that configurations have for it."""
     for name in ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"):
         if getattr(text, name, None):

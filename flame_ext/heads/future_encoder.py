@@ -139,8 +139,8 @@ class PooledEncoder(nn.Module):
         def split(states: Tensor) -> Tensor:
             return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-        projections = (split(proj(hidden_states)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        states = F.scaled_dot_product_attention(*projections, attn_mask=mask).transpose(1, 2).flatten(2)
+        query, key, value = (split(proj(hidden_states)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        states = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
         return states.roll(-1, dims=1)
 
     def parameter_inits(self) -> dict[str, ParameterInit]:
@@ -155,7 +155,11 @@ FutureEncoder = AnticausalEncoder | PooledEncoder
 
 
 def build_future_encoder(
-    summary_method: str, future_k: int, hidden_size: int, num_heads: int, windows: Mapping[str, int] | None = None
+    summary_method: Literal["anticausal", "mean", "max", "attention"],
+    future_k: int,
+    hidden_size: int,
+    num_heads: int,
+    windows: Mapping[str, int] | None = None,
 ) -> FutureEncoder:
     """The encoder of ``[future_encoder]``.
 

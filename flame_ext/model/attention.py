@@ -59,9 +59,10 @@ def supports_flex_attention(config: PreTrainedConfig) -> bool:
 
 def _known_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     try:
-        return AutoModelForCausalLM._model_mapping[type(config)]
+        known: Any = AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
         return None
+    return known
 
 
 def boolean_attention(

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ class HFModelArgs(BaseModelArgs):
         """A fresh configuration object, as transformers reads it."""
         return load_hf_config(self.hf_assets_path, self.trust_remote_code)
 
-    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+    def get_nparams_and_flops(self, model: HFCausalLM, seq_len: int) -> tuple[int, int]:
         """Parameters (tied ones once), and floating point operations per token of forward and backward.
 
         6 for each weight that multiplies, plus the attention scores and values, causal sparsity not counted (PaLM,
@@ -100,6 +100,18 @@ class HFCausalLM(nn.Module):
         weight_transforms: what transformers does to the keys of this architecture's files while loading.
     """
 
+    # Of the class that this one is mixed into.
+    config: PreTrainedConfig
+    base_model: Any
+    base_model_prefix: str
+    get_input_embeddings: Callable[[], Any]
+    get_output_embeddings: Callable[[], Any]
+
+    # Heads; those that there are stand in head_names.
+    future_encoder: Any
+    future_predictor: Any
+    action_layer: Any
+
     model_args: HFModelArgs
     weight_transforms: tuple[WeightTransform, ...]
     head_names: list[str]
@@ -129,7 +141,9 @@ class HFCausalLM(nn.Module):
     def file_keys(self, keys: Iterable[str]) -> dict[str, str]:
         """The model's keys to those that its architecture's files have, as ``save_pretrained`` writes them."""
         marked = {key: torch.tensor(number) for number, key in enumerate(keys)}
-        names = {int(number): name for name, number in revert_weight_conversion(self, marked).items()}
+        names = {
+            int(number): name for name, number in revert_weight_conversion(cast(PreTrainedModel, self), marked).items()
+        }
         return {key: names[int(number)] for key, number in marked.items()}
 
     def add_head(self, name: str, head: nn.Module, inits: dict[str, ParameterInit]) -> None:
@@ -260,7 +274,7 @@ def build_hf_causal_lm(model_args: HFModelArgs) -> HFCausalLM:
     config = model_args.load()
     try:
         with torch.device("cpu"), parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(
+            model: Any = AutoModelForCausalLM.from_config(
                 config, dtype=torch.get_default_dtype(), trust_remote_code=model_args.trust_remote_code
             )
     except ValueError as e:
@@ -273,7 +287,8 @@ def build_hf_causal_lm(model_args: HFModelArgs) -> HFCausalLM:
         for transform in get_model_conversion_mapping(model, add_legacy=False)
         if not isinstance(transform, PrefixChange)
     ]
-    model.__class__ = _with_training_interface(type(model))
+    model_class: Any = type(model)
+    model.__class__ = _with_training_interface(model_class)
     model.model_args = model_args
     model.head_names = []
     model.head_optimization = {}
@@ -296,7 +311,8 @@ def parameters_on_meta() -> Iterator[None]:
             return None
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
-    handle = register_module_parameter_registration_hook(to_meta)
+    # torch's annotation has hooks return nothing; its documentation lets them return a parameter.
+    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
     try:
         yield
     finally:

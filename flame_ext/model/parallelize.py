@@ -3,6 +3,8 @@
 No ``from __future__ import annotations`` here: DDP looks at the types in its communication hook's signature.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -46,7 +48,8 @@ def parallelize_hf_causal_lm(model: HFCausalLM, parallel_dims: ParallelDims, job
         mesh = parallel_dims.get_mesh("dp_replicate")
         apply_ddp(model, mesh, enable_compile=compile_model)
         # The loss is already divided by the global number of tokens: gradients are summed. DDP alone would average.
-        model.register_comm_hook(mesh.get_group(), sum_gradients)
+        replicated: Any = model  # composable DDP gives it another class
+        replicated.register_comm_hook(mesh.get_group(), sum_gradients)
     return model
 
 

@@ -7,7 +7,7 @@ running maximum (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867),
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,7 +95,16 @@ def info_nce(
 
 class _InfoNCE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, queries, keys, query_mask, key_mask, targets, temperature, compile_backend):
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        keys: Tensor,
+        query_mask: Tensor,
+        key_mask: Tensor,
+        targets: Tensor,
+        temperature: float,
+        compile_backend: str | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wants_query_grad, wants_key_grad = ctx.needs_input_grad[:2]
         accumulate = compiled(_accumulate, compile_backend)
         bias = torch.zeros(keys.shape[0], device=keys.device).masked_fill_(~key_mask, float("-inf"))
@@ -121,7 +130,7 @@ class _InfoNCE(torch.autograd.Function):
             sums += torch.stack([loss.sum(), hits.float().sum(), cosines.sum()])
             per_row = torch.where(valid, 1.0 / temperature, 0.0)
             share = torch.where(valid, per_row / softmax.total, 0.0)
-            if expected is not None:
+            if query_grad is not None and expected is not None:
                 # The gradient: what the softmax expects the key to be, less the key that it is.
                 own = keys[target].float().mul_(per_row[:, None])
                 query_grad[rows] = expected.mul_(share[:, None]).sub_(own)
@@ -137,7 +146,7 @@ class _InfoNCE(torch.autograd.Function):
         return loss_sum, top1_sum, positive_sum
 
     @staticmethod
-    def backward(ctx, grad_loss, *_no_grads):
+    def backward(ctx: Any, grad_loss: Tensor, *_no_grads: Tensor) -> tuple[Tensor | None, ...]:
         query_grad, key_grad = ctx.saved_tensors
         grads = (None if grad is None else grad * grad_loss.to(grad.dtype) for grad in (query_grad, key_grad))
         return *grads, None, None, None, None, None

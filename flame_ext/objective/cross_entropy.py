@@ -6,7 +6,7 @@ memory on. Here only one chunk of rows at a time is in float32, in the forward a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +71,9 @@ def cross_entropy_loss(logits: Tensor, labels: Tensor, compile_backend: str | No
 
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, top_k, compile_backend):
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, top_k: int, compile_backend: str | None
+    ) -> tuple[Tensor, Tensor]:
         own = labels.masked_fill(labels == IGNORE_INDEX, 0)[:, None]
         values = torch.empty(logits.shape[0], 1 + top_k, device=logits.device)
         token_ids = torch.empty(logits.shape[0], 1 + top_k, device=logits.device, dtype=torch.int64)
@@ -84,7 +86,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return values, token_ids
 
     @staticmethod
-    def backward(ctx, grad, _no_grad):
+    def backward(ctx: Any, grad: Tensor, _no_grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, token_ids = ctx.saved_tensors
         logits_grad = torch.empty_like(logits)
         spread = compiled(_spread, ctx.compile_backend)

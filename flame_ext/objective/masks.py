@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -123,7 +124,7 @@ def anticausal_block_mask(
 
 
 @cache
-def _compiled_create_block_mask():
+def _compiled_create_block_mask() -> Callable[..., BlockMask]:
     return torch.compile(create_block_mask)
 
 

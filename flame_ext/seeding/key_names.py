@@ -40,11 +40,11 @@ class KeyNames:
         return dict(self.model_keys)
 
     @cached_property
-    def _renamings(self) -> list[WeightTransform]:
+    def _renamings(self) -> list[WeightRenaming]:
         return [t for t in self.transforms if isinstance(t, WeightRenaming)]
 
     @cached_property
-    def _converters(self) -> list[WeightTransform]:
+    def _converters(self) -> list[WeightConverter]:
         return [t for t in self.transforms if isinstance(t, WeightConverter)]
 
     def in_model(self, key: str, any_prefix: bool = True) -> str:

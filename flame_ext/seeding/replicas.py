@@ -78,7 +78,7 @@ def local_digest(local: Tensor, box: Box, shape: tuple[int, ...]) -> int:
         return 0
     rows = box[0][1] - box[0][0] if box else 1
     values = local.detach().to("cpu").reshape(-1).contiguous().view(torch.uint8).numpy()
-    data, nbytes = memoryview(values), values.nbytes // rows
+    data, nbytes = memoryview(values.data), values.nbytes // rows
     # The flat index of the first element of the part, and what it grows by from row to row.
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     start = sum(begin * stride for (begin, _), stride in zip(box, strides, strict=True))

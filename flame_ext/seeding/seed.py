@@ -146,7 +146,7 @@ def _require_same_source(digest: str) -> None:
 
 def _log_casts(target: SeedTarget, source: Source, keys: Account) -> None:
     loaded = set(keys.loaded)
-    casts = Counter()
+    casts: Counter[tuple[torch.dtype, torch.dtype]] = Counter()
     for name, entry in source.entries.items():
         key = target.tied.get(name, name)
         if key in loaded and entry.dtype != target.state[key].dtype:

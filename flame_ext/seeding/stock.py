@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from flame_ext.errors import SeedError
@@ -50,8 +50,7 @@ class _Reader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
         metadata = read_metadata(Path(self.path) / METADATA_NAME)[1]
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = self.storage_meta()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ class Probe:
     """(1, T) int64 on CPU, the same on every rank."""
     forward: Callable[[Tensor], Tensor]
     """(1, T) tokens to (1, T, V) logits of the distributed model, in evaluation mode; collective."""
-    context: AbstractContextManager
+    context: AbstractContextManager[Any]
     """Autocast, where the host uses it; the stock model runs in it too."""
     dtype: torch.dtype
     """Of the stock model's parameters: those that the distributed model's layers see."""
@@ -77,21 +78,29 @@ def verify(mode: str, probe: Probe, load_stock: Callable[[], nn.Module], source:
     # Compiled at the probe's shape, the layers would be compiled again, with dynamic shapes, at the batch's.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         logits = probe.forward(probe.tokens).float().cpu()
-    result = Verification(mode, loss=next_token_loss(logits, probe.tokens))
+    loss = next_token_loss(logits, probe.tokens)
+    result = Verification(mode, loss=loss)
     with failing_together(SeedError):
-        if mode != "none" and not math.isfinite(result.loss):
-            raise SeedError(
-                f"{source}: the seeded model's loss on the probe text is {result.loss}; its weights are damaged"
-            )
+        if mode != "none" and not math.isfinite(loss):
+            raise SeedError(f"{source}: the seeded model's loss on the probe text is {loss}; its weights are damaged")
         if reference is not None:
-            result.reference_loss = next_token_loss(reference, probe.tokens)
-            result.max_abs_diff = (logits - reference).abs().max().item()
-            _require_parity(result, reference, TOLERANCE[probe.compute_dtype], source)
+            expected, difference = next_token_loss(reference, probe.tokens), (logits - reference).abs().max().item()
+            result.reference_loss, result.max_abs_diff = expected, difference
+            logits_bound, loss_bound = (
+                TOLERANCE[probe.compute_dtype] * value for value in (reference.abs().max().item(), expected)
+            )
+            # Written so that NaN fails.
+            if not (difference <= logits_bound and abs(loss - expected) <= loss_bound):
+                raise SeedError(
+                    f"{source}: the seeded model does not compute what from_pretrained computes: loss {loss:.6f} against "
+                    f"{expected:.6f}, logits differ by up to {difference:.3g} (allowed: {logits_bound:.3g}); "
+                    "the weights were read exactly and the configurations agree, so a buffer or the modelling code differs"
+                )
     if mode == "parity" and dist.is_initialized():
         results = [result]
         dist.broadcast_object_list(results, src=0)
         (result,) = results
-    _warn_if_near_chance(result.loss, probe.vocab_size)
+    _warn_if_near_chance(loss, probe.vocab_size)
     return result
 
 
@@ -120,19 +129,6 @@ def _device_memory_left(device: torch.device) -> int | None:
 def next_token_loss(logits: Tensor, tokens: Tensor) -> float:
     """Mean cross-entropy in nats of (1, T, V) logits at the next of (1, T) tokens."""
     return F.cross_entropy(logits[0, :-1].float(), tokens[0, 1:].to(logits.device)).item()
-
-
-def _require_parity(result: Verification, reference: Tensor, tolerance: float, source: Path) -> None:
-    logits_bound = tolerance * reference.abs().max().item()
-    loss_bound = tolerance * result.reference_loss
-    loss_diff = abs(result.loss - result.reference_loss)
-    # Written so that NaN fails.
-    if not (result.max_abs_diff <= logits_bound and loss_diff <= loss_bound):
-        raise SeedError(
-            f"{source}: the seeded model does not compute what from_pretrained computes: loss {result.loss:.6f} against "
-            f"{result.reference_loss:.6f}, logits differ by up to {result.max_abs_diff:.3g} (allowed: {logits_bound:.3g}); "
-            "the weights were read exactly and the configurations agree, so a buffer or the modelling code differs"
-        )
 
 
 def _warn_if_near_chance(loss: float, vocab_size: int) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -194,7 +194,7 @@ class _ForbiddenError(Exception):
     """A pickle asks for what it is not given."""
 
 
-class _MetadataUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
+class _MetadataUnpickler(pickle._Unpickler):
     """Gives DCP's own classes and dtypes, nothing else.
 
     The Python implementation, not the C one: there a single damaged byte can ask for a memo of 2**32 entries, which is
@@ -203,7 +203,7 @@ class _MetadataUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
 
     dispatch: ClassVar[dict[int, Any]] = {
         code: method
-        for code, method in pickle._Unpickler.dispatch.items()  # type: ignore[attr-defined]
+        for code, method in pickle._Unpickler.dispatch.items()
         if code != pickle.BYTEARRAY8[0]  # allocates what a length field says
     }
 
@@ -289,21 +289,22 @@ def _require_filled(file: Path, ranges: list[tuple[int, int]]) -> int:
     return size
 
 
-def _values(mapping: mmap.mmap, stream: BinaryIO, file: Path, entry: TensorEntry, chunk: Chunk, box: Box) -> Tensor:
+def _values(mapping: mmap.mmap, stream: Any, file: Path, entry: TensorEntry, chunk: Chunk, box: Box) -> Tensor:
     """A box of one piece, out of the mapped file: what ``torch.load`` would give, without reading the rest.
 
     A piece is stored as a file of ``torch.save``. Loaded under a fake mode, it says where its storage begins.
     """
     try:
         with FakeTensorMode():
-            view = _create_file_view(stream, chunk.position, chunk.nbytes)
+            view: Any = _create_file_view(stream, chunk.position, chunk.nbytes)
             fake = torch.load(view, map_location="cpu", weights_only=True)
         if not isinstance(fake, Tensor):
             raise TypeError(f"holds a {type(fake).__name__}")
         sizes = [end - begin for begin, end in chunk.box]
         if list(fake.shape) != sizes or fake.dtype != entry.dtype:
             raise ValueError(f"holds {list(fake.shape)} {fake.dtype}, {METADATA_NAME} says {sizes} {entry.dtype}")
-        storage, itemsize = fake.untyped_storage(), entry.dtype.itemsize
+        storage: Any = fake.untyped_storage()
+        itemsize = entry.dtype.itemsize
         if storage._checkpoint_offset + storage.nbytes() > chunk.nbytes:
             raise ValueError("its storage ends beyond it")
         # The first and the last element of the box, as the storage counts.
