@@ -40,9 +40,9 @@ from flame_ext.objective.cross_entropy import IGNORE_INDEX
 from flame_ext.optimization import configured_again
 from flame_ext.seeding.anticausal import prove_anticausal
 from flame_ext.seeding.identity import changed_source
-from flame_ext.seeding.key_names import KeyNames
 from flame_ext.seeding.layouts import open_source
-from flame_ext.seeding.seed import SeedTarget, seed
+from flame_ext.seeding.seed import seed
+from flame_ext.seeding.target import seed_target
 from flame_ext.seeding.verify import Probe
 
 # What the seeded model is measured on: plain text and a little code, long enough for any tokenizer.
@@ -407,21 +407,8 @@ class FutureTrainer(torchtitan.train.Trainer):
         return Path(self.job_config.job.dump_folder)
 
     def _seed_from(self, path: str) -> None:
-        model: HFCausalLM = self.model_parts[0]
         state = self.checkpointer.states[MODEL].state_dict()
-        shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-        shapes |= {name: shapes[key] for name, key in model.tied_keys.items()}
-        target = SeedTarget(
-            state=state,
-            tied=model.tied_keys,
-            computed_buffers=model.computed_buffers,
-            inits=model.parameter_inits,
-            vocabulary=frozenset(model.vocabulary_keys),
-            names=KeyNames(
-                type(model).__name__.removeprefix("Titan"), shapes, model.weight_transforms, model.base_model_prefix
-            ),
-            config=self.model_args.load(),
-        )
+        target = seed_target(self.model_parts[0], state, self.model_args.load())
         probe = self._probe()
         report = seed(target, path, self.job_config.seed, probe, self._dump_folder)
         objective = self.objective
@@ -489,12 +476,16 @@ class FutureTrainer(torchtitan.train.Trainer):
             config=self.model_args.load(),
             assets=Path(config.model.hf_assets_path),
             dtype=TORCH_DTYPE_MAP[config.checkpoint.export_dtype],
-            heads=head_arguments(config, self.model.config, self.model) if self.model.head_names else None,
+            heads=self._head_arguments,
         )
         state = self.checkpointer.states[MODEL].state_dict()
         file_keys = self.model.file_keys(state)
         state = {file_keys[key]: tensor for key, tensor in state.items()}
         export_hf(state, self.model.head_names, self._dump_folder / "hf" / f"step-{step}", spec)
+
+    @cached_property
+    def _head_arguments(self) -> dict[str, dict[str, Any]] | None:
+        return head_arguments(self.job_config, self.model.config, self.model) if self.model.head_names else None
 
     @cached_property
     def _record(self) -> dict[str, Any]:
@@ -514,6 +505,7 @@ class FutureTrainer(torchtitan.train.Trainer):
                 "transformers": transformers.__version__,
             },
             "seed": self.seed_identity,
+            "heads": self._head_arguments,
             "run": self.run_id,
             "data": self.dataloader.layout,
             "config": self._record,

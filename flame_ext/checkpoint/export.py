@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -27,7 +29,8 @@ from flame_ext.errors import CheckpointError
 from flame_ext.faults import fault_point
 from flame_ext.files import write_json
 from flame_ext.heads.converter import HEAD_BUILDERS
-from flame_ext.seeding.layouts.hf_safetensors import HEADS_FOLDER, INDEX_NAME
+from flame_ext.seeding.layouts.hf_safetensors import HEADS_FOLDER, INDEX_NAME, read_header
+from flame_ext.seeding.tensors import same_bits
 
 # What belongs to a tokenizer or to generation. Named one by one: modelling code in the source must not be carried on.
 _COPIED_FILES = (
@@ -76,19 +79,23 @@ def export_hf(state: Mapping[str, Tensor], head_names: list[str], folder: Path, 
     heads = {key: tensor for key, tensor in state.items() if key not in backbone}
     with failing_together(CheckpointError):
         if is_main_rank():
-            _write_small_files(start(folder), spec)
+            write_small_files(start(folder), spec)
     temporary = temporary_path(folder)
     fault_point("during_export")
-    _write_tensors(backbone, temporary, spec, spec.max_shard_size)
-    if heads:
-        _write_tensors(heads, temporary / HEADS_FOLDER, spec, "1TB")
+    for tensors, place, size in ((backbone, temporary, spec.max_shard_size), (heads, temporary / HEADS_FOLDER, "1TB")):
+        if tensors:
+            described = {
+                key: torch.empty(t.shape, dtype=_file_dtype(t, spec.dtype), device="meta") for key, t in tensors.items()
+            }
+            write_tensors(described, partial(_gathered, tensors, spec.dtype), place, size)
     with failing_together(CheckpointError):
         if is_main_rank():
             put_in_place(folder)
     logger.info(f"Exported {len(backbone)} tensors of the backbone and {len(heads)} of the heads to {folder}")
 
 
-def _write_small_files(folder: Path, spec: ExportSpec) -> None:
+def write_small_files(folder: Path, spec: ExportSpec) -> None:
+    """Everything but weights: configuration, tokenizer, how generation goes, what the heads are built from."""
     spec.config.dtype = spec.dtype
     spec.config._auto_class = None  # type: ignore[misc]  # of a configuration that came with code: transformers would save the code, too
     spec.config.save_pretrained(folder)
@@ -101,30 +108,63 @@ def _write_small_files(folder: Path, spec: ExportSpec) -> None:
         write_json(folder / HEADS_FOLDER / "config.json", spec.heads)
 
 
-def _write_tensors(state: Mapping[str, Tensor], folder: Path, spec: ExportSpec, max_shard_size: str) -> None:
-    """Write ``model.safetensors``, or several files of at most ``max_shard_size`` and their index."""
+def write_tensors(
+    described: Mapping[str, Tensor], read: Callable[[str], Tensor | None], folder: Path, max_shard_size: str
+) -> None:
+    """Write ``model.safetensors``, or several files of at most ``max_shard_size`` and their index, and read them back.
+
+    Collective. One file's tensors are in memory at a time, on the main rank.
+
+    Args:
+        described: name to a tensor on meta.
+        read: name to its values on the main rank's CPU, None on the others; called on every rank in one order.
+        folder: is there, with its ``config.json``.
+        max_shard_size: as in ``save_pretrained``.
+
+    Raises:
+        CheckpointError: on every rank, if a file can not be written, or is not what was written.
+    """
     plan = split_state_dict_into_shards_factory(
-        {key: torch.empty(t.shape, dtype=_file_dtype(t, spec.dtype), device="meta") for key, t in state.items()},
+        dict(described),
         get_storage_size=lambda tensor: tensor.nbytes,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
     for name, keys in plan.filename_to_tensors.items():
-        gathered = ((key, _gathered(state[key], spec.dtype)) for key in keys)
-        tensors = {key: tensor for key, tensor in gathered if tensor is not None}
+        values = ((key, read(key)) for key in keys)
+        tensors = {key: tensor for key, tensor in values if tensor is not None}
         with failing_together(CheckpointError):
             if is_main_rank():
                 # from_pretrained wants to know the framework that wrote the file.
                 save_file(tensors, folder / name, metadata={"format": "pt"})
+                _require_written(tensors, folder / name)
+                shutil.copymode(folder / "config.json", folder / name)  # safetensors lets nobody else read it
+        del tensors
     with failing_together(CheckpointError):
         if is_main_rank() and plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": dict(sorted(plan.tensor_to_filename.items()))}
             write_json(folder / INDEX_NAME, index)
 
 
+def _require_written(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Compare what was written with what was to be, bit for bit.
+
+    Raises:
+        CheckpointError: naming file and key.
+    """
+    header, _ = read_header(file)
+    if header.keys() != tensors.keys():
+        raise CheckpointError(f"{file}: was written with other keys than it was to have: {sorted(header)[:8]}")
+    for key, tensor in tensors.items():
+        with safe_open(file, framework="pt") as reader:  # unmapped after each: what is mapped counts as memory in use
+            if not same_bits(reader.get_tensor(key), tensor):
+                raise CheckpointError(f"{file}: {key!r} is not what was written; is the disk full or failing?")
+
+
 @torch.no_grad()
-def _gathered(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
+def _gathered(tensors: Mapping[str, Tensor], dtype: torch.dtype, key: str) -> Tensor | None:
     """The full tensor on the main rank's CPU, None on the others. Collective."""
+    tensor = tensors[key]
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full.detach().to(device="cpu", dtype=_file_dtype(full, dtype)).contiguous() if is_main_rank() else None
 

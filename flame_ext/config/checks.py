@@ -13,11 +13,12 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flame_ext.config.sections import FlameJobConfig
-from flame_ext.errors import ConfigError
+from flame_ext.errors import ConfigError, SeedError
 from flame_ext.model.attention import not_anticausal, supports_flex_attention
 from flame_ext.model.hf_causal_lm import load_hf_config
 from flame_ext.model.train_spec import MODEL_NAME
 from flame_ext.registration import CONVERTER_NAME
+from flame_ext.seeding.key_map import parse_key_map
 
 # One of these is what the host's tokenizer is built from.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
@@ -38,7 +39,7 @@ def check_config(config: FlameJobConfig) -> None:
     Raises:
         ConfigError: with one line for each finding.
     """
-    problems = [*_check_model(config), *_check_parallelism(config), *_check_checkpoint(config)]
+    problems = [*_check_model(config), *_check_parallelism(config), *_check_checkpoint(config), *_check_seed(config)]
     problems += [*_check_objective(config), *_check_data(config)]
     if not problems:
         problems += _check_against_model(
@@ -75,6 +76,13 @@ def _check_parallelism(config: FlameJobConfig) -> Iterator[str]:
         yield f"comm.mode must be 'default', got {config.comm.mode!r}: without real communication there is nothing to seed"
     if config.fault_tolerance.enable:
         yield "fault_tolerance.enable is not supported: TorchFT replaces the checkpoint flow that seeding hooks into"
+
+
+def _check_seed(config: FlameJobConfig) -> Iterator[str]:
+    try:
+        parse_key_map(config.seed.key_map)
+    except SeedError as e:
+        yield str(e)
 
 
 def _check_checkpoint(config: FlameJobConfig) -> Iterator[str]:

@@ -35,6 +35,12 @@ class Seed:
     ignore_source_keys: list[str] = field(default_factory=list)
     """Patterns (fnmatch) of keys in the source that are not read. Any other key that the model lacks is an error."""
 
+    key_map: list[str] = field(default_factory=list)
+    """
+    'old=new' for keys of the source that begin with `old`: `new` takes its place. For heads that were saved under other
+    names, such as 'ln.=future_predictor.norm.'. Each has to fit a key.
+    """
+
     allow_pickle: bool = False
     """Read a source that has `.bin` files only. They are pickles; they are read with `weights_only`, memory-mapped."""
 

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torchtitan.tools.logging import logger
-from transformers import PreTrainedConfig
 
 from flame_ext.config.sections import Seed
 from flame_ext.distributed import failing_together, is_main_rank
 from flame_ext.errors import SeedError
-from flame_ext.heads.initialisation import ParameterInit
 from flame_ext.seeding.accounting import Account, ModelKey, account
 from flame_ext.seeding.hub import locate
-from flame_ext.seeding.key_names import KeyNames, in_model_names
+from flame_ext.seeding.key_map import parse_key_map, renamed
+from flame_ext.seeding.key_names import in_model_names
 from flame_ext.seeding.layouts import open_source
 from flame_ext.seeding.layouts.dcp import DcpSource
 from flame_ext.seeding.new_parameters import initialise
@@ -32,27 +28,8 @@ from flame_ext.seeding.report import REPORT_NAME, SeedReport
 from flame_ext.seeding.same_function import require_same_function
 from flame_ext.seeding.source import Source
 from flame_ext.seeding.stock import load_stock_model
+from flame_ext.seeding.target import SeedTarget
 from flame_ext.seeding.verify import Probe, Verification, verify
-
-
-@dataclass(frozen=True)
-class SeedTarget:
-    """The state to be seeded."""
-
-    state: Mapping[str, Tensor]
-    """Key to parameter or persistent buffer, DTensor or plain, each tied parameter once. Written in place."""
-    tied: Mapping[str, str]
-    """Other name of a tied parameter to its key in ``state``."""
-    computed_buffers: list[str]
-    """Names of buffers outside ``state``."""
-    inits: Mapping[str, ParameterInit]
-    """The initialisation of those keys that have one: the heads'."""
-    vocabulary: frozenset[str]
-    """Keys whose first dimension is the vocabulary."""
-    names: KeyNames
-    """How the model's keys are spelled in files."""
-    config: PreTrainedConfig
-    """The configuration that the model was built from."""
 
 
 def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_folder: Path) -> SeedReport:
@@ -66,7 +43,7 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
     folder, revision = locate(path, options.allow_pickle)
     begin = time.perf_counter()
     with failing_together(SeedError):
-        source, keys = _matched(target, folder, options)
+        source, keys = match(target, folder, options)
     _require_same_source(source.digest)
     for line in source.passed_over:
         logger.info(f"Passed over in {folder}: {line}")
@@ -85,7 +62,15 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
     )
     digest = weights_digest(compare_replicas(target.state), target.state, keys.loaded)
     backbone = {key for key in (*target.state, *target.tied) if key not in target.inits}
-    load_stock = partial(load_stock_model, source, target.config, backbone, probe.dtype, options.trust_remote_code)
+    load_stock = partial(
+        load_stock_model,
+        source,
+        target.config,
+        backbone,
+        probe.dtype,
+        options.trust_remote_code,
+        parse_key_map(options.key_map),
+    )
     verification = verify(options.verify, probe, load_stock, folder)
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     report = SeedReport(
@@ -99,9 +84,14 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
     return report
 
 
-def _matched(target: SeedTarget, folder: Path, options: Seed) -> tuple[Source, Account]:
-    """The source under the model's names, and the account of every key; from headers alone."""
-    source = in_model_names(open_source(folder, options.allow_pickle), target.names)
+def match(target: SeedTarget, folder: Path, options: Seed) -> tuple[Source, Account]:
+    """The source under the model's names, and the account of every key; from headers alone.
+
+    Raises:
+        SeedError: the source does not fit.
+    """
+    source = renamed(open_source(folder, options.allow_pickle), parse_key_map(options.key_map))
+    source = in_model_names(source, target.names)
     # A DCP checkpoint has no configuration, unless somebody put it there.
     if not isinstance(source, DcpSource) or (folder / "config.json").exists():
         require_same_function(source, target.config, options.trust_remote_code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,12 +11,19 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from flame_ext.errors import SeedError
+from flame_ext.seeding.key_map import Rule, rename
 from flame_ext.seeding.layouts.dcp import METADATA_NAME, NESTED_PREFIX, DcpSource, read_metadata
 from flame_ext.seeding.source import Source
+from flame_ext.seeding.tensors import read_tensor
 
 
 def load_stock_model(
-    source: Source, config: PreTrainedConfig, backbone: set[str], dtype: torch.dtype, trust_remote_code: bool
+    source: Source,
+    config: PreTrainedConfig,
+    backbone: set[str],
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    key_map: Sequence[Rule] = (),
 ) -> PreTrainedModel:
     """By ``from_pretrained``, on CPU. A DCP checkpoint is read by torch's own reader and goes through it as a state dict.
 
@@ -25,6 +33,7 @@ def load_stock_model(
         backbone: names in ``source`` that are not the heads'.
         dtype: of its parameters.
         trust_remote_code: as in transformers.
+        key_map: renames keys of the files, which ``from_pretrained`` can then not read by itself.
 
     Raises:
         SeedError: there is not the memory for it.
@@ -34,12 +43,15 @@ def load_stock_model(
         sum(entry.nbytes // entry.dtype.itemsize * dtype.itemsize for entry in entries.values()), source.path
     )
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    if not isinstance(source, DcpSource):
+    if not isinstance(source, DcpSource) and all(rename(e.key, key_map) == e.key for e in entries.values()):
         return AutoModelForCausalLM.from_pretrained(source.path, local_files_only=True, **options)
     prefix = NESTED_PREFIX if source.layout == "dcp-nested" else ""
-    state = {entry.key: torch.empty(entry.shape, dtype=entry.dtype) for entry in entries.values()}
-    dcp.load(state, storage_reader=_Reader(source.path), no_dist=True)
-    weights = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    if isinstance(source, DcpSource):
+        state = {entry.key: torch.empty(entry.shape, dtype=entry.dtype) for entry in entries.values()}
+        dcp.load(state, storage_reader=_Reader(source.path), no_dist=True)
+    else:
+        state = {entry.key: read_tensor(source, name) for name, entry in entries.items()}
+    weights = {rename(key, key_map, bool(prefix)).removeprefix(prefix): tensor for key, tensor in state.items()}
     with torch.device("meta"):
         model_class = type(AutoModelForCausalLM.from_config(config, **options))
     return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)

@@ -162,6 +162,18 @@ def in_model_layout(source: DcpSource, is_models: Callable[[str], bool]) -> DcpS
     )
 
 
+def in_noted_layout(source: DcpSource) -> DcpSource:
+    """As :func:`in_model_layout`, for who does not know the model: by what the writer noted of the nesting."""
+    keys = {*source.entries, *source.objects}
+
+    def is_models(key: str) -> bool:
+        if source.layout == "dcp-nested":
+            return key not in keys  # what is left of a key when the nesting is taken off
+        return key.split(".")[0] not in _NOT_THE_MODEL
+
+    return in_model_layout(source, is_models)
+
+
 def _some(keys: Collection[str]) -> str:
     shown = sorted(keys)[:5]
     return ", ".join(repr(key) for key in shown) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
