@@ -28,7 +28,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--max-shard-size", default="5GB", help="of a Hugging Face folder's files (default: 5GB)")
     parser.add_argument("--assets", type=Path, help="folder of config.json and tokenizer, if SRC has none")
     parser.add_argument(
-        "--job.config_file", dest="config_file", help="TOML of the run, for what its heads are built from"
+        "--job.config_file",
+        dest="config_file",
+        help="TOML of the run, for what its heads are built from and, if SRC has none, its assets",
     )
     parser.add_argument(
         "--key-map",
@@ -48,11 +50,16 @@ def run(options: argparse.Namespace) -> int:
 
     from flame_ext.offline.convert import Conversion, convert
 
+    assets, heads = options.assets, None
+    if options.config_file:
+        configured, heads = _of_the_run(options.config_file)
+        if assets is None and not (Path(options.source) / "config.json").exists():
+            assets = configured
     conversion = Conversion(
         dtype=getattr(torch, options.dtype) if options.dtype else None,
         max_shard_size=options.max_shard_size,
-        assets=options.assets,
-        head_arguments=_head_arguments(options.config_file) if options.config_file else None,
+        assets=assets,
+        head_arguments=heads,
         key_map=tuple(options.key_map),
         allow_pickle=options.allow_pickle,
         trust_remote_code=options.trust_remote_code,
@@ -83,13 +90,15 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _head_arguments(config_file: str) -> dict[str, dict[str, Any]] | None:
+def _of_the_run(config_file: str) -> tuple[Path, dict[str, dict[str, Any]] | None]:
+    """The folder of the model's ``config.json``, and what the run's heads are built from, if it has any."""
     from flame_ext.heads.converter import head_arguments
     from flame_ext.offline.names import load_architecture
     from flame_ext.train import parse
 
     config = parse([f"--job.config_file={config_file}"])
+    assets = Path(config.model.hf_assets_path)
     if not config.future_predictor.enable:
-        return None
-    architecture = load_architecture(Path(config.model.hf_assets_path), config.seed.trust_remote_code)
-    return head_arguments(config, architecture.model.config, architecture.model)
+        return assets, None
+    model = load_architecture(assets, config.seed.trust_remote_code).model
+    return assets, head_arguments(config, model.config, model)

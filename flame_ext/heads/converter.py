@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class FuturePredictionConverter:
     """Adds the heads to a model that has ``add_head`` (``HFCausalLM``)."""
 
-    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims | None = None) -> None:
         self.job_config = job_config
 
     def convert(self, model: HFCausalLM) -> None:
