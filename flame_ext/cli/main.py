@@ -6,15 +6,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from flame_ext.cli import convert, inspect
+from flame_ext.cli import convert, inspect, plot
 from flame_ext.errors import UserError
 
-COMMANDS = (inspect, convert)
+COMMANDS = (inspect, convert, plot)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0 done, 2 if something can not be read or written, said in one line."""
-    parser = argparse.ArgumentParser(prog="flame-ext", description="Look at and convert what a job is seeded from.")
+    parser = argparse.ArgumentParser(
+        prog="flame-ext", description="Look at, compare and convert checkpoints; draw the curves of runs."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS:
         command.add_parser(commands)

@@ -1,30 +1,164 @@
-"""``flame-ext inspect``."""
+"""``flame-ext inspect``: every layout, every kind of difference, and whether a job could be seeded."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from flame_ext.cli.main import main
-from tests.ranks import TINY_OLMO
+from tests.ranks import DEBUG_TOML, TINY_OLMO, train
+from tests.sources import save_all_sources, save_dcp
+from tests.tiny_models import save_tiny
 
 
-def test_inspect_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(TINY_OLMO), "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
+def inspect(capsys: pytest.CaptureFixture, *arguments: object, code: int = 0) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["inspect", *map(str, arguments), "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, dict[str, torch.Tensor]]]:
+    folder = tmp_path_factory.mktemp("sources")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(folder / "hub"))
+        made = save_all_sources(folder)
+    made.pop("hub")
+    return made
+
+
+def test_every_key_of_a_folder(capsys: pytest.CaptureFixture) -> None:
+    facts = inspect(capsys, TINY_OLMO)
     assert facts["layout"] == "hf-safetensors" and len(facts["keys"]) == 29
     assert facts["keys"]["model.embed_tokens.weight"] == {
         "shape": [264, 128], "dtype": "bfloat16", "bytes": 264 * 128 * 2, "file": "model.safetensors",
     }  # fmt: skip
-    assert facts["bytes"] == sum(key["bytes"] for key in facts["keys"].values())
+    assert facts["bytes"] == sum(key["bytes"] for key in facts["keys"].values()) == 2 * facts["parameters"]
+    assert facts["model_type"] == "olmo" and facts["tie_word_embeddings"] and "tokenizer.json" in facts["tokenizer"]
     assert main(["inspect", str(TINY_OLMO)]) == 0
     table = capsys.readouterr().out
     assert all(key in table for key in facts["keys"]) and "264x128" in table
 
 
-def test_inspect_refuses_what_it_can_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(tmp_path / "nowhere")]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and "does not exist" in captured.err and not captured.out
+def test_every_layout_is_recognised_and_the_same_model(sources: dict, capsys: pytest.CaptureFixture) -> None:
+    layouts = {"hf-bin": "hf-bin", "dcp-flat": "dcp-flat", "dcp-nested": "dcp-nested", "step-nested": "dcp-nested"}
+    for name, (path, held) in sources.items():
+        facts = inspect(capsys, path, "--allow-pickle")
+        groups = facts["groups"]
+        assert groups["backbone"]["tensors"] + groups.get("heads", {"tensors": 0})["tensors"] == len(held), name
+        assert ("optimizer" in groups) == name.startswith("step")
+        assert facts["layout"] == layouts.get(name, facts["layout"]) and not facts["problems"]
+    reference = sources["hf-single"][0]
+    for name in ("hf-sharded", "hf-bin", "dcp-flat", "dcp-nested"):
+        same = inspect(capsys, reference, "--against", sources[name][0], "--values", "--allow-pickle")["against"]
+        assert same["differences"] == [] and same["same"] == len(sources[name][1]), name
+    heads = inspect(capsys, reference, "--against", sources["dcp-nested-heads"][0], code=1)["against"]["differences"]
+    assert {d["name"].split(".")[0] for d in heads} == {"future_predictor"} and {d["kind"] for d in heads} == {
+        "unexpected"
+    }
+    trained = inspect(capsys, sources["export"][0], "--against", sources["step"][0], "--values")["against"]
+    assert trained["differences"] == [] and trained["same"] == len(sources["step"][1])
+
+
+def test_a_dump_folder_is_its_newest_complete_step(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = train(tmp_path / "run", "--training.steps=2", "--checkpoint.interval=1", "--training.seq_len=32",
+                "--training.local_batch_size=2", "--seed.verify=none")  # fmt: skip
+    facts = inspect(capsys, run.dump_folder)
+    assert facts["path"].endswith("step-2") and facts["step"] == 2 and not facts["problems"]
+    manifest = run.dump_folder / "checkpoint" / "step-2" / "manifest.json"
+    manifest.write_text(manifest.read_text()[:50])
+    facts = inspect(capsys, run.dump_folder, code=1)
+    assert facts["path"].endswith("step-1") and "step-2: unreadable manifest.json" in facts["problems"][0]
+    assert main(["inspect", str(run.dump_folder)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "step-1: dcp-flat" in lines[0] and lines[1].startswith("problem: passed over"), "problems come first"
+
+
+def test_each_kind_of_difference(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    original = save_tiny("olmo-untied", tmp_path / "original")
+    tensors = load_file(original / "model.safetensors")
+    q = "model.layers.0.self_attn.q_proj.weight"
+    changed = {key: tensor.clone() for key, tensor in tensors.items()}
+    changed["lm_head.weight"] = changed["lm_head.weight"][:200].clone()
+    changed["model.embed_tokens.weight"] = changed["model.embed_tokens.weight"].bfloat16()
+    changed[q][3, 5] += 0.5
+    changed[q][7, 1] -= 0.25
+    del changed["model.layers.1.self_attn.q_proj.weight"]
+    changed["model.extra.weight"] = torch.ones(2)
+    other = save_dcp({"model": changed}, tmp_path / "other")
+    facts = inspect(capsys, original, "--against", other, "--values", code=1)
+    found = {d["name"]: d for d in facts["against"]["differences"]}
+    kinds = {name: d["kind"] for name, d in found.items()}
+    rounded = kinds.pop("model.embed_tokens.weight")
+    assert rounded == "values", "and its dtype, which is listed before"
+    assert kinds == {
+        "lm_head.weight": "shape", q: "values", "model.layers.1.self_attn.q_proj.weight": "missing",
+        "model.extra.weight": "unexpected",
+    }  # fmt: skip
+    difference = (tensors[q].double() - changed[q].double()).abs()
+    assert found[q]["max_abs"] == difference.max().item()
+    assert found[q]["mean_abs"] == pytest.approx(difference.mean().item(), rel=1e-12)
+    headers = inspect(capsys, original, "--against", other, code=1)["against"]["differences"]
+    assert q not in {d["name"] for d in headers}, "values are not read unless they are asked for"
+    assert main(["inspect", str(original), "--against", str(other), "--values"]) == 1
+    assert "missing" in capsys.readouterr().out
+
+
+def test_names_and_ties_of_an_architecture_do_not_count_as_differences(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    original = save_tiny("olmo-tied", tmp_path / "original")
+    tensors = load_file(original / "model.safetensors")
+    both = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    flat = save_dcp(both, tmp_path / "flat")
+    assert inspect(capsys, original, "--against", flat, "--values")["against"]["differences"] == []
+    assert not inspect(capsys, flat)["tie_word_embeddings"]
+
+
+def test_whether_a_job_could_be_seeded(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    monkeypatch.chdir(DEBUG_TOML.parent.parent)
+    config = f"--job.config_file={DEBUG_TOML}"
+    assert inspect(capsys, TINY_OLMO, config)["seedable"]
+    other = save_tiny("olmo-tied", tmp_path / "other")
+    facts = inspect(capsys, other, config, code=1)
+    assert not facts["seedable"] and "describes another function" in facts["why_not_seedable"]
+    tensors = load_file(TINY_OLMO / "model.safetensors")
+    tensors.pop("model.layers.0.mlp.up_proj.weight")
+    folder = tmp_path / "less"
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_bytes((TINY_OLMO / "config.json").read_bytes())
+    facts = inspect(capsys, folder, config, code=1)
+    assert "'model.layers.0.mlp.up_proj.weight' [512, 128] is missing from the source" in facts["why_not_seedable"]
+    assert main(["inspect", str(folder), config]) == 1
+    assert "can not seed this job" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "does not exist"),
+        (["empty"], "no weights"),
+        (["damaged"], "truncated"),
+        (["good", "--against", "nowhere"], "does not exist"),
+        (["good", "--values"], "--against"),
+        (["good", "--job.config_file=nowhere.toml"], "nowhere.toml"),
+    ],
+)
+def test_what_can_not_be_read_gets_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    save_tiny("olmo-tied", Path("good"))
+    damaged = save_tiny("olmo-tied", Path("damaged")) / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    capsys.readouterr()
+    assert main(["inspect", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ") and message in printed.err and not printed.out
