@@ -24,6 +24,8 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 
 import flame_ext
+from flame_ext.checkpoint.background_export import BackgroundExports
+from flame_ext.checkpoint.card import card_of_step
 from flame_ext.checkpoint.export import ExportSpec, export_hf
 from flame_ext.checkpoint.lock import FolderLock
 from flame_ext.checkpoint.manager import SeedingCheckpointManager
@@ -84,6 +86,7 @@ class FutureTrainer(torchtitan.train.Trainer):
             export=self._export_step,
             facts=self._manifest_facts,
             admit=self._finite,
+            exports=self._background_exports(job_config),
             resumed=self._resumed_from,
         )
         # The host's __init__ builds its CheckpointManager by this name and offers no other place to exchange it.
@@ -99,6 +102,18 @@ class FutureTrainer(torchtitan.train.Trainer):
         self.metrics_processor.step_metrics = self._step_metrics
         if job_config.validation.enable:
             self.validator.evaluate, self.validator.reduce = self._evaluate, self._reduced
+
+    def _background_exports(self, config: FlameJobConfig) -> BackgroundExports:
+        def due(step: int) -> bool:
+            interval = config.export.interval
+            # The last step is exported by the ranks themselves.
+            ends = config.checkpoint.last_save_in_hf and (self._finishing or step >= config.training.steps)
+            return interval > 0 and step % interval == 0 and not ends
+
+        options = ["--assets", config.model.hf_assets_path, "--dtype", config.checkpoint.export_dtype]
+        options += ["--max-shard-size", config.export.max_shard_size]
+        options += ["--trust-remote-code"] if config.seed.trust_remote_code else []
+        return BackgroundExports(Path(config.job.dump_folder) / "hf", options, due)
 
     def _build_objective(self) -> FutureObjective:
         config = self.job_config
@@ -162,7 +177,9 @@ class FutureTrainer(torchtitan.train.Trainer):
         super().train()
         if self._finishing:
             self._finish()
-        elif self.preempted:
+        if not self.preempted:
+            self.checkpointer.finish_exports()
+        else:
             self.checkpointer.save_now(self.step)
             logger.info(
                 f"Stopped by {self._signal_name()} after step {self.step}: start the same command again to go on"
@@ -477,6 +494,8 @@ class FutureTrainer(torchtitan.train.Trainer):
             assets=Path(config.model.hf_assets_path),
             dtype=TORCH_DTYPE_MAP[config.checkpoint.export_dtype],
             heads=self._head_arguments,
+            max_shard_size=config.export.max_shard_size,
+            card=card_of_step(self._dump_folder / "checkpoint" / f"step-{step}") if is_main_rank() else None,
         )
         state = self.checkpointer.states[MODEL].state_dict()
         file_keys = self.model.file_keys(state)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flame_ext.checkpoint.export import load_future_heads
+from flame_ext.analysis import load_future_heads
 from tests.ranks import TINY_OLMO, TrainRun, train
 
 THREE_STEPS = ("--training.steps=3", "--lr_scheduler.total_steps=60", "--checkpoint.interval=100")

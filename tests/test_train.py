@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flame_ext.checkpoint.export import load_future_heads
+from flame_ext.analysis import load_future_heads
 from tests.conftest import TEN_STEPS
 from tests.ranks import DEBUG_TOML, TINY_OLMO, TrainRun, train
 

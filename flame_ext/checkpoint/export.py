@@ -6,7 +6,6 @@ every ``*.safetensors`` beside the base model's for a part of it, so the heads l
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchtitan.tools.logging import logger
@@ -28,7 +27,6 @@ from flame_ext.distributed import failing_together, is_main_rank
 from flame_ext.errors import CheckpointError
 from flame_ext.faults import fault_point
 from flame_ext.files import write_json
-from flame_ext.heads.converter import HEAD_BUILDERS
 from flame_ext.seeding.layouts.hf_safetensors import HEADS_FOLDER, INDEX_NAME, read_header
 from flame_ext.seeding.tensors import same_bits
 
@@ -57,6 +55,8 @@ class ExportSpec:
     heads: dict[str, dict[str, Any]] | None
     """``future_heads/config.json``: name of each head to the arguments that it is built from; None without heads."""
     max_shard_size: str = "5GB"
+    card: str | None = None
+    """``README.md``."""
 
 
 def export_hf(state: Mapping[str, Tensor], head_names: list[str], folder: Path, spec: ExportSpec) -> None:
@@ -104,6 +104,8 @@ def write_small_files(folder: Path, spec: ExportSpec) -> None:
     for name in _COPIED_FILES:
         if (spec.assets / name).is_file():
             shutil.copyfile(spec.assets / name, folder / name)
+    if spec.card is not None:
+        (folder / "README.md").write_text(spec.card)
     if spec.heads is not None:
         write_json(folder / HEADS_FOLDER / "config.json", spec.heads)
 
@@ -172,19 +174,3 @@ def _gathered(tensors: Mapping[str, Tensor], dtype: torch.dtype, key: str) -> Te
 def _file_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
     """Weights are cast; an integer buffer means its integers."""
     return dtype if tensor.is_floating_point() else tensor.dtype
-
-
-def load_future_heads(folder: str | Path) -> torch.nn.ModuleDict:
-    """The heads of an export as fresh modules, with its weights.
-
-    Args:
-        folder: an export, ``hf/step-N``.
-
-    Returns:
-        ``future_encoder``, ``future_predictor`` and, if there is one, ``action_layer``.
-    """
-    heads_folder = Path(folder) / HEADS_FOLDER
-    config = json.loads((heads_folder / "config.json").read_text())
-    heads = torch.nn.ModuleDict({name: HEAD_BUILDERS[name](**arguments) for name, arguments in config.items()})
-    heads.load_state_dict(load_file(heads_folder / "model.safetensors"), strict=True)
-    return heads

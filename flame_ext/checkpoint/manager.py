@@ -4,6 +4,7 @@ with suspicion, and the last save exports to a folder of its own.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -19,6 +20,7 @@ from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import GarbageCollection
 
+from flame_ext.checkpoint.background_export import BackgroundExports
 from flame_ext.checkpoint.reading import StepPlanner, StepReader
 from flame_ext.checkpoint.rng import RankRNG
 from flame_ext.checkpoint.steps import (
@@ -58,6 +60,7 @@ class SeedingCheckpointManager(CheckpointManager):
         resumed: called with the manifest and the folder of the step that is to be resumed, before anything of it is loaded; what
             it returns is called after.
         admit: whether a step may be saved; collective.
+        exports: of steps that are complete, on the main rank.
         **kwargs: the host's.
     """
 
@@ -71,10 +74,12 @@ class SeedingCheckpointManager(CheckpointManager):
         facts: Callable[[], dict[str, Any]],
         resumed: Callable[[dict[str, Any], Path], Callable[[], None]],
         admit: Callable[[int], bool],
+        exports: BackgroundExports,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self._seed, self._export, self._facts, self._resumed, self._admit = seed, export, facts, resumed, admit
+        self._exports = exports
         self.states[MODEL] = UntiedModelWrapper(kwargs["model_parts"])
         self.states[RNG] = RankRNG()
         self.hf_assets_path = self.sd_adapter.hf_assets_path
@@ -123,6 +128,10 @@ class SeedingCheckpointManager(CheckpointManager):
         self.dcp_load(states, str(chosen.path), from_hf=False, from_quantized=False)
         GarbageCollection.collect("GC collection for checkpoint loading.")
         loaded()
+        if is_main_rank():
+            for other in steps:  # those that were not finished, or not begun
+                if other.manifest.get("run") == chosen.manifest.get("run") and other.step <= chosen.step:
+                    self._exports.start(other.path, just_saved=False)
         logger.info(f"Resumed from {chosen.path} (complete: {', '.join(str(s.step) for s in steps)})")
         return True
 
@@ -241,6 +250,7 @@ class SeedingCheckpointManager(CheckpointManager):
             with failing_together(CheckpointError):
                 if is_main_rank():
                     complete_step(final, step, facts, files)
+                    self._exports.start(final, just_saved=True)
             return result
         fault_point("during_async_save")
         if not is_main_rank():
@@ -248,6 +258,7 @@ class SeedingCheckpointManager(CheckpointManager):
 
         def complete() -> None:
             complete_step(final, step, facts, describe_files(temporary_path(final), written_files(final)))
+            self._exports.start(final, just_saved=True)
 
         # DCP's coordinator is this rank, and its upload is done only when every rank's files are. What the host waits
         # for from here on is the upload and the step's completion.
@@ -270,10 +281,26 @@ class SeedingCheckpointManager(CheckpointManager):
         )
 
     def background_error(self) -> str | None:
-        """What went wrong in a save that has ended in the background, on this rank; None if nothing did, or it goes on."""
+        """What went wrong in a save or export that has ended in the background, on this rank; None if nothing did."""
         future = getattr(self, "save_future", None)
         error = future.exception() if future is not None and future.done() else None
-        return None if error is None else f"the save in the background failed: {_first_failure(error)}"
+        return self._exports.error() if error is None else f"the save in the background failed: {_first_failure(error)}"
+
+    def finish_exports(self) -> None:
+        """Wait for exports in the background. Collective, a small one every second: exports may outlast any timeout.
+
+        Raises:
+            CheckpointError: on every rank, if one failed.
+        """
+        while True:
+            busy = [bool(self._exports.in_use())]
+            dist.broadcast_object_list(busy, src=0)
+            if not busy[0]:
+                break
+            time.sleep(1)
+        with failing_together(CheckpointError):
+            if (error := self._exports.error()) is not None:
+                raise CheckpointError(error)
 
     def _async_wait(self) -> None:
         try:
@@ -285,6 +312,7 @@ class SeedingCheckpointManager(CheckpointManager):
         """Wait for a save in the background before the host tears its threads down."""
         if getattr(self, "save_future", None) is not None:
             self._async_wait()
+        self._exports.cancel()
         super().close()
 
     def _save_last_step(self, curr_step: int) -> None:
@@ -303,7 +331,8 @@ class SeedingCheckpointManager(CheckpointManager):
         if self.keep_latest_k > 0 and is_main_rank():
             run = self._facts()["run"]
             steps = [step for step in find_steps(Path(self.folder))[0] if step.manifest.get("run") == run]
-            for stale in steps[: -self.keep_latest_k]:
+            in_use = self._exports.in_use()
+            for stale in (step for step in steps[: -self.keep_latest_k] if step.path not in in_use):
                 self.purge_queue.put(str(stale.path))
 
 

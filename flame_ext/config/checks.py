@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub.serialization._base import parse_size_to_int
 from torchtitan.protocols.model_converter import _registry_model_converter_cls
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -39,7 +40,13 @@ def check_config(config: FlameJobConfig) -> None:
     Raises:
         ConfigError: with one line for each finding.
     """
-    problems = [*_check_model(config), *_check_parallelism(config), *_check_checkpoint(config), *_check_seed(config)]
+    problems = [
+        *_check_model(config),
+        *_check_parallelism(config),
+        *_check_checkpoint(config),
+        *_check_seed(config),
+        *_check_export(config),
+    ]
     problems += [*_check_objective(config), *_check_data(config)]
     if not problems:
         problems += _check_against_model(
@@ -117,6 +124,19 @@ def _check_checkpoint(config: FlameJobConfig) -> Iterator[str]:
             f"checkpoint.exclude_from_loading has {name!r}, but a step is resumed whole: {consequence}; leave it out, or start "
             "anew from the weights: a new job.dump_folder with checkpoint.initial_load_path = the step or its export"
         )
+
+
+def _check_export(config: FlameJobConfig) -> Iterator[str]:
+    export, interval = config.export, config.checkpoint.interval
+    if export.interval < 0 or (interval > 0 and export.interval % interval):
+        yield (
+            f"export.interval must be 0 or a multiple of checkpoint.interval = {interval}, got {export.interval}: what is exported "
+            "is a step that was saved"
+        )
+    try:
+        parse_size_to_int(export.max_shard_size)
+    except ValueError as e:
+        yield f"export.max_shard_size {export.max_shard_size!r}: {e}"
 
 
 def _check_objective(config: FlameJobConfig) -> Iterator[str]:

@@ -25,6 +25,7 @@ _HARMLESS = (
     "compile",
     "debug.deterministic",
     "debug.deterministic_warn_only",
+    "export",
     "fault_tolerance",
     "job",
     "memory_estimation",

@@ -216,6 +216,20 @@ class Checkpoint(HostCheckpoint):
 
 
 @dataclass
+class Export:
+    """Hugging Face folders of the run, `hf/step-N/` in `job.dump_folder`, beside the last one (`checkpoint.last_save_in_hf`)."""
+
+    interval: int = 0
+    """
+    Export every so many steps, a multiple of `checkpoint.interval`: another process converts the saved step while training
+    goes on. 0 = only the last step.
+    """
+
+    max_shard_size: str = "5GB"
+    """Of the files of an export."""
+
+
+@dataclass
 class FlameJobConfig(JobConfig):
     """torchtitan's ``JobConfig`` and the sections of flame_ext."""
 
@@ -225,3 +239,4 @@ class FlameJobConfig(JobConfig):
     future_predictor: FuturePredictor = field(default_factory=FuturePredictor)
     action_layer: ActionLayer = field(default_factory=ActionLayer)
     data: Data = field(default_factory=Data)
+    export: Export = field(default_factory=Export)

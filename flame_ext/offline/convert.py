@@ -14,6 +14,7 @@ import torch
 from huggingface_hub.serialization._base import parse_size_to_int
 from torch import Tensor
 
+from flame_ext.checkpoint.card import card_of_step
 from flame_ext.checkpoint.export import ExportSpec, write_small_files, write_tensors
 from flame_ext.checkpoint.steps import MANIFEST_NAME, put_in_place, start, temporary_path
 from flame_ext.errors import CheckpointError, SeedError, UserError
@@ -189,7 +190,7 @@ class _HFFolder:
         dtypes = {entry.dtype for entry in backbone.values() if entry.dtype.is_floating_point}
         config = load_hf_config(str(assets), options.trust_remote_code)
         dtype = options.dtype or (dtypes.pop() if len(dtypes) == 1 else torch.float32)
-        write_small_files(folder, ExportSpec(config, assets, dtype, arguments))
+        write_small_files(folder, ExportSpec(config, assets, dtype, arguments, card=card_of_step(source.path)))
         file_keys = architecture.model.file_keys(backbone)
         names = {file_keys[name]: name for name in backbone} | {name: name for name in heads}
         parts = [

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from flame_ext.analysis import load_future_heads
 from flame_ext.checkpoint import export
-from flame_ext.checkpoint.export import load_future_heads
 from flame_ext.cli.main import main
 from flame_ext.heads.future_predictor import FuturePredictor
 from flame_ext.seeding.tensors import same_bits

@@ -1,0 +1,90 @@
+"""An export as a reader of its heads wants it: backbone and heads together, outside of any trainer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from flame_ext.errors import SeedError
+from flame_ext.heads.converter import HEAD_BUILDERS
+from flame_ext.seeding.layouts.hf_safetensors import HEADS_FOLDER, SINGLE_NAME
+
+
+class Prediction(NamedTuple):
+    """What backbone and predictor make of tokens."""
+
+    logits: Tensor
+    """(B, T, V)."""
+    hidden_states: Tensor
+    """(B, T, D), after the final norm."""
+    future: Tensor
+    """(B, T, D) float32 of unit length: the summary of the future that is predicted at each position."""
+
+
+def load_future_heads(folder: str | Path) -> nn.ModuleDict:
+    """The heads of an export as fresh modules, with its weights, in evaluation mode.
+
+    Args:
+        folder: an export, ``hf/step-N``.
+
+    Returns:
+        ``future_encoder``, ``future_predictor`` and, if there is one, ``action_layer``.
+
+    Raises:
+        SeedError: there are none, or they can not be read.
+    """
+    heads_folder = Path(folder) / HEADS_FOLDER
+    if not (heads_folder / "config.json").is_file():
+        raise SeedError(f"{heads_folder}: no config.json; name an export (hf/step-N) of a run with heads")
+    try:
+        config = json.loads((heads_folder / "config.json").read_text())
+        heads = nn.ModuleDict({name: HEAD_BUILDERS[name](**arguments) for name, arguments in config.items()})
+        heads.load_state_dict(load_file(heads_folder / SINGLE_NAME), strict=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as e:
+        raise SeedError(f"{heads_folder}: can not be read ({type(e).__name__}: {e}); export the step again") from e
+    return heads.eval()
+
+
+def load_with_heads(
+    folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> tuple[PreTrainedModel, nn.ModuleDict]:
+    """Backbone and heads of an export, in evaluation mode.
+
+    Args:
+        folder: an export, ``hf/step-N``.
+        dtype: of the parameters; None = as they are stored.
+        device: to put them on.
+
+    Raises:
+        SeedError: there are no heads, or something can not be read.
+    """
+    heads = load_future_heads(folder)  # first: it is quick
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+    except (OSError, ValueError, SafetensorError) as e:
+        raise SeedError(f"{folder}: can not be loaded: {e}") from e
+    return model.eval().to(device), heads.to(device=device, dtype=model.dtype)
+
+
+@torch.no_grad()
+def predict_future(model: PreTrainedModel, heads: nn.ModuleDict, input_ids: Tensor) -> Prediction:
+    """Run backbone and predictor.
+
+    Args:
+        model, heads: of :func:`load_with_heads`.
+        input_ids: (B, T).
+    """
+    captured: list[Tensor] = []
+    hook = model.base_model.register_forward_hook(lambda _m, _i, result: captured.append(result.last_hidden_state))
+    try:
+        logits = model(input_ids, use_cache=False).logits
+    finally:
+        hook.remove()
+    return Prediction(logits, captured[0], heads["future_predictor"](captured[0]))

@@ -1,0 +1,153 @@
+"""Exports while a run goes on, what is written beside the weights, and reading it back for analysis."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from flame_ext.analysis import load_future_heads, load_with_heads, predict_future
+from flame_ext.checkpoint.background_export import BackgroundExports
+from flame_ext.errors import SeedError
+from flame_ext.seeding.tensors import same_bits
+from tests.ranks import TINY_OLMO, TrainRun, train
+from tests.sources import load_dcp
+
+FAST = (
+    "--training.seq_len=32", "--training.local_batch_size=2", "--seed.verify=none", "--training.steps=4",
+    "--checkpoint.interval=1", "--checkpoint.keep_latest_k=2", "--export.interval=2", "--export.max_shard_size=1MB",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> TrainRun:
+    """Four steps on two ranks, the second of which is exported while the run goes on."""
+    return train(tmp_path_factory.mktemp("exporting") / "run", *FAST, "--checkpoint.keep_latest_k=0", world_size=2)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    files = [*folder.glob("*.safetensors"), *folder.glob("future_heads/*.safetensors")]
+    return {key: tensor for file in files for key, tensor in load_file(file).items()}
+
+
+def test_a_step_on_the_way_is_exported_like_the_last(run: TrainRun) -> None:
+    assert sorted(p.name for p in (run.dump_folder / "hf").iterdir()) == ["step-2", "step-4"]
+    assert "Exported step-2 in the background" in run.ranks[0].output
+    for step in (2, 4):
+        folder = run.dump_folder / "hf" / f"step-{step}"
+        found = weights(folder)
+        saved = load_dcp(run.dump_folder / "checkpoint" / f"step-{step}", {k: t.float() for k, t in found.items()})
+        assert all(same_bits(found[key], saved[key].to(found[key].dtype)) for key in saved)
+        assert len(list(folder.glob("model-*.safetensors"))) > 1
+        _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+    beside = {p.name for p in (run.dump_folder / "hf" / "step-2").iterdir() if not p.name.startswith("model")}
+    assert beside == {p.name for p in folder.iterdir() if not p.name.startswith("model")}, "the same files beside them"
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_the_card_says_where_the_weights_come_from(run: TrainRun, step: int) -> None:
+    card = ModelCard.load(run.dump_folder / "hf" / f"step-{step}" / "README.md")
+    assert card.data.library_name == "transformers" and "flame_ext" in card.data.tags
+    (line,) = [line for line in run.metrics if line["step"] == step]
+    assert (
+        f"| tokens seen | {line['tokens_seen']} |" in card.text and f"| loss_ce | {line['loss_ce']:.6g} |" in card.text
+    )
+    assert "| continues from | `tests/assets/tiny_olmo`" in card.text and "load_with_heads" in card.text
+
+
+def test_exports_that_were_cut_off_are_made_up_for(run: TrainRun, dump_folder: Path) -> None:
+    for step in (2, 3):
+        shutil.copytree(run.dump_folder / "checkpoint" / f"step-{step}", dump_folder / "checkpoint" / f"step-{step}")
+    (dump_folder / "hf" / ".incomplete-step-2").mkdir(parents=True)
+    again = train(dump_folder, *FAST, "--checkpoint.keep_latest_k=0", world_size=2)
+    assert "step-3" in again.ranks[0].output
+    found, expected = (weights(folder / "hf" / "step-2") for folder in (dump_folder, run.dump_folder))
+    assert found.keys() == expected.keys() and all(same_bits(found[key], expected[key]) for key in found)
+    assert not list((dump_folder / "hf").glob(".*"))
+
+
+def test_an_export_of_a_step_that_is_saved_again_is_replaced(run: TrainRun, dump_folder: Path) -> None:
+    shutil.copytree(run.dump_folder / "checkpoint" / "step-1", dump_folder / "checkpoint" / "step-1")
+    (dump_folder / "hf" / "step-2").mkdir(parents=True)
+    (dump_folder / "hf" / "step-2" / "config.json").write_text("{}")
+    train(dump_folder, *FAST, "--checkpoint.keep_latest_k=0", world_size=2)
+    found, expected = (weights(folder / "hf" / "step-2") for folder in (dump_folder, run.dump_folder))
+    assert found.keys() == expected.keys() and all(same_bits(found[key], expected[key]) for key in found)
+
+
+def test_an_export_that_fails_ends_the_run_on_all_ranks(dump_folder: Path) -> None:
+    dump_folder.mkdir()
+    (dump_folder / "hf").write_text("in the way")
+    options = [*FAST, "--training.steps=2000", "--checkpoint.interval=2"]
+    failed = train(dump_folder, *options, world_size=2, check=False)
+    assert failed.exit_codes == [1, 1]
+    assert "the export of" in failed.ranks[0].output.splitlines()[-1]
+    assert failed.metrics[-1]["step"] < 2000
+
+
+def test_steps_in_use_are_known_and_one_export_follows_the_other(tmp_path: Path, monkeypatch) -> None:
+    begun: list[str] = []
+    exports = BackgroundExports(tmp_path / "hf", [], due=lambda step: step % 2 == 0)
+
+    def slow(self: BackgroundExports, step: Path) -> str | None:
+        begun.append(step.name)
+        while not (tmp_path / "go").exists():
+            time.sleep(0.01)
+        return f"the export of {step.name} failed" if step.name == "step-4" else None
+
+    monkeypatch.setattr(BackgroundExports, "_convert", slow)
+    (tmp_path / "hf" / "step-6").mkdir(parents=True)
+    for number in range(1, 7):
+        exports.start(tmp_path / f"step-{number}", just_saved=False)
+    assert exports.in_use() == {tmp_path / "step-2", tmp_path / "step-4"} and exports.error() is None
+    while not begun:
+        time.sleep(0.01)
+    assert begun == ["step-2"]
+    (tmp_path / "go").touch()
+    while exports.in_use():
+        time.sleep(0.01)
+    assert exports.error() == "the export of step-4 failed"
+    exports.cancel()
+
+
+def test_backbone_and_heads_for_analysis(run: TrainRun) -> None:
+    folder = run.dump_folder / "hf" / "step-4"
+    model, heads = load_with_heads(folder, dtype=torch.float32)
+    tokens = torch.randint(0, 264, (2, 24), generator=torch.Generator().manual_seed(0))
+    prediction = predict_future(model, heads, tokens)
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = stock(tokens, output_hidden_states=True)
+    assert torch.equal(prediction.logits, expected.logits)
+    assert torch.equal(prediction.hidden_states, expected.hidden_states[-1])
+    norms = prediction.future.norm(dim=-1)
+    assert prediction.future.shape == (2, 24, 128) and torch.allclose(norms, torch.ones_like(norms), atol=1e-5)
+    tensors = load_file(folder / "future_heads" / "model.safetensors")
+    head = {key.removeprefix("future_predictor."): tensor.float() for key, tensor in tensors.items()}
+    hidden = F.layer_norm(expected.hidden_states[-1], (128,), head["norm.weight"], head["norm.bias"])
+    inner = F.gelu(hidden @ head["proj.0.weight"].T + head["proj.0.bias"])
+    outer = inner @ head["proj.2.weight"].T + head["proj.2.bias"]
+    naive = outer / outer.norm(dim=-1, keepdim=True)
+    assert torch.allclose(prediction.future, naive, atol=1e-5)
+
+
+def test_what_has_no_heads_or_damaged_ones_is_refused(run: TrainRun, tmp_path: Path) -> None:
+    with pytest.raises(SeedError, match="name an export"):
+        load_with_heads(TINY_OLMO)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run.dump_folder / "hf" / "step-4", damaged)
+    config = damaged / "future_heads" / "config.json"
+    content = json.loads(config.read_text())
+    content["future_predictor"]["hidden_size"] = 64
+    config.write_text(json.dumps(content))
+    with pytest.raises(SeedError, match="export the step again"):
+        load_future_heads(damaged)
