@@ -218,6 +218,7 @@ def test_the_export_is_the_trained_model(debug_run: TrainRun) -> None:
     text = "def f(x):\n    return x\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert sorted(p.name for p in export.iterdir()) == [
+        "README.md",
         "config.json", "future_heads", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
 

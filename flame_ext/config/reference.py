@@ -8,9 +8,10 @@ import typing
 from typing import Any, Literal
 
 import docstring_parser
+from torchtitan.config import Checkpoint as HostCheckpoint
 from torchtitan.config import JobConfig
 
-from flame_ext.config.sections import FlameJobConfig, HostCheckpoint
+from flame_ext.config.sections import FlameJobConfig
 
 _HEAD = """# Configuration
 
@@ -36,7 +37,9 @@ def reference() -> str:
 
 def _section(name: str, section: type, inherited: set[str]) -> str:
     documented = docstring_parser.parse_from_object(section)
-    meanings = {parameter.arg_name: parameter.description or "" for parameter in documented.params}
+    meanings: dict[str, str] = {}
+    for owner in reversed(section.__mro__[:-1]):
+        meanings |= {p.arg_name: p.description or "" for p in docstring_parser.parse_from_object(owner).params}
     types = typing.get_type_hints(section)
     lines = [f"## [{name}]", "", _one_line(documented.short_description or ""), ""]
     lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
