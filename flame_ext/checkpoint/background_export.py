@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from torchtitan.tools.logging import logger
+
+from flame_ext.ending import STOP_SIGNALS
 
 
 class BackgroundExports:
@@ -76,8 +79,8 @@ class BackgroundExports:
             self._process = process
             output, errors = process.communicate()
         self._process = None
-        if self._cancelled:
-            return None
+        if self._cancelled or -process.returncode in (*STOP_SIGNALS, signal.SIGINT):
+            return None  # a cluster's signal goes to all processes of a job: this run ends, too, and the next makes up for it
         if process.returncode != 0:
             lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
             return f"the export of {step} failed: {lines[-1].removeprefix('error: ')}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -116,6 +117,21 @@ def test_steps_in_use_are_known_and_one_export_follows_the_other(tmp_path: Path,
     while exports.in_use():
         time.sleep(0.01)
     assert exports.error() == "the export of step-4 failed"
+    exports.cancel()
+
+
+@pytest.mark.parametrize(("end", "error"), [("kill -USR1 $$", None), ("echo 'error: no' >&2; exit 2", "failed: no")])
+def test_a_signal_to_the_whole_job_is_no_failure_of_the_export(tmp_path: Path, monkeypatch, end: str, error) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{end}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    exports = BackgroundExports(tmp_path / "hf", [], due=lambda step: True)
+    exports.start(tmp_path / "step-2", just_saved=True)
+    while exports.in_use():
+        time.sleep(0.01)
+    found = exports.error()
+    assert (found is None) if error is None else found.endswith(error)
     exports.cancel()
 
 
