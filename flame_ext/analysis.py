@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flame_ext.errors import SeedError
-from flame_ext.heads.converter import HEAD_BUILDERS
-from flame_ext.seeding.layouts.hf_safetensors import HEADS_FOLDER, SINGLE_NAME
+from flame_ext.heads.converter import build_head
+from flame_ext.seeding.layouts.hf_safetensors import SINGLE_NAME
+from flame_ext.seeding.source import HEADS_FOLDER
 
 
 class Prediction(NamedTuple):
@@ -35,17 +36,18 @@ def load_future_heads(folder: str | Path) -> nn.ModuleDict:
         folder: an export, ``hf/step-N``.
 
     Returns:
-        ``future_encoder``, ``future_predictor`` and, if there is one, ``action_layer``.
+        By name: ``future_encoder``, ``future_predictor``, ``action_layer``, those of one's own; each that there was.
 
     Raises:
         SeedError: there are none, or they can not be read.
+        CheckpointError: a head of one's own is not registered: import its module first.
     """
     heads_folder = Path(folder) / HEADS_FOLDER
     if not (heads_folder / "config.json").is_file():
         raise SeedError(f"{heads_folder}: no config.json; name an export (hf/step-N) of a run with heads")
     try:
         config = json.loads((heads_folder / "config.json").read_text())
-        heads = nn.ModuleDict({name: HEAD_BUILDERS[name](**arguments) for name, arguments in config.items()})
+        heads = nn.ModuleDict({name: build_head(name, arguments) for name, arguments in config.items()})
         heads.load_state_dict(load_file(heads_folder / SINGLE_NAME), strict=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as e:
         raise SeedError(f"{heads_folder}: can not be read ({type(e).__name__}: {e}); export the step again") from e

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from flame_ext.config.sections import FlameJobConfig
+from flame_ext.data.packing import PADDING
+from flame_ext.heads.converter import HEAD_BUILDERS
 from flame_ext.heads.future_encoder import AnticausalEncoder, FutureSummaries, MaskForm
 from flame_ext.model.hf_causal_lm import HFCausalLM
 from flame_ext.objective.action import action_losses, candidate_mask
@@ -84,6 +86,10 @@ class StepPlan:
     microbatches: list[MicroBatch]
 
 
+Batch = tuple[Tensor, Tensor, Tensor | None]
+"""(B, T) inputs, labels, and document numbers if the data have them."""
+
+
 class FutureObjective:
     """Losses of a model with heads.
 
@@ -109,7 +115,8 @@ class FutureObjective:
     ) -> None:
         self.model, self.config, self._mesh, self._amp = model, config, mesh, amp
         self._encoder_config, self._action = config.future_encoder, config.action_layer
-        self._eos_id = eos_id if self._encoder_config.respect_doc_boundaries else None
+        self._respects_documents = self._encoder_config.respect_doc_boundaries
+        self._eos_id = eos_id if self._respects_documents else None
         self._key_dtype, self._device = key_dtype, device
         self._compile_backend = loss_compile_backend(config)
         self.anticausal = isinstance(model.future_encoder, AnticausalEncoder)
@@ -124,12 +131,12 @@ class FutureObjective:
 
     # -- before the first micro-batch ----------------------------------------------------------------------------
 
-    def plan(self, step: int, batches: list[tuple[Tensor, Tensor]]) -> StepPlan | None:
+    def plan(self, step: int, batches: list[Batch]) -> StepPlan | None:
         """Collective: every rank calls it for every step.
 
         Args:
             step: counted from 1.
-            batches: (B, T) inputs and labels of each micro-batch.
+            batches: (B, T) inputs, labels, and document numbers (None: by EOS) of each micro-batch.
 
         Returns:
             None on a step on which all weights are 0.
@@ -143,10 +150,10 @@ class FutureObjective:
         shift = int(torch.randint(1, encoder.shift_k + 1, (), generator=generator))  # before ranks draw their own
         rank = 0 if self._mesh is None else self._mesh.get_local_rank()
         generator.manual_seed(((self.config.seed.rng_seed * 1_000_003 + step) * 65_537 + rank) % 2**63)
-        selections = [_draw(inputs.shape[0], encoder.teacher_fraction, generator) for inputs, _ in batches]
+        selections = [_draw(inputs.shape[0], encoder.teacher_fraction, generator) for inputs, _, _ in batches]
         return self._plan(weights, shift, batches, selections)
 
-    def plan_evaluation(self, batch: tuple[Tensor, Tensor]) -> StepPlan:
+    def plan_evaluation(self, batch: Batch) -> StepPlan:
         """A plan for losses that are only to be known: shift 1, every sequence."""
         return self._plan(self._full_weights, 1, [batch], [None])
 
@@ -154,14 +161,14 @@ class FutureObjective:
         self,
         weights: LossWeights,
         shift: int,
-        batches: list[tuple[Tensor, Tensor]],
+        batches: list[Batch],
         selections: list[Tensor | None],
     ) -> StepPlan:
         counts = torch.zeros(2, dtype=torch.float64, device=self._device)
         microbatches = []
-        for (inputs, labels), selection in zip(batches, selections, strict=True):
+        for (inputs, labels, given), selection in zip(batches, selections, strict=True):
             inputs, labels = inputs.to(self._device), labels.to(self._device)
-            doc_ids = torch.zeros_like(inputs) if self._eos_id is None else doc_ids_from_eos(inputs, self._eos_id)
+            doc_ids = self._doc_ids(inputs, given if given is None else given.to(self._device))
             valid = has_future(doc_ids)
             # Of all sequences, times the share that is used: a sum over those is then unbiased.
             share = 1.0 if selection is None else len(selection) / len(inputs)
@@ -190,6 +197,14 @@ class FutureObjective:
             for weight, section in ((self._full_weights.future, encoder), (self._full_weights.action, action))
         )
         return LossWeights(future * interval, policy * interval, self._full_weights.action_model * interval)
+
+    def _doc_ids(self, inputs: Tensor, given: Tensor | None) -> Tensor:
+        """(B, T): documents, as far as they count here, numbered in order."""
+        if given is None:
+            return torch.zeros_like(inputs) if self._eos_id is None else doc_ids_from_eos(inputs, self._eos_id)
+        if self._respects_documents:
+            return given
+        return torch.where(given < PADDING, 0, given)  # what comes after the end of the data belongs to nothing
 
     # -- the summaries -------------------------------------------------------------------------------------------
 
@@ -372,14 +387,14 @@ class FutureObjective:
         return {name: value / plan.positions for name, value in sums.items()}
 
     def idle(self, hidden_states: Tensor) -> Tensor:
-        """Zero, from every trained head: on a step without the objective, DDP still waits for their gradients.
+        """Zero, from every trained head of the objective: on a step without the objective, DDP still waits for their gradients.
 
         Args:
             hidden_states: (B, T, D).
         """
         state = hidden_states[:1, :2].detach()
         nothing = state.new_zeros((), dtype=torch.float32)
-        for name in self.model.head_names:
+        for name in self._heads():
             head = self.model.get_submodule(name)
             if not any(p.requires_grad for p in head.parameters()):
                 continue
@@ -392,9 +407,13 @@ class FutureObjective:
             nothing = nothing + 0.0 * output.float().sum()
         return nothing
 
+    def _heads(self) -> list[str]:
+        """The attached heads that are the objective's; a user's own have losses of their own on every step."""
+        return [name for name in self.model.head_names if name in HEAD_BUILDERS]
+
     def drop_idle_gradients(self) -> None:
         """After the backward of an idle step: no gradient rather than zero, so that no optimizer moves the heads."""
-        for name in self.model.head_names:
+        for name in self._heads():
             for parameter in self.model.get_submodule(name).parameters():
                 parameter.grad = None
 

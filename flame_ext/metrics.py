@@ -80,7 +80,7 @@ class FutureMetricsProcessor(MetricsProcessor):
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
         """As the host's, and a line in ``validation.jsonl``."""
-        parts = {name.rpartition("/")[2]: value for name, value in (extra_metrics or {}).items()}
+        parts = {name.removeprefix("validation_metrics/"): value for name, value in (extra_metrics or {}).items()}
         self._append(VALIDATION_NAME, {"step": step, "loss_ce": loss, **parts})
         super().log_validation(loss, step, extra_metrics)
 

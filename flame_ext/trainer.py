@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,13 @@ from flame_ext.config.sections import FlameJobConfig
 from flame_ext.distributed import failing_together, is_main_rank
 from flame_ext.ending import Circumstances, StopSignals, agree
 from flame_ext.errors import CheckpointError, ConfigError, SeedError, UserError
-from flame_ext.future_objective import FutureObjective, StepPlan, trains_future
+from flame_ext.future_objective import FutureObjective, StepPlan, mask_form, trains_future
 from flame_ext.heads.converter import head_arguments
+from flame_ext.heads.own import OwnHeadLosses, trains_own_heads
+from flame_ext.model.attention import attention_windows
 from flame_ext.model.hf_causal_lm import HFCausalLM
 from flame_ext.objective.cross_entropy import IGNORE_INDEX
+from flame_ext.objective.masks import causal_document_block_mask, causal_document_mask
 from flame_ext.optimization import configured_again
 from flame_ext.seeding.anticausal import prove_anticausal
 from flame_ext.seeding.identity import changed_source
@@ -95,6 +99,8 @@ class FutureTrainer(torchtitan.train.Trainer):
         self.model: HFCausalLM = self.model_parts[0]
         # At weight 0 neither the teacher nor the losses are run: the step is the host's own, number for number.
         self.objective = self._build_objective() if trains_future(job_config) else None
+        self._trains_own_heads = trains_own_heads(job_config)
+        self._own_heads = OwnHeadLosses(self.model, job_config, getattr(self.tokenizer, "eos_id", None))
         self._plan: StepPlan | None = None
         self._microbatch = 0
         self._parts: dict[str, Tensor] = {}
@@ -112,6 +118,7 @@ class FutureTrainer(torchtitan.train.Trainer):
 
         options = ["--assets", config.model.hf_assets_path, "--dtype", config.checkpoint.export_dtype]
         options += ["--max-shard-size", config.export.max_shard_size]
+        options += ["--import", config.experimental.custom_import] if config.experimental.custom_import else []
         options += ["--trust-remote-code"] if config.seed.trust_remote_code else []
         return BackgroundExports(Path(config.job.dump_folder) / "hf", options, due)
 
@@ -271,7 +278,8 @@ class FutureTrainer(torchtitan.train.Trainer):
         microbatches = self._microbatches_for_all(data_iterator)
         self._parts, self._microbatch = {}, 0
         if self.objective is not None:
-            self._plan = self.objective.plan(self.step, [(inputs["input"], labels) for inputs, labels in microbatches])
+            batches = [(inputs["input"], labels, inputs.get("doc_ids")) for inputs, labels in microbatches]
+            self._plan = self.objective.plan(self.step, batches)
         with mock.patch.object(
             dist_utils, "clip_grad_norm_", partial(self._clip_grad_norm, dist_utils.clip_grad_norm_)
         ):
@@ -331,6 +339,29 @@ class FutureTrainer(torchtitan.train.Trainer):
             dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         return bool(finite)
 
+    def post_dataloading_process(
+        self, input_dict: dict[str, Tensor], labels: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Any]]:
+        """As the host's, which hands all but the tokens to the model: documents are the losses' matter, and the attention's if
+        ``data.document_attention`` says so.
+        """
+        inputs, labels, extra_inputs, extra_kwargs = super().post_dataloading_process(
+            {"input": input_dict["input"]}, labels
+        )
+        return inputs, labels, extra_inputs, {**extra_kwargs, **self._within_documents(input_dict)}
+
+    def _within_documents(self, input_dict: dict[str, Tensor]) -> dict[str, Any]:
+        """What keeps the backbone's causal attention within documents; empty if it may go across."""
+        if not self.job_config.data.document_attention or "doc_ids" not in input_dict:
+            return {}
+        doc_ids, positions = (input_dict[name].to(self.device) for name in ("doc_ids", "positions"))
+        flex = mask_form("auto", self.model_parts[0], self.device) == "flex"
+        make = causal_document_block_mask if flex else causal_document_mask
+        windows = attention_windows(self.model_parts[0].config)
+        masks = {kind: make(doc_ids, window) for kind, window in windows.items()}
+        mask = masks if len(masks) > 1 else next(iter(masks.values()))
+        return {"attention_mask": mask, "position_ids": positions}
+
     def forward_backward_step(
         self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Tensor
     ) -> Tensor:
@@ -339,7 +370,7 @@ class FutureTrainer(torchtitan.train.Trainer):
         Where no label of the whole step counts, the cross-entropy is 0.
         """
         global_valid_tokens = torch.as_tensor(global_valid_tokens).clamp_min(1)
-        if self.objective is None:
+        if self.objective is None and not self._trains_own_heads:
             loss = super().forward_backward_step(
                 input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens
             )
@@ -349,42 +380,50 @@ class FutureTrainer(torchtitan.train.Trainer):
         plan, index = self._plan, self._microbatch
         self._microbatch += 1
         with self.train_context():
-            if plan is None:
+            if self.objective is None or plan is None:
                 compute = self._idle_losses(labels, global_valid_tokens)
             else:
                 self.objective.teach(plan, index)
                 compute = self.objective.losses(plan, index, labels, global_valid_tokens)
-            with self.maybe_enable_amp, self.objective.stopwatch.measure("student"):
+            compute = self._own_heads.beside(compute, inputs, labels, global_valid_tokens, input_dict.get("doc_ids"))
+            with self.maybe_enable_amp, self._timed("student"):
                 loss, parts = self.model(inputs, **extra_inputs, **extra_kwargs, compute=compute)
             loss.backward()
-        if plan is None:
+        if self.objective is not None and plan is None:
             self.objective.drop_idle_gradients()
         self._add_parts(parts)
         return loss
 
-    def _idle_losses(self, labels: Tensor, global_valid_tokens: Tensor) -> Callable[[Tensor, Tensor], Any]:
-        """For a step on which the objective's weights are 0 (``teacher_interval``, schedules)."""
+    def _timed(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.objective is None else self.objective.stopwatch.measure(name)
+
+    def _idle_losses(self, labels: Tensor, global_valid_tokens: Tensor | float) -> Callable[[Tensor, Tensor], Any]:
+        """For a step without the objective: its weights are 0 (``teacher_interval``, schedules), or there is none."""
 
         objective = self.objective
-        assert objective is not None
 
         def compute(logits: Tensor, hidden_states: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             loss = self.loss_fn(logits, labels) / global_valid_tokens
-            return loss + objective.idle(hidden_states), {"loss_ce": loss.detach()}
+            parts = {"loss_ce": loss.detach()}
+            return (loss if objective is None else loss + objective.idle(hidden_states)), parts
 
         return compute
 
-    def _evaluate(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Metrics of a validation batch, (B, T) inputs and labels, to be summed over ranks."""
+    def _evaluate(self, input_dict: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """Metrics of a validation batch, as a dataloader gives it, to be summed over ranks."""
+        inputs, labels, doc_ids = input_dict["input"].to(self.device), labels.to(self.device), input_dict.get("doc_ids")
         labelled = (labels != IGNORE_INDEX).sum()
         mesh = self.parallel_dims.get_optional_mesh("batch")
         tokens = max(1.0, labelled.item() if mesh is None else dist_utils.dist_sum(labelled, mesh))
         with self.train_context(), self.maybe_enable_amp:
             if self.objective is None:
-                return {"loss_ce": self.loss_fn(self.model(inputs), labels) / tokens}
-            plan = self.objective.plan_evaluation((inputs, labels))
-            self.objective.teach(plan, 0)
-            _, parts = self.model(inputs, compute=self.objective.losses(plan, 0, labels, tokens))
+                compute = self._idle_losses(labels, tokens)
+            else:
+                plan = self.objective.plan_evaluation((inputs, labels, doc_ids))
+                self.objective.teach(plan, 0)
+                compute = self.objective.losses(plan, 0, labels, tokens)
+            compute = self._own_heads.beside(compute, inputs, labels, tokens, doc_ids)
+            _, parts = self.model(inputs, **self._within_documents(input_dict), compute=compute)
             return parts
 
     def _add_parts(self, parts: dict[str, Tensor]) -> None:
@@ -396,11 +435,12 @@ class FutureTrainer(torchtitan.train.Trainer):
         parts = self._reduced(self._parts)
         self._part_names = list(dict.fromkeys([*self._part_names, *parts]))
         metrics = {**dict.fromkeys(self._part_names), **parts, "skipped_steps": self.skipped_steps}
-        if self.objective is not None:
+        if self.objective is not None or self._trains_own_heads:
             # Gradients are clipped by now, all by one factor.
             unclipped = max(1.0, (grad_norm + 1e-6) / self.job_config.training.max_norm)
             for name, parameters in self._backbone_and_heads().items():
                 metrics[f"grad_norm_{name}"] = _norm_of_gradients(parameters) * unclipped
+        if self.objective is not None:
             metrics |= {f"time_{name}": value for name, value in self.objective.stopwatch.seconds().items()}
         return metrics
 

@@ -1,93 +1,168 @@
-"""Docs that are true: generated where they can be, commands that run, links that lead somewhere, options that exist."""
+"""The documentation is true where a machine can tell: its commands run, its links lead somewhere, its options exist."""
 
 from __future__ import annotations
 
-import dataclasses
+import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
-from flame_ext.config.reference import reference
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from flame_ext.config.reference import HOST_OPTIONS, HostOption, reference
 from flame_ext.config.sections import FlameJobConfig
-from tests.ranks import REPOSITORY
+from flame_ext.errors import ConfigError
+from flame_ext.train import parse
+from tests.documents import DOCUMENTS, Block, blocks, prose
+from tests.ranks import DEBUG_TOML, REPOSITORY
 
-DOCS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
-# A comment before a fence says what the reader's machine would need: then it is not run.
-FENCE = re.compile(r"(?P<mark><!-- needs: [^\n]* -->\n)?^```(?P<language>bash|python)\n(?P<code>.*?)^```", re.M | re.S)
-
-
-def test_the_configuration_reference_is_that_of_the_code() -> None:
-    found = (REPOSITORY / "docs" / "configuration.md").read_text()
-    assert found == reference(), "run: python -m flame_ext.config.reference > docs/configuration.md"
-
-
-def fences(language: str) -> Iterator[tuple[str, str]]:
-    for doc in DOCS:
-        for match in FENCE.finditer(doc.read_text()):
-            if match["language"] == language and not match["mark"]:
-                yield doc.name, match["code"]
+NEEDS = ("cluster", "network", "time", "a run")  # what a marked command may ask for
+RUN = {"bash", "python"}
+TROUBLESHOOTING = REPOSITORY / "docs" / "troubleshooting.md"
+NOT_OPTIONS = (
+    "jsonl",
+    "py",
+    "safetensors",
+    "toml",
+    "weight",
+)  # files and tensors whose names begin as a section's does
+OPTION = re.compile(r"`(?:--)?([a-z_]+)\.([a-z_]+(?:\.[a-z_]+)?)(?: ?=[^`]*)?`")
+FILE = re.compile(r"`((?:flame_ext|tests|configs|docs|\.ci)/[\w./-]*|[\w-]+\.(?:md|sh|toml))`")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy, in which commands may write; with a run, which some of them look at."""
-    folder = tmp_path_factory.mktemp("docs") / "checkout"
-    ignored = shutil.ignore_patterns(".git", "outputs", "__pycache__", ".*_cache")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository as somebody has it who has just cloned it."""
+    folder = tmp_path_factory.mktemp("docs") / "flame_ext"
+    ignored = shutil.ignore_patterns(".git", "__pycache__", "outputs", ".*_cache", ".venv")
     shutil.copytree(REPOSITORY, folder, ignore=ignored)
-    (folder / "outputs" / "debug").mkdir(parents=True)
-    (folder / "outputs" / "debug" / "metrics.jsonl").write_text(
-        '{"step": 1, "loss_ce": 1.5}\n{"step": 2, "loss_ce": 1.4}\n'
-    )
+    # The command as pip installs it, but of the copy.
+    command = folder / ".bin" / "flame-ext"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m flame_ext.cli.main "$@"\n')
+    command.chmod(0o755)
     return folder
 
 
-@pytest.mark.parametrize(("doc", "code"), [pytest.param(*f, id=f"{f[0]}-{n}") for n, f in enumerate(fences("bash"))])
-def test_commands_run(checkout: Path, doc: str, code: str) -> None:
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(checkout),
-    }
-    run = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", code],
-        cwd=checkout,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
+def execute(block: Block, folder: Path) -> None:
+    """Run a block with nothing but the copy and no network; raise with its output if it fails."""
+    command = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else [sys.executable, "-c"]
+    path = os.pathsep.join([str(folder / ".bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = {**os.environ, "PATH": path, "PYTHONPATH": str(folder), "NGPU": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*command, block.text], cwd=folder, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, (
+        f"{block}: exit code {done.returncode}\n{block.text}\n{(done.stdout + done.stderr)[-4000:]}"
     )
-    assert run.returncode == 0, f"{doc}:\n{code}\n{run.stdout[-2000:]}{run.stderr[-2000:]}"
 
 
-@pytest.mark.parametrize("doc", DOCS, ids=lambda p: p.name)
-def test_links_lead_to_files(doc: Path) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", doc.read_text()):
-        if "://" not in target:
-            assert (doc.parent / target).exists(), f"{doc.name} links to {target}"
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_run(document: Path, copy: Path) -> None:
+    """In order: a later one may use what an earlier one has left."""
+    for block in blocks(document):
+        if block.file is not None:
+            (copy / block.file).write_text(block.text)
+        elif block.language in RUN and block.needs is None:
+            execute(block, copy)
 
 
-@pytest.mark.parametrize("doc", DOCS, ids=lambda p: p.name)
-def test_files_that_are_named_exist(doc: Path) -> None:
-    for name in re.findall(r"`((?:flame_ext|configs|docs|tests)/[\w./-]+)`", doc.read_text()):
-        assert (REPOSITORY / name).exists(), f"{doc.name} names {name}"
+def test_marks_are_known() -> None:
+    found = [block for document in DOCUMENTS for block in blocks(document)]
+    assert {block.needs for block in found} <= {None, *NEEDS}
+    assert any(block.language in RUN and block.needs is None for block in found)
 
 
-def test_options_that_are_named_exist() -> None:
-    config = FlameJobConfig()
-    sections = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    names = {f"{section}.{field.name}" for section, value in sections.items() for field in dataclasses.fields(value)}
-    found = 0
-    for doc in DOCS:
-        for section, key in re.findall(
-            r"`(?:--)?([a-z_]+)\.(?:no-)?([a-z_]+)(?: = [^`]*|=[^`]*| [^`]*)?`", doc.read_text()
-        ):
-            if section in sections and key not in ("py", "md", "toml", "jsonl", "safetensors", "bin"):
-                found += 1
-                assert f"{section}.{key}" in names, f"{doc.name}: {section}.{key}"
-    assert found > 100
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_files_exist(document: Path) -> None:
+    text = prose(document)
+    missing = []
+    for target in LINK.findall(text):
+        if target.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = document if not path else document.parent / path
+        if not linked.exists() or (anchor and anchor not in anchors(linked)):
+            missing.append(target)
+    for name in FILE.findall(text):
+        # The file map names some by their folder's row.
+        if not any((base / name).exists() for base in (REPOSITORY, REPOSITORY / "docs", REPOSITORY / "configs")):
+            missing.append(name)
+    assert not missing
+
+
+def anchors(document: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.+)$", prose(document), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def options(section: type = FlameJobConfig, prefix: str = "") -> set[str]:
+    """Full names of sections and options."""
+    names = set()
+    for name, hint in get_type_hints(section).items():
+        names.add(prefix + name)
+        if is_dataclass(hint):
+            names |= options(hint, f"{prefix}{name}.")
+    return names
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_options_exist(document: Path) -> None:
+    """Those in the text, on command lines, and in TOML that is not a file of its own (a job that runs checks itself)."""
+    text = prose(document)
+    if document.name == "moving_from_flame.md":
+        text = re.sub(r"^\| [^|]* \|", "|", text, flags=re.MULTILINE)  # the first column has flame's own
+    known = options()
+    sections = {name for name in known if "." not in name}
+    named = {f"{section}.{key}" for section, key in OPTION.findall(text) if section in sections}
+    named = {name for name in named if name.rpartition(".")[2] not in NOT_OPTIONS}
+    for block in blocks(document):
+        if block.language == "bash":
+            named |= set(re.findall(r"--([a-z_]+\.[a-z_.]+)", block.text))
+        elif block.language == "toml" and block.file is None:
+            values = tomllib.loads(block.text)
+            named |= {f"{section}.{key}" for section, table in values.items() for key in table}
+    assert not {name for name in named if name not in known}
+
+
+def test_configuration_is_that_of_the_code() -> None:
+    written = (REPOSITORY / "docs" / "configuration.md").read_text()
+    remedy = "python -m flame_ext.config.reference > docs/configuration.md"
+    assert written == reference(), f"docs/configuration.md is stale: {remedy}"
+
+
+@pytest.mark.parametrize("option", [o for o in HOST_OPTIONS if o.refused], ids=lambda option: option.name)
+def test_what_is_said_to_be_refused_is_refused(option: HostOption) -> None:
+    with pytest.raises(ConfigError, match=re.escape(option.name)):
+        parse([f"--job.config_file={DEBUG_TOML}", *option.refused])
+
+
+def test_options_of_the_host_exist() -> None:
+    assert {option.name for option in HOST_OPTIONS} <= options()
+
+
+def texts(tree: ast.AST) -> Iterator[str]:
+    """Every string of a module; of an f-string what stands around its values, which are "…"."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_messages_are_those_of_the_code() -> None:
+    files = sorted((REPOSITORY / "flame_ext").rglob("*.py"))
+    said = "\n".join(text for file in files for text in texts(ast.parse(file.read_text())))
+    shown = [line for block in blocks(TROUBLESHOOTING) if block.language == "text" for line in block.text.splitlines()]
+    assert shown and not [line for line in shown if line not in said]

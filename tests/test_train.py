@@ -133,6 +133,55 @@ def test_validation_runs_on_held_out_text(dump_folder: Path) -> None:
     assert 0.5 < loss < 0.6 * math.log(264)
 
 
+def mixture(folder: Path) -> Path:
+    """The debug job on two sources, one of which is streamed, for one epoch, with two more for validation."""
+    texts = [f"def function_{i}():\n    return {i}\n" * (1 + i % 5) for i in range(80)]
+    for name, part in (("a", texts[:50]), ("b", texts[50:70]), ("held_out", texts[70:]), ("more", texts[75:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    toml = folder / "job.toml"
+    tables = "".join(
+        f'\n[[{section}.sources]]\npath = "{folder}/{name}.jsonl"\n{more}\n'
+        for section, name, more in (
+            ("data", "a", "weight = 2.0"), ("data", "b", "streaming = true"),
+            ("validation", "held_out", ""), ("validation", "more", 'label = "others"'),
+        )
+    )  # fmt: skip
+    toml.write_text(DEBUG_TOML.read_text() + tables)
+    return toml
+
+
+def test_an_epoch_of_a_mixture_is_the_same_on_any_ranks(tmp_path: Path) -> None:
+    toml = mixture(tmp_path)
+    options = [
+        "--training.epochs=1",
+        "--training.seq_len=64",
+        "--training.global_batch_size=8",
+        "--data.document_attention",
+    ]
+    options += [
+        "--validation.enable",
+        "--validation.seq_len=64",
+        "--validation.freq=100",
+        "--checkpoint.no-last_save_in_hf",
+    ]
+    options += ["--seed.verify=none"]
+    lines = {}
+    for ranks, batch in ((1, 8), (2, 2)):
+        more = [f"--training.local_batch_size={batch}", f"--validation.local_batch_size={8 // ranks}"]
+        folder = tmp_path / str(ranks)
+        run = train(folder, *options, *more, config=toml, world_size=ranks)
+        validated = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in validated] == [1]
+        assert f"training.epochs = 1: {len(run.metrics)} steps" in run.ranks[0].output and 5 < len(run.metrics) < 60
+        lines[ranks] = [*run.metrics, *validated]
+    names = ("loss_ce", "loss_future", "held_out.jsonl/loss_ce", "others/loss_ce", "others/loss_future")
+    for one, two in zip(lines[1], lines[2], strict=True):
+        for name in set(names) & set(one):
+            assert two[name] == pytest.approx(one[name], rel=1e-5), (one["step"], name)
+    held_out = lines[1][-1]
+    assert held_out["loss_ce"] == pytest.approx((held_out["held_out.jsonl/loss_ce"] + held_out["others/loss_ce"]) / 2)
+
+
 def test_the_objective_is_learned(debug_run: TrainRun) -> None:
     future, top1 = debug_run.values("loss_future"), debug_run.values("future_top1")
     chance = 1 / (8 * 254)  # of 256 positions two have no pair, even without document ends
@@ -254,7 +303,10 @@ def test_an_export_seeds_the_next_run_heads_included(debug_run: TrainRun, dump_f
     plain = ["--model.converters=", "--future_encoder.no-enable", "--future_predictor.no-enable"]
     refused = train(dump_folder / "plain", *TEN_STEPS, *options, *plain, check=False)
     assert refused.exit_codes == [1]
-    assert "'future_predictor.norm.bias' [128] in model.safetensors is not in the model" in refused.ranks[0].output
+    assert (
+        "'future_predictor.norm.bias' [128] in future_heads/model.safetensors is not in the model"
+        in refused.ranks[0].output
+    )
     ignored = ["--seed.ignore_source_keys=future_predictor.*"]
     train(dump_folder / "ignored", *TEN_STEPS, *options, *plain, *ignored)
 

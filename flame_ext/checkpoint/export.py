@@ -27,7 +27,8 @@ from flame_ext.distributed import failing_together, is_main_rank
 from flame_ext.errors import CheckpointError
 from flame_ext.faults import fault_point
 from flame_ext.files import write_json
-from flame_ext.seeding.layouts.hf_safetensors import HEADS_FOLDER, INDEX_NAME, read_header
+from flame_ext.seeding.layouts.hf_safetensors import INDEX_NAME, read_header
+from flame_ext.seeding.source import HEADS_FOLDER
 from flame_ext.seeding.tensors import same_bits
 
 # What belongs to a tokenizer or to generation. Named one by one: modelling code in the source must not be carried on.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from flame_ext.errors import ConfigError
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -39,6 +42,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="OLD=NEW",
         help="new beginnings of keys, such as ln.=future_predictor.norm.",
     )
+    parser.add_argument("--import", dest="module", help="module that registers heads of your own")
     parser.add_argument("--allow-pickle", action="store_true", help="read .bin files, with weights_only")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the modelling code of the model's folder")
     parser.set_defaults(run=run)
@@ -50,6 +54,11 @@ def run(options: argparse.Namespace) -> int:
 
     from flame_ext.offline.convert import Conversion, convert
 
+    if options.module:
+        try:
+            importlib.import_module(options.module)
+        except ModuleNotFoundError as e:
+            raise ConfigError(f"--import: {e}; it must be importable from the current folder") from e
     assets, heads = options.assets, None
     if options.config_file:
         configured, heads = _of_the_run(options.config_file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in COMMANDS:
         command.add_parser(commands)
     options = parser.parse_args(arguments)
+    if (
+        arguments is None
+    ):  # a reader that leaves, `| head`, ends the command as it ends others, not with a 1 that means "differs"
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         return options.run(options)
     except UserError as e:

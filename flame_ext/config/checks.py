@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError, SeedError
+from flame_ext.heads.own import check_own_heads, enabled_heads
 from flame_ext.model.attention import not_anticausal, supports_flex_attention
 from flame_ext.model.hf_causal_lm import load_hf_config
 from flame_ext.model.train_spec import MODEL_NAME
@@ -142,13 +143,16 @@ def _check_export(config: FlameJobConfig) -> Iterator[str]:
 def _check_objective(config: FlameJobConfig) -> Iterator[str]:
     encoder, predictor, action = config.future_encoder, config.future_predictor, config.action_layer
     attached = CONVERTER_NAME in config.model.converters
+    own = enabled_heads(config)
     if encoder.enable != predictor.enable:
         yield "future_encoder.enable and future_predictor.enable go together: one is the target, the other predicts it"
     if action.enable and not encoder.enable:
         yield "action_layer.enable needs future_encoder.enable: candidates are scored by the summary of the future"
     if encoder.enable and not attached:
         yield f'future_encoder.enable is true but nothing attaches the heads: set model.converters = ["{CONVERTER_NAME}"]'
-    if attached and not encoder.enable:
+    for name in own if not attached else ():
+        yield f'{name}.enable is true but nothing attaches the head: set model.converters = ["{CONVERTER_NAME}"]'
+    if attached and not encoder.enable and not own:
         yield f"model.converters has {CONVERTER_NAME!r}, but future_encoder.enable is false: enable it or drop the converter"
     if encoder.future_k < 0:
         yield f"future_encoder.future_k must be >= 0 (0 = all the future), got {encoder.future_k}"
@@ -171,9 +175,11 @@ def _check_objective(config: FlameJobConfig) -> Iterator[str]:
             "action_layer.model_loss_weight is 0 while loss_weight is not: nothing would train the head that gives the "
             "rewards; set it above 0, or loss_weight to 0"
         )
-    weights = [encoder.loss_weight, *([action.loss_weight, action.model_loss_weight] if action.enable else [])]
-    if predictor.freeze_backbone and not (encoder.enable and any(weights)):
+    weights = [encoder.loss_weight if encoder.enable else 0.0, *(section.loss_weight for section in own.values())]
+    weights += [action.loss_weight, action.model_loss_weight] if encoder.enable and action.enable else []
+    if predictor.freeze_backbone and not any(weights):
         yield "future_predictor.freeze_backbone leaves nothing to train: enable the heads, with a loss_weight above 0"
+    yield from check_own_heads(config)
     yield from _check_weights(config)
     yield from _check_teacher(config)
 
@@ -187,7 +193,7 @@ def _check_weights(config: FlameJobConfig) -> Iterator[str]:
         for field in ("loss_weight_warmup_steps", "loss_weight_decay_steps"):
             if getattr(section, field) < 0:
                 yield f"{name}.{field} must be >= 0 (0 = none), got {getattr(section, field)}"
-    for name in ("future_encoder", "future_predictor", "action_layer"):
+    for name in ("future_encoder", "future_predictor", "action_layer", *enabled_heads(config)):
         section = getattr(config, name)
         if section.lr_scale <= 0:
             yield f"{name}.lr_scale must be > 0 (a multiple of optimizer.lr), got {section.lr_scale}"
@@ -231,11 +237,19 @@ def _check_data(config: FlameJobConfig) -> Iterator[str]:
     for name in ("seq_len", "local_batch_size", "steps"):
         if getattr(training, name) < 1:
             yield f"training.{name} must be >= 1, got {getattr(training, name)}"
-    if training.dataloader.num_workers > 1:
-        yield (
-            f"training.dataloader.num_workers must be 0 or 1, got {training.dataloader.num_workers}: several workers would "
-            "each read the same documents"
-        )
+    if training.dataloader.num_workers < 0:
+        yield f"training.dataloader.num_workers must be >= 0, got {training.dataloader.num_workers}"
+    if training.epochs < 0:
+        yield f"training.epochs must be >= 0 (0 = training.steps), got {training.epochs}"
+    for section in ("data", "validation"):
+        for i, source in enumerate(getattr(config, section).sources):
+            name = f"{section}.sources[{i}]"
+            if not source.path:
+                yield f"{name}.path is empty: a file, a glob, a folder, a dataset on the Hub or a registered name"
+            if source.weight <= 0:
+                yield f"{name}.weight must be > 0, got {source.weight}; to leave the source out, take its table out"
+            if source.max_samples is not None and source.max_samples < 1:
+                yield f"{name}.max_samples must be >= 1, got {source.max_samples}"
     if config.metrics.log_freq < 1:
         yield f"metrics.log_freq must be >= 1, got {config.metrics.log_freq}"
     # Known under torchrun; the host's own check of the same is an assertion deep in the trainer.
@@ -272,6 +286,8 @@ def _check_against_model(config: FlameJobConfig, hf_config: PreTrainedConfig) ->
                 f"future_encoder.summary_method = 'anticausal' can not be right for {hf_config.model_type!r}: {reason}; take "
                 "'mean', 'max' or 'attention'"
             )
+    if config.data.document_attention and (reason := not_anticausal(hf_config)) is not None:
+        yield f"data.document_attention can not be right for {hf_config.model_type!r}: {reason}"
     if config.future_encoder.teacher_attention == "flex" and not supports_flex_attention(hf_config):
         yield (
             f"future_encoder.teacher_attention = 'flex': transformers has no FlexAttention for {hf_config.model_type!r}; take "

@@ -42,6 +42,15 @@ class FlameConfigManager(ConfigManager):
         config.model.converters = [name for name in config.model.converters if name]
         return config
 
+    def _dict_to_dataclass(self, cls: Any, data: dict[str, Any]) -> Any:
+        """The host's, and tables in lists ([[data.sources]]) as well."""
+        result = super()._dict_to_dataclass(cls, data)
+        for field in fields(cls) if is_dataclass(cls) else ():
+            if field.name in data and (table := table_in_list(field.type)) is not None:
+                tables = [self._dict_to_dataclass(table, values) for values in data[field.name]]
+                setattr(result, field.name, tables)
+        return result
+
     def _maybe_load_toml(self, args: list[str]) -> dict[str, Any] | None:
         path = _option(args, "job.config_file")
         if path is None:
@@ -59,6 +68,11 @@ class FlameConfigManager(ConfigManager):
             config_cls = super()._maybe_add_custom_config(args, toml_values)
         except ModuleNotFoundError as e:
             raise ConfigError(f"job.custom_config_module: {e}; it must be importable from the current folder") from e
+        if strings := _string_annotations(config_cls):
+            raise ConfigError(
+                f"job.custom_config_module: the types of {', '.join(strings)} are strings, which can not be merged; remove "
+                "'from __future__ import annotations' from that module"
+            )
         if toml_values is not None:
             problems = check_values(config_cls, toml_values)
             if problems:
@@ -76,6 +90,17 @@ def _option(args: list[str], name: str) -> str | None:
                 return value
             return args[i + 1] if i + 1 < len(args) else None
     return None
+
+
+def _string_annotations(config_cls: type, prefix: str = "") -> list[str]:
+    """Full names of fields whose types are strings: a merged dataclass has no module in which to look them up."""
+    names = []
+    for field in fields(config_cls):
+        if isinstance(field.type, str):
+            names.append(prefix + field.name)
+        elif is_dataclass(field.type):
+            names += _string_annotations(field.type, f"{prefix}{field.name}.")
+    return names
 
 
 def check_values(config_cls: type, values: dict[str, Any], prefix: str = "") -> list[str]:
@@ -98,9 +123,18 @@ def check_values(config_cls: type, values: dict[str, Any], prefix: str = "") -> 
                 problems += check_values(hints[key], value, f"{name}.")
             else:
                 problems.append(f"{name!r} is a section ([{name}] in TOML), got {value!r}")
+        elif (table := table_in_list(hints[key])) is not None and _has_type(value, hints[key]):
+            for number, item in enumerate(value):
+                problems += check_values(table, item, f"{name}[{number}].")
         elif not _has_type(value, hints[key]):
-            problems.append(f"{name!r} must be {_spelled(hints[key])}, got {value!r} ({type(value).__name__})")
+            problems.append(f"{name!r} must be {spelled(hints[key])}, got {value!r} ({type(value).__name__})")
     return problems
+
+
+def table_in_list(hint: Any) -> type | None:
+    """The dataclass of a list of tables; None for anything else."""
+    parameters = get_args(hint)
+    return parameters[0] if get_origin(hint) is list and is_dataclass(parameters[0]) else None  # type: ignore[return-value]
 
 
 def _nearest(key: str, valid: list[str], prefix: str) -> str:
@@ -126,12 +160,15 @@ def _has_type(value: Any, hint: Any) -> bool:
     return type(value) is hint
 
 
-def _spelled(hint: Any) -> str:
+def spelled(hint: Any) -> str:
+    """A field's annotation in the words of TOML."""
     origin, parameters = get_origin(hint), get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(repr(p) for p in parameters)
     if origin in (Union, types.UnionType):
-        return " or ".join(_spelled(p) for p in parameters if p is not type(None))
+        return " or ".join(spelled(p) for p in parameters if p is not type(None))
+    if table_in_list(hint) is not None:
+        return "a list of tables"
     if origin is list:
-        return f"a list, each {_spelled(parameters[0])}"
+        return f"a list, each {spelled(parameters[0])}"
     return {bool: "true or false", int: "an integer", float: "a number", str: "a string"}.get(hint, str(hint))

@@ -130,6 +130,9 @@ def _flat(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         value = getattr(section, field.name)
         if is_dataclass(value):
             yield from _flat(value, f"{prefix}{field.name}.")
+        elif isinstance(value, list) and any(map(is_dataclass, value)):
+            for number, table in enumerate(value):
+                yield from _flat(table, f"{prefix}{field.name}.{number}.")
         else:
             yield prefix + field.name, value
 

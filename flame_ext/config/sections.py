@@ -8,6 +8,8 @@ from typing import Literal
 
 from torchtitan.config import JobConfig
 from torchtitan.config.job_config import Checkpoint as HostCheckpoint
+from torchtitan.config.job_config import Training as HostTraining
+from torchtitan.config.job_config import Validation as HostValidation
 
 
 @dataclass
@@ -63,6 +65,17 @@ class HeadOptimization:
 
     warmup_steps: int | None = None
     """Warm-up of this head's learning rate; by default `lr_scheduler.warmup_steps`."""
+
+
+@dataclass
+class OwnHead(HeadOptimization):
+    """Base of the section of a user's own head (``flame_ext.heads.own.register_head``, docs/heads.md)."""
+
+    enable: bool = False
+    """Whether the head is attached. Needs the model converter 'future_prediction'."""
+
+    loss_weight: float = 0.1
+    """Weight of the head's loss beside the cross-entropy. At 0 it is not computed."""
 
 
 @dataclass
@@ -188,17 +201,95 @@ class ActionLayer(HeadOptimization):
 
 
 @dataclass
-class Data:
-    """Where local text comes from; `training.dataset` and `training.dataset_path` name the source."""
+class DataSource:
+    """A table `[[data.sources]]`: one source of documents."""
+
+    path: str = ""
+    """
+    A file, a glob or a folder of `.jsonl`, `.json` (each also `.gz`, `.zst`), `.parquet`, `.arrow`, `.txt` or flat `.npy` token
+    files; a folder of `save_to_disk`; a dataset on the Hub; or a name in the host's registry, such as 'c4'.
+    """
+
+    name: str = ""
+    """Configuration of a dataset on the Hub."""
+
+    split: str = "train"
+    """Split of a dataset on the Hub, or of a saved dictionary of datasets."""
+
+    data_files: list[str] = field(default_factory=list)
+    """Files of a dataset on the Hub, or globs; empty = all."""
 
     text_field: str = "text"
-    """The column that holds the text of a sample."""
+    """The column that holds a document. Where it is absent, `input_ids` is taken, which holds tokens."""
+
+    label: str = ""
+    """Under which validation reports this source; by default the last part of its path."""
+
+    weight: float = 1.0
+    """Share of documents that are taken from this source, in proportion to the other weights."""
+
+    streaming: bool = False
+    """
+    Read files from their beginning, without a copy in the cache of the datasets library. Documents are then permuted in
+    blocks of 1,024, and files as a whole.
+    """
+
+    max_samples: int | None = None
+    """Take only the first documents."""
+
+    when_exhausted: Literal["repeat", "drop"] = "repeat"
+    """At its end: begin again, in another order, or go on with the other sources. Without any left, the run ends."""
+
+    skip_unreadable: bool = False
+    """Pass over lines that can not be read, and count them, instead of stopping there."""
+
+    tokens_dtype: Literal["uint16", "uint32", "int32", "int64"] = "uint16"
+    """Of `.npy` files without a header, as OLMo's are."""
+
+
+@dataclass
+class Data:
+    """Where text comes from and in which order; without `sources`, `training.dataset` and `training.dataset_path` name it."""
+
+    sources: list[DataSource] = field(default_factory=list)
+    """Tables `[[data.sources]]`: several are mixed by weight."""
+
+    text_field: str = "text"
+    """The column that holds the text of a sample of `training.dataset`."""
 
     shuffle: bool = True
     """Whether documents are permuted, anew for each epoch."""
 
     rng_seed: int = 0
     """The integer that determines the permutation, with the epoch."""
+
+    document_attention: bool = False
+    """
+    Whether the causal attention stays within a document, whose positions then count from 0. By default it goes across, as the
+    host's does. What the mask costs is noted in docs/data.md.
+    """
+
+
+@dataclass
+class Training(HostTraining):
+    """torchtitan's section, with an end that the data determine."""
+
+    epochs: int = 0
+    """
+    End when every source has been read this often, to the last token, instead of after `steps`: these are then counted before
+    step 1, by reading all of it once. 0 = `steps`.
+    """
+
+
+@dataclass
+class Validation(HostValidation):
+    """torchtitan's section, with sources of its own."""
+
+    sources: list[DataSource] = field(default_factory=list)
+    """
+    Tables `[[validation.sources]]`, evaluated one by one, in the order of their documents, the same batches every time, and
+    reported by their labels. Empty: `validation.dataset`.
+    """
 
 
 @dataclass
@@ -239,4 +330,6 @@ class FlameJobConfig(JobConfig):
     future_predictor: FuturePredictor = field(default_factory=FuturePredictor)
     action_layer: ActionLayer = field(default_factory=ActionLayer)
     data: Data = field(default_factory=Data)
+    training: Training = field(default_factory=Training)
+    validation: Validation = field(default_factory=Validation)
     export: Export = field(default_factory=Export)

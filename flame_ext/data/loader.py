@@ -1,44 +1,53 @@
-"""Dataloaders whose saved position holds no pickle; that of packed documents holds no number of ranks either."""
+"""The dataloader of packed documents: batches, and a saved position without pickle or number of ranks and workers."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchdata.stateful_dataloader import StatefulDataLoader
 from torchtitan.components.dataloader import ParallelAwareDataloader
 
-from flame_ext.errors import CheckpointError
+from flame_ext.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
     from flame_ext.data.packing import PackedDocuments
 
 
-class ResumableDataloader(ParallelAwareDataloader):
-    """What both kinds share.
+class PackedDataloader(ParallelAwareDataloader):
+    """Batches of :class:`PackedDocuments`. Its position is that of each lane after the batches handed out: what workers
+    have read ahead does not count, and any number of ranks and workers can go on from it.
 
-    The names under which a position is saved hold :attr:`layout`, so that a position of another one is never taken for
-    this one's: its names are absent.
+    The names under which it is saved hold the number of lanes, so that a position of another one is never taken for this
+    one's: its names are absent.
 
     Args:
-        dataset: see the subclass.
+        dataset: this rank's lanes, as many for each worker.
         dp_rank: of this rank's batches.
         dp_world_size: number of ranks that read different batches.
+        batch_size: sequences of a batch.
         **kwargs: StatefulDataLoader's.
     """
 
-    def __init__(self, dataset: Any, dp_rank: int, dp_world_size: int, **kwargs: Any) -> None:
+    dataset: PackedDocuments
+
+    def __init__(
+        self, dataset: PackedDocuments, dp_rank: int, dp_world_size: int, *, batch_size: int, **kwargs: Any
+    ) -> None:
+        self.sequences = batch_size
         # Every iteration draws a seed for its workers. Not from the default generator: a resumed run, which has one
         # iteration more, would go on with other dropout masks than the unbroken one.
-        super().__init__(dataset, dp_rank, dp_world_size, generator=torch.Generator(), **kwargs)
+        generator = torch.Generator()
+        # Workers give sequences, not batches: asked in turn they yield the lanes in turn, however many they are.
+        super().__init__(dataset, dp_rank, dp_world_size, generator=generator, batch_size=None, **kwargs)
 
     @property
     def layout(self) -> dict[str, int]:
         """What a saved position fits; for the step's manifest."""
-        raise NotImplementedError
+        sizes = {f"in source {i}": source.size for i, source in enumerate(self.dataset.sources)}
+        return {"lanes": self.dataset.num_lanes, **sizes}
 
     def require_layout(self, saved: dict[str, int] | None) -> None:
         """Check the ``layout`` of the step that is to be resumed.
@@ -48,36 +57,39 @@ class ResumableDataloader(ParallelAwareDataloader):
         """
         if saved == self.layout:
             return
-        found = "no layout of its data position" if saved is None else f"a data position of {_in_words(saved)}"
+        if saved is None:
+            raise CheckpointError("the step has no layout of its data position: it was saved by something else")
+        if saved.get("lanes") != self.dataset.num_lanes:
+            raise CheckpointError(
+                f"the step has a data position of {saved.get('lanes')} lanes, this run has {self.dataset.num_lanes}: set "
+                f"training.global_batch_size = {saved.get('lanes')} (the number of ranks does not matter)"
+            )
         raise CheckpointError(
-            f"the step has {found}, this run has {_in_words(self.layout)}: {self._remedy(saved or {})}"
+            f"the step has a data position in {_in_words(saved)}, this run has {_in_words(self.layout)}: give it the same data, "
+            "in the same order"
         )
 
-    def _remedy(self, saved: dict[str, int]) -> str:
-        raise NotImplementedError
-
-
-class PackedDataloader(ResumableDataloader):
-    """Batches of :class:`PackedDocuments`. Its position is that of each lane after the batches handed out: what workers
-    have read ahead does not count, and any number of ranks can go on from it.
-    """
-
-    dataset: PackedDocuments
-
-    @property
-    def layout(self) -> dict[str, int]:
-        return {"lanes": self.dataset.num_lanes}
-
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Yields ``{"input": (B, T)}, labels (B, T)``."""
+        """Yields ``{"input": (B, T), "doc_ids": (B, T), "positions": (B, T)}, labels (B, T)``. Labels are the inputs moved by
+        one, as the host's dataset has them, -100 after the end of a lane's data; positions count from the beginning of a document.
+        """
         self._iterator = None  # a worker of an earlier iteration has a dataset of its own, which stands elsewhere
-        for inputs, labels, positions in super().__iter__():
-            for lane, document, offset in positions.tolist():
-                self.dataset.move(lane, document, offset)
-            yield inputs, labels
+        items = super().__iter__()
+        going_on = set(self.dataset.lanes)
+        while going_on or self.dataset.pad:
+            try:
+                batch = list(islice(items, self.sequences))
+            except UserError as e:  # of a worker: its message is a traceback, with the message at the end
+                raise type(e)(str(e).strip().rpartition(f"{type(e).__name__}: ")[2]) from e
+            for _, (lane, *numbers), ended in batch:
+                self.dataset.move(lane, numbers)
+                going_on -= {lane} if ended else set()
+            tokens, doc_ids = torch.stack([sequence for sequence, *_ in batch], dim=1)
+            inputs = {"input": tokens[:, :-1].clamp_min(0), "doc_ids": doc_ids[:, :-1]}
+            yield {**inputs, "positions": positions_in_documents(inputs["doc_ids"])}, tokens[:, 1:]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """This rank's lanes: each one's ``[document, offset]``.
+        """This rank's lanes: each one's :meth:`flame_ext.data.packing.Lane.numbers`.
 
         Raises:
             CheckpointError: in the middle of a global batch, where lanes have had different numbers of turns.
@@ -87,40 +99,22 @@ class PackedDataloader(ResumableDataloader):
             raise CheckpointError(
                 f"the data position can only be saved after whole steps; the next lane is {next(iter(lanes))}"
             )
-        return {self._name(number): torch.tensor([lane.document, lane.offset]) for number, lane in lanes.items()}
+        return {self._name(number): torch.tensor(lane.numbers()) for number, lane in lanes.items()}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         for number in sorted(self.dataset.lanes):
-            self.dataset.move(number, *state_dict[self._name(number)].tolist())
+            self.dataset.move(number, state_dict[self._name(number)].tolist())
 
     def _name(self, lane: int) -> str:
         return f"lane_{lane}_of_{self.dataset.num_lanes}"
 
-    def _remedy(self, saved: dict[str, int]) -> str:
-        size = f" = {saved['lanes']}" if "lanes" in saved else " and training.dataset of that run"
-        return f"set training.global_batch_size{size} (the number of ranks does not matter)"
 
-
-class StreamDataloader(ResumableDataloader):
-    """Batches of the host's streamed datasets, which are split by rank: only as many ranks can go on."""
-
-    @property
-    def layout(self) -> dict[str, int]:
-        return {"streams": self.dp_world_size}
-
-    @property
-    def _name(self) -> str:
-        return f"stream_{self.dp_rank}_of_{self.dp_world_size}"
-
-    def state_dict(self) -> dict[str, str]:
-        """This rank's stream, as JSON: text, so that DCP keeps it whole whatever has been added to it since the start."""
-        return {self._name: json.dumps(StatefulDataLoader.state_dict(self))}
-
-    def load_state_dict(self, state_dict: dict[str, str]) -> None:
-        StatefulDataLoader.load_state_dict(self, json.loads(state_dict[self._name]))
-
-    def _remedy(self, saved: dict[str, int]) -> str:
-        return "streamed data go on only with the same training.dataset and the same number of data-parallel ranks"
+def positions_in_documents(doc_ids: Tensor) -> Tensor:
+    """(B, T) document numbers, each document in one piece, to positions that count from its beginning."""
+    index = torch.arange(doc_ids.shape[1]).expand_as(doc_ids)
+    begins = torch.ones_like(doc_ids, dtype=torch.bool)
+    begins[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+    return index - torch.where(begins, index, 0).cummax(dim=1).values
 
 
 def _in_words(layout: dict[str, int]) -> str:

@@ -1,173 +1,188 @@
-"""Documents packed into sequences, in an order that does not depend on how many ranks read them.
+"""Documents packed into sequences, in an order that does not depend on how many ranks or workers read them.
 
-The global batch is a fixed number of *lanes*: lane j packs documents j, j + L, j + 2L, … (L lanes) end to end and gives
-one sequence to each step. A rank reads every ``dp_world_size``-th lane, so a step's global batch is the same set of
-sequences on one rank and on sixty-four, each rank tokenises only its own documents, and the position in the data is
-one document number and one offset for each lane.
+The global batch is a fixed number of *lanes*: lane j packs its documents end to end and gives one sequence to each step. Of
+each source it has its own share, and it takes them in proportion to the sources' weights. A rank reads every
+``dp_world_size``-th lane and a worker every n-th of those, so a step's global batch is the same set of sequences on one
+rank and on sixty-four, each process tokenises only its own documents, and the position in the data is a few integers for
+each lane.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import cycle
-from typing import Any
 
-import datasets
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
-from torchtitan.components.tokenizer import BaseTokenizer
-from torchtitan.config import JobConfig
-from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
-from flame_ext.data.loader import PackedDataloader, ResumableDataloader, StreamDataloader
-from flame_ext.data.sources import text_of
+from flame_ext.data.documents import Cursor, Documents, Tokens
 from flame_ext.errors import CheckpointError, ConfigError
-from flame_ext.model.hf_causal_lm import load_hf_config
+
+IGNORED = -100
+"""The label of a position that has none, as cross-entropies have it."""
+
+PADDING = 2**30
+"""Document numbers from here on are of positions after a lane's end, each a document of its own."""
+
+MAX_EMPTY = 100_000  # documents without a token, one after the other: more are a mistake, and would be a hang
 
 
 @dataclass
 class Lane:
     """A position in the data, as it is saved."""
 
-    document: int
-    """Number of the document that the next token is in, counted on over epochs."""
-    offset: int = 0
-    """Position of the next token in that document."""
+    offset: int
+    """Of the next token in the document that is being read; 0 between two documents."""
+    taken: list[int]
+    """How many documents of each source have been read to their end."""
+    cursors: list[Cursor]
+    """Where the next document of each source is: the one that is being read, if ``offset`` is not 0."""
+
+    def numbers(self) -> list[int]:
+        """All of it, flat: offset, then taken and cursor of each source."""
+        return [self.offset, *(n for t, c in zip(self.taken, self.cursors, strict=True) for n in (t, *c))]
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Lane:
+        """From :meth:`numbers`."""
+        sources = [numbers[i : i + 3] for i in range(1, len(numbers), 3)]
+        return cls(numbers[0], [s[0] for s in sources], [Cursor(s[1], s[2]) for s in sources])
 
 
-class PackedDocuments(IterableDataset[tuple[dict[str, Tensor], Tensor, Tensor]]):
-    """Sequences of ``seq_len + 1`` tokens from this rank's lanes, in turn, without end.
+class PackedDocuments(IterableDataset[tuple[Tensor, list[int], bool]]):
+    """Sequences of ``seq_len + 1`` tokens from this rank's lanes, in turn.
+
+    A lane ends when its sources have; from then on its sequences are empty, and the others go on.
 
     Args:
-        count: number of documents of an epoch.
-        tokens_of: document index in [0, count) to its tokens, EOS included.
+        sources: of documents, each for ``num_lanes`` lanes.
+        weights: of the sources, positive: shares of documents.
         seq_len: T.
         lanes: this rank's lanes.
         num_lanes: of all ranks together: sequences in a global batch.
-        rng_seed: determines each epoch's permutation of the documents; None = as they come.
+        rng_seed: determines how lanes begin to mix.
+        eos_id: a document ends after it, too: flat files of tokens hold many in one; None = there is none.
+        pad: whether a dataloader goes on when all its lanes have ended: others' have not.
     """
 
     def __init__(
         self,
-        count: int,
-        tokens_of: Callable[[int], list[int]],
+        sources: Sequence[Documents],
         seq_len: int,
         lanes: range,
         num_lanes: int,
-        rng_seed: int | None,
+        *,
+        weights: Sequence[float] | None = None,
+        rng_seed: int | None = None,
+        eos_id: int | None = None,
+        pad: bool = False,
     ) -> None:
-        self._count, self._tokens_of, self._seq_len = count, tokens_of, seq_len
+        self.sources, self.seq_len, self.eos_id, self.pad = sources, seq_len, eos_id, pad
         self.num_lanes = num_lanes
-        self._order = lru_cache(maxsize=2)(partial(_permutation, count, rng_seed))  # lanes may stand in two epochs
-        self.lanes = {number: Lane(number) for number in lanes}
+        self.weights = [1.0] * len(sources) if weights is None else list(weights)
+        self._rng_seed = rng_seed or 0
+        self.lanes = {n: Lane(0, [0] * len(sources), [source.start(n) for source in sources]) for n in lanes}
         """Where the next iteration begins, in the order of the lanes' turns. Iterating does not move it: a dataloader's
         workers read ahead, and only what reaches the training counts (:meth:`move`)."""
 
-    def move(self, lane: int, document: int, offset: int) -> None:
-        """Put a lane to a position and make its turn the last."""
+    def move(self, lane: int, numbers: Sequence[int]) -> None:
+        """Put a lane to a position (:meth:`Lane.numbers`) and make its turn the last."""
         self.lanes.pop(lane)
-        self.lanes[lane] = Lane(document, offset)
+        self.lanes[lane] = Lane.of(numbers)
 
-    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
-        """Yields ``{"input": (T,)}, labels (T,), position (3,)``; labels are the inputs moved by one, as the host's
-        dataset has them; the position is the lane's after this sequence: its number, document and offset.
+    def __iter__(self) -> Iterator[tuple[Tensor, list[int], bool]]:
+        """Yields without end a sequence, (2, T + 1): tokens, ``IGNORED`` after a lane's end, and document numbers from 0; the
+        number of its lane with that one's position after it; and whether the lane has ended. A worker yields those of every
+        n-th lane, so that all of them together, asked in turn, yield the same as one process.
 
         Raises:
             CheckpointError: a lane was put (:meth:`move`) beyond the end of a document.
         """
-        lanes = {number: replace(lane) for number, lane in self.lanes.items()}
-        current: dict[int, list[int]] = {}  # tokens of each lane's document
-        for number, lane in cycle(lanes.items()):
-            tokens = torch.tensor(self._take(number, lane, current, self._seq_len + 1))
-            yield {"input": tokens[:-1]}, tokens[1:], torch.tensor([number, lane.document, lane.offset])
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        readers = [_LaneReader(self, number, lane) for number, lane in [*self.lanes.items()][first::step]]
+        for reader in cycle(readers):
+            yield reader.sequence(), [reader.number, *reader.lane.numbers()], reader.finished()
 
-    def _take(self, number: int, lane: Lane, current: dict[int, list[int]], length: int) -> list[int]:
-        taken: list[int] = []
-        while len(taken) < length:
-            if number not in current:
-                epoch, index = divmod(lane.document, self._count)
-                current[number] = self._tokens_of(self._order(epoch)[index])
-            tokens = current[number]
-            if lane.offset > len(tokens):
+    def steps(self, limit: int | None = None) -> int:
+        """How many sequences the longest of these lanes has, from where they are, at most ``limit``."""
+        longest = 0
+        for number, lane in self.lanes.items():
+            reader = _LaneReader(self, number, lane)
+            count = 0
+            while count != limit and not reader.finished():
+                reader.sequence()
+                count += 1
+            longest = max(longest, count)
+        return longest
+
+    def phases(self, lane: int) -> list[float]:
+        """Where in its period of each source a lane begins, in [0, 1)."""
+        return np.random.default_rng((self._rng_seed, lane)).random(len(self.sources)).tolist()
+
+
+class _LaneReader:
+    def __init__(self, data: PackedDocuments, number: int, lane: Lane) -> None:
+        self.number, self.lane = number, Lane.of(lane.numbers())
+        self._data, self._phases = data, data.phases(number)
+        self._open: tuple[int, Tokens, Cursor] | None = (
+            None  # the document: its source, its tokens, where the next one is
+        )
+
+    def sequence(self) -> Tensor:
+        """See :meth:`PackedDocuments.__iter__`."""
+        length = self._data.seq_len + 1
+        tokens, starts = np.full(length, IGNORED, dtype=np.int64), np.zeros(length, dtype=bool)
+        filled = 0
+        while filled < length:
+            current = self._document()
+            if current is None:
+                break
+            source, document, following = current
+            lane = self.lane
+            if lane.offset > len(document):
                 raise CheckpointError(
-                    f"the data position is token {lane.offset} of a document that has {len(tokens)}: the step was saved with "
-                    "other data, data.rng_seed or tokenizer"
+                    f"the data position is token {lane.offset} of a document of {self._data.sources[source].name} that has "
+                    f"{len(document)}: the step was saved with other data, data.rng_seed or tokenizer"
                 )
-            part = tokens[lane.offset : lane.offset + length - len(taken)]
-            taken += part
-            lane.offset += len(part)
-            if lane.offset == len(tokens):
-                lane.document, lane.offset = lane.document + self.num_lanes, 0
-                del current[number]
-        return taken
+            part = document[lane.offset : lane.offset + length - filled]
+            tokens[filled : filled + len(part)] = part
+            starts[filled] = True
+            filled, lane.offset = filled + len(part), lane.offset + len(part)
+            if lane.offset == len(document):
+                lane.offset, lane.cursors[source], self._open = 0, following, None
+                lane.taken[source] += 1
+        starts[1:] |= tokens[:-1] == self._data.eos_id
+        doc_ids = np.cumsum(starts) - 1
+        doc_ids[filled:] = PADDING + np.arange(length - filled)  # nothing follows anything there
+        return torch.from_numpy(np.stack([tokens, doc_ids]))
 
+    def finished(self) -> bool:
+        """Whether there is no token left."""
+        return self._document() is None
 
-def _permutation(count: int, rng_seed: int | None, epoch: int) -> list[int]:
-    if rng_seed is None:
-        return list(range(count))
-    generator = torch.Generator().manual_seed(rng_seed * 1_000_003 + epoch)
-    return torch.randperm(count, generator=generator).tolist()
-
-
-def build_dataloader(
-    dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig
-) -> ResumableDataloader:
-    """The TrainSpec's dataloader: ``training.dataset`` by its name in the host's registry.
-
-    Map-style data are packed by lanes; streamed data (c4) go the host's own way.
-
-    Raises:
-        ConfigError: unknown name, no data, no such field, or a tokenizer with ids beyond the model's vocabulary.
-    """
-    training = job_config.training
-    source = DATASETS.get(training.dataset.lower())
-    if source is None:
-        raise ConfigError(f"training.dataset {training.dataset!r} is unknown; known: {', '.join(sorted(DATASETS))}")
-    _require_ids_in_vocabulary(tokenizer, job_config)
-    try:
-        data = source.loader(training.dataset_path or source.path)
-    except (OSError, ValueError) as e:  # absent, unreachable or malformed; the libraries' own words say which
-        raise ConfigError(
-            f"training.dataset {training.dataset!r} (training.dataset_path {training.dataset_path!r}): {e}"
-        ) from e
-    if isinstance(data, datasets.Dataset):
-        if len(data) == 0:
-            raise ConfigError(f"training.dataset {training.dataset!r} ({training.dataset_path}): no documents in it")
-        text_of(data[0], job_config.data.text_field)
-        global_batch = training.global_batch_size
-        if global_batch < 0:
-            global_batch = training.local_batch_size * dp_world_size
-
-        def tokens_of(index: int) -> list[int]:
-            return tokenizer.encode(text_of(data[index], job_config.data.text_field), add_bos=True, add_eos=True)
-
-        dataset: IterableDataset[Any] = PackedDocuments(
-            count=len(data),
-            tokens_of=tokens_of,
-            seq_len=training.seq_len,
-            lanes=range(dp_rank, global_batch, dp_world_size),
-            num_lanes=global_batch,
-            rng_seed=job_config.data.rng_seed if job_config.data.shuffle else None,
-        )
-    else:
-        dataset = HuggingFaceTextDataset(
-            training.dataset, training.dataset_path, tokenizer, training.seq_len, dp_rank, dp_world_size, infinite=True
-        )
-    dataloader = PackedDataloader if isinstance(dataset, PackedDocuments) else StreamDataloader
-    return dataloader(
-        dataset, dp_rank, dp_world_size, batch_size=training.local_batch_size, **asdict(training.dataloader)
-    )
-
-
-def _require_ids_in_vocabulary(tokenizer: BaseTokenizer, job_config: JobConfig) -> None:
-    config = load_hf_config(job_config.model.hf_assets_path, job_config.seed.trust_remote_code)
-    vocab_size = config.get_text_config().vocab_size
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if largest >= vocab_size:
-        raise ConfigError(
-            f"{job_config.model.hf_assets_path}: the tokenizer's id {largest} ({token!r}) is beyond the model's vocab_size "
-            f"{vocab_size}: it belongs to another model"
-        )
+    def _document(self) -> tuple[int, Tokens, Cursor] | None:
+        """The document that is being read, or the next one; None: all sources have ended."""
+        lane, sources = self.lane, self._data.sources
+        empty = 0
+        while self._open is None:
+            # Each source's documents are due at equal distances, the first at a random place: shares are as asked at
+            # any time, and lanes do not all begin with the same source.
+            due = [(t + p) / w for t, p, w in zip(lane.taken, self._phases, self._data.weights, strict=True)]
+            for source in sorted(range(len(sources)), key=due.__getitem__):
+                found = sources[source].read(self.number, lane.cursors[source])
+                if found is not None:
+                    break
+            else:
+                return None
+            document, following = found
+            if len(document):
+                self._open = (source, document, following)
+            else:
+                lane.taken[source], lane.cursors[source], empty = lane.taken[source] + 1, following, empty + 1
+                if empty > MAX_EMPTY:
+                    raise ConfigError(f"{sources[source].name}: {empty} documents one after the other have no token")
+        return self._open

@@ -1,63 +1,361 @@
-"""Local text as entries of the host's dataset registry, so that ``training.dataset`` and ``validation.dataset`` name it."""
+"""What ``[data].sources`` and ``training.dataset`` name, opened: files, Hub datasets and registered ones as :class:`Documents`.
+
+All of it is read by the datasets library, in constant memory: files become Arrow files in its cache, which are mapped, or are
+streamed. JSON lines alone are read here, for an error to name file and line.
+"""
 
 from __future__ import annotations
 
+import gzip
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from datasets import Dataset, load_dataset
+import datasets
+import numpy as np
+import pyarrow
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets.arrow_writer import SchemaInferenceError
+from datasets.exceptions import DatasetsError
+from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
+from torchtitan.config import JobConfig
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
+from torchtitan.tools.logging import logger
 
+from flame_ext.config.sections import DataSource
+from flame_ext.data.documents import Documents, IndexedDocuments, StreamedDocuments, Tokens
 from flame_ext.data.python_stdlib import Split, read_stdlib
 from flame_ext.errors import ConfigError
 
-# Builder of the datasets library to the endings that it reads in a folder.
-LOCAL_FORMATS = {"text": ("*.txt",), "json": ("*.jsonl", "*.json", "*.jsonl.gz"), "parquet": ("*.parquet",)}
+TOKENS_FIELD = "input_ids"
+_ENDINGS = {
+    "json": (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst"),
+    "text": (".txt",),
+    "parquet": (".parquet",),
+    "arrow": (".arrow",),
+    "tokens": (".npy",),
+}
+LOCAL_FORMATS = ("text", "json", "parquet")
+"""Names in the host's registry that stand for local files (``training.dataset_path``)."""
+
+
+class OpenedData(NamedTuple):
+    """A source before it is tokenised."""
+
+    data: Dataset | IterableDataset
+    text_of: Callable[[dict[str, Any]], Any]
+    """A sample to its text, or to its tokens."""
 
 
 def register_local_sources() -> None:
     """Add ``text``, ``json``, ``parquet`` (with ``training.dataset_path`` a file, glob or folder) and ``python_stdlib``."""
-    for builder in LOCAL_FORMATS:
-        DATASETS.setdefault(builder, DatasetConfig("", partial(load_local, builder), text_of))
+    for name in LOCAL_FORMATS:
+        DATASETS.setdefault(name, DatasetConfig("", partial(load_local, name), text_of))
     splits: dict[str, Split] = {"python_stdlib": "train", "python_stdlib_validation": "validation"}
     for name, split in splits.items():
         DATASETS.setdefault(name, DatasetConfig("", partial(_load_stdlib, split), text_of))
 
 
-def load_local(builder: str, path: str) -> Dataset:
-    """Read local files; one sample is a line of JSON, a row, or a whole text file.
+def load_local(kind: str, path: str) -> Dataset:
+    """Local files as the host's validator wants them.
 
     Raises:
         ConfigError: no file matches.
     """
     if not path:
-        raise ConfigError(f"training.dataset = {builder!r} needs training.dataset_path: a file, a glob or a folder")
-    place = Path(path)
-    if place.is_dir():
-        files = sorted(str(p) for pattern in LOCAL_FORMATS[builder] for p in place.rglob(pattern))
-    elif place.is_file():
-        files = [str(place)]
-    else:
-        files = sorted(str(p) for p in Path(place.anchor or ".").glob(str(place.relative_to(place.anchor))))
-    if not files:
+        raise ConfigError(f"training.dataset = {kind!r} needs training.dataset_path: a file, a glob or a folder")
+    data = _load_files(DataSource(path=path), kind, local_files(path, kind))
+    assert isinstance(data, Dataset)
+    return data
+
+
+def sources_of(config: JobConfig) -> list[tuple[str, DataSource]]:
+    """Each source of a job and the name of the option that says so."""
+    data, training = config.data, config.training
+    if data.sources:
+        return [(f"data.sources[{i}]", source) for i, source in enumerate(data.sources)]
+    name = training.dataset.lower()
+    path = training.dataset_path if name in LOCAL_FORMATS else name
+    if name in LOCAL_FORMATS and not path:
+        raise ConfigError(f"training.dataset = {name!r} needs training.dataset_path: a file, a glob or a folder")
+    if name not in DATASETS:
         raise ConfigError(
-            f"training.dataset_path {path!r}: no file matches ({', '.join(LOCAL_FORMATS[builder])} for {builder!r})"
+            f"training.dataset {training.dataset!r} is unknown; known: {', '.join(sorted(DATASETS))}; or list data.sources"
         )
-    options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
-    return load_dataset(builder, data_files=files, split="train", **options)
+    return [("training.dataset", DataSource(path=path or "", text_field=data.text_field))]
 
 
-def text_of(sample: dict[str, Any], text_field: str = "text") -> str:
-    """The text of a sample.
+def open_documents(
+    where: str,
+    source: DataSource,
+    tokenizer: BaseTokenizer,
+    *,
+    num_lanes: int,
+    seq_len: int,
+    vocab_size: int,
+    rng_seed: int | None,
+    epochs: int | None,
+    registered_path: str | None = None,
+) -> Documents:
+    """Open a source and look at its first document.
+
+    Args:
+        where: the option, for messages.
+        source: what is asked for.
+        tokenizer: of the model.
+        num_lanes: that share its documents.
+        seq_len: T; flat files of tokens are dealt in pieces of T + 1.
+        vocab_size: of the model; an id beyond it is an error.
+        rng_seed: determines the order; None = as they come.
+        epochs: after which it ends; None = never.
+        registered_path: another path for a dataset of the host's registry.
 
     Raises:
-        ConfigError: the field is not there, with those that are.
+        ConfigError: naming the option, what was found and what was expected.
     """
-    if text_field not in sample:
-        raise ConfigError(f"data.text_field {text_field!r} is not in the data, which has {', '.join(sorted(sample))}")
-    return sample[text_field]
+    try:
+        if source.path.endswith(_ENDINGS["tokens"]):
+            return _flat_tokens(source, num_lanes, seq_len + 1, vocab_size, rng_seed, epochs)
+        data, text_of_sample = _open(source, registered_path)
+        if source.max_samples is not None:
+            data = _first(data, source.max_samples)
+        sample = next(iter(data), None)
+        if sample is None:
+            raise ConfigError(f"{source.path}: no documents in it")
+        encode = _Encoder(source.path, tokenizer, text_of_sample, vocab_size)
+        encode(sample)
+    except ConfigError as e:
+        raise ConfigError(f"{where}: {e}") from e
+    except (
+        OSError,
+        ValueError,
+        DatasetsError,
+    ) as e:  # absent, gated, unreachable, malformed: the libraries' words say which
+        cause = _innermost(e)
+        if isinstance(cause, SchemaInferenceError):
+            raise ConfigError(f"{where}: {source.path}: no documents in it") from e
+        message = str(cause).strip().splitlines() or [type(cause).__name__]
+        raise ConfigError(
+            f"{where}: " + ("" if isinstance(cause, ConfigError) else f"{source.path}: ") + message[0]
+        ) from e
+    if isinstance(data, Dataset):
+        return IndexedDocuments(source.path, len(data), lambda index: encode(data[index]), num_lanes, rng_seed, epochs)
+    return StreamedDocuments(source.path, data, encode, num_lanes, rng_seed, epochs)
+
+
+def _flat_tokens(
+    source: DataSource, num_lanes: int, length: int, vocab_size: int, rng_seed: int | None, epochs: int | None
+) -> Documents:
+    """Pieces of ``length`` tokens as documents."""
+    files = [_TokenFile(Path(f), source.tokens_dtype, length, vocab_size) for f in local_files(source.path, "tokens")]
+    first = np.cumsum([0, *(file.pieces for file in files)])
+    count = int(first[-1]) if source.max_samples is None else min(int(first[-1]), source.max_samples)
+    if count == 0:
+        raise ConfigError(f"{source.path}: no tokens in it")
+
+    def read(index: int) -> Tokens:
+        number = int(np.searchsorted(first, index, side="right")) - 1
+        return files[number].read(index - int(first[number]))
+
+    return IndexedDocuments(source.path, count, read, num_lanes, rng_seed, epochs)
+
+
+class _Encoder:
+    """A sample to its tokens: text by the tokenizer, between BOS (if it has one) and EOS; ids as they are."""
+
+    def __init__(
+        self, name: str, tokenizer: BaseTokenizer, text_of: Callable[[dict[str, Any]], Any], vocab_size: int
+    ) -> None:
+        self._name, self._tokenizer, self._text_of = name, tokenizer, text_of
+        self._vocab_size = vocab_size
+
+    def __call__(self, sample: dict[str, Any]) -> Tokens:
+        value = self._text_of(sample)
+        if isinstance(value, str):
+            return np.asarray(self._encode(value), dtype=np.int64)
+        try:
+            tokens = np.asarray(value, dtype=np.int64)
+        except (TypeError, ValueError):
+            tokens = np.empty((0, 0), dtype=np.int64)
+        if tokens.ndim != 1:
+            raise ConfigError(f"{self._name}: a sample is neither text nor a list of token ids: {value!r:.80}")
+        return require_in_vocabulary(tokens, self._vocab_size, f"{self._name}")
+
+    def _encode(self, text: str) -> list[int]:
+        tokenizer = self._tokenizer
+        if not isinstance(tokenizer, HuggingFaceTokenizer):
+            return tokenizer.encode(text, add_bos=True, add_eos=True)
+        # As its encode() does, without working out where in the text each token lies.
+        ids: list[int] = tokenizer.tokenizer.encode_batch_fast([text])[0].ids
+        before = [tokenizer.bos_id] if tokenizer.bos_id is not None and not tokenizer.hf_adds_bos else []
+        after = [tokenizer.eos_id] if tokenizer.eos_id is not None and not tokenizer.hf_adds_eos else []
+        return [*before, *ids, *after]
+
+
+def require_in_vocabulary(tokens: Tokens, vocab_size: int, where: str) -> Tokens:
+    """The tokens.
+
+    Raises:
+        ConfigError: an id is beyond the model's vocabulary.
+    """
+    if len(tokens) and not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size):
+        wrong = int(tokens.max()) if tokens.max() >= vocab_size else int(tokens.min())
+        raise ConfigError(
+            f"{where}: token id {wrong} is not in the model's vocabulary of {vocab_size}: another tokenizer made it"
+        )
+    return tokens
+
+
+class _TokenFile:
+    """A flat file of tokens, mapped: with NumPy's header, or without, as OLMo's are."""
+
+    def __init__(self, file: Path, dtype: str, length: int, vocab_size: int) -> None:
+        with file.open("rb") as stream:
+            header = stream.read(6) == b"\x93NUMPY"
+        if header:
+            self._tokens = np.load(file, mmap_mode="r", allow_pickle=False)
+        elif file.stat().st_size % np.dtype(dtype).itemsize:
+            raise ConfigError(f"{file}: its size is no multiple of {dtype} (tokens_dtype)")
+        else:
+            self._tokens = np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.empty(0, dtype)
+        if self._tokens.ndim != 1 or self._tokens.dtype.kind not in "iu":
+            raise ConfigError(
+                f"{file}: expected a flat array of integers, found {self._tokens.dtype} {self._tokens.shape}"
+            )
+        self._file, self._length, self._vocab_size = file, length, vocab_size
+        self.pieces = -(-len(self._tokens) // length)
+
+    def read(self, piece: int) -> Tokens:
+        tokens = self._tokens[piece * self._length : (piece + 1) * self._length].astype(np.int64)
+        return require_in_vocabulary(tokens, self._vocab_size, str(self._file))
+
+
+def _open(source: DataSource, registered_path: str | None) -> OpenedData:
+    registered = None if source.path in LOCAL_FORMATS else DATASETS.get(source.path.lower())
+    if registered is not None and not Path(source.path).exists():
+        data = registered.loader(registered_path or registered.path)
+        if registered.sample_processor is text_of:
+            return OpenedData(data, partial(text_of, text_field=source.text_field))
+        return OpenedData(data, registered.sample_processor)
+    field = partial(text_of, text_field=source.text_field, where=source.path)
+    place = Path(source.path)
+    if (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():
+        data = load_from_disk(source.path)
+        if isinstance(data, datasets.DatasetDict):
+            data = data[source.split]
+        return OpenedData(data.to_iterable_dataset() if source.streaming else data, field)
+    if place.exists() or place.is_absolute() or any(c in source.path for c in "*?["):
+        for kind in _ENDINGS:
+            if files := local_files(source.path, kind, strict=False):
+                return OpenedData(_load_files(source, kind, files), field)
+        local_files(source.path, "json")  # raises
+    options = {"name": source.name or None, "data_files": source.data_files or None}
+    data = load_dataset(source.path, split=source.split, streaming=source.streaming, **options)
+    return OpenedData(data, field)
+
+
+def local_files(path: str, kind: str, strict: bool = True) -> list[str]:
+    """The files of a kind (a key of ``_ENDINGS``) at a path: itself, those of a folder, or those of a glob. Sorted.
+
+    Raises:
+        ConfigError: there are none, and ``strict``.
+    """
+    place = Path(path)
+    if place.is_dir():
+        files = [str(p) for p in place.rglob("*") if p.name.endswith(_ENDINGS[kind])]
+    elif place.is_file():
+        files = [path] if path.endswith(_ENDINGS[kind]) else []
+    else:
+        found = Path(place.anchor or ".").glob(str(place.relative_to(place.anchor)))
+        files = [str(p) for p in found if p.name.endswith(_ENDINGS[kind])]
+    if not files and strict:
+        endings = ", ".join(ending for endings in _ENDINGS.values() for ending in endings)
+        raise ConfigError(f"{path!r}: no file matches; files of documents end in {endings}")
+    return sorted(files)
+
+
+def _load_files(source: DataSource, kind: str, files: list[str]) -> Dataset | IterableDataset:
+    field = source.text_field
+    if kind in ("json", "text"):
+        # Size and time make another cache entry of a file that has changed.
+        stats = [Path(file).stat() for file in files]
+        stamped = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats, strict=True)]
+        read = _read_texts if kind == "text" else _read_json_lines
+        arguments = {"files": stamped, "field": field, "skip": source.skip_unreadable}
+        if source.streaming:
+            return IterableDataset.from_generator(read, gen_kwargs=arguments)
+        return Dataset.from_generator(read, gen_kwargs=arguments)
+    return load_dataset(kind, data_files=files, split="train", streaming=source.streaming)
+
+
+def _read_texts(files: list[tuple[str, int, int]], field: str, skip: bool) -> Iterator[dict[str, Any]]:
+    for file, *_ in files:
+        try:
+            yield {field: Path(file).read_text(encoding="utf-8", errors="replace" if skip else "strict")}
+        except UnicodeDecodeError as e:
+            raise ConfigError(f"{file}: not UTF-8 (byte {e.start})") from e
+
+
+def _read_json_lines(files: list[tuple[str, int, int]], field: str, skip: bool) -> Iterator[dict[str, Any]]:
+    for file, *_ in files:
+        skipped = 0
+        with _opened(file) as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    sample = json.loads(line)
+                    found = field if field in sample or TOKENS_FIELD not in sample else TOKENS_FIELD
+                    yield {found: sample[found]}
+                except (ValueError, KeyError, TypeError) as e:
+                    if not skip:
+                        raise ConfigError(f"{file}, line {number}: {_what(e, line, field)}") from e
+                    skipped += 1
+        if skipped:
+            logger.warning(f"{file}: skipped {skipped} unreadable lines")
+
+
+def _what(error: Exception, line: bytes, field: str) -> str:
+    remedy = "; mend it, or set skip_unreadable"
+    if not isinstance(error, KeyError):
+        return f"not JSON with a field {field!r} ({error}){remedy}"
+    return f"no field {field!r} (text_field), which has {', '.join(sorted(json.loads(line)))}{remedy}"
+
+
+def _opened(file: str) -> Any:
+    if file.endswith(".zst"):
+        return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"), 2**20)
+    return gzip.open(file, "rb") if file.endswith(".gz") else Path(file).open("rb")
+
+
+def _first(data: Dataset | IterableDataset, count: int) -> Dataset:
+    if isinstance(data, Dataset):
+        return data.select(range(min(count, len(data))))
+    return Dataset.from_list(list(itertools.islice(data, count)))
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """The error of the library that knows."""
+    while error.__cause__ is not None and not isinstance(error, ConfigError):
+        error = error.__cause__
+    return error
+
+
+def text_of(sample: dict[str, Any], text_field: str = "text", where: str = "data.text_field") -> Any:
+    """The text of a sample, or its tokens: ``input_ids``, if there is no such field.
+
+    Raises:
+        ConfigError: neither is there, with the fields that are.
+    """
+    for field in (text_field, TOKENS_FIELD):
+        if field in sample:
+            return sample[field]
+    raise ConfigError(f"{where}: {text_field!r} is not in the data, which has {', '.join(sorted(sample))}")
 
 
 def _load_stdlib(split: Split, path: str) -> Dataset:

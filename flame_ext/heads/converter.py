@@ -12,9 +12,11 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import set_default_dtype
 
+from flame_ext.errors import CheckpointError
 from flame_ext.heads.action_layer import ActionLayer
 from flame_ext.heads.future_encoder import build_future_encoder
 from flame_ext.heads.future_predictor import FuturePredictor
+from flame_ext.heads.own import enabled_heads, own_head
 from flame_ext.model.attention import attention_windows
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class FuturePredictionConverter:
             "future_encoder": encoder.loss_weight > 0 and not encoder.detach_targets,
             "future_predictor": encoder.loss_weight > 0,
             "action_layer": action.loss_weight > 0 or action.model_loss_weight > 0,
+            **{name: section.loss_weight > 0 for name, section in enabled_heads(config).items()},
         }
         for name, head in heads.items():
             head.requires_grad_(trained[name])
@@ -69,20 +72,20 @@ def head_arguments(job_config: JobConfig, config: PreTrainedConfig, backbone: nn
     text = config.get_text_config()
     encoder, predictor, action = job_config.future_encoder, job_config.future_predictor, job_config.action_layer
     anticausal = encoder.summary_method == "anticausal"
-    arguments: dict[str, dict[str, Any]] = {
-        "future_encoder": {
+    arguments: dict[str, dict[str, Any]] = {}
+    if encoder.enable:
+        arguments["future_encoder"] = {
             "summary_method": encoder.summary_method,
             "future_k": encoder.future_k,
             "hidden_size": text.hidden_size,
             "num_heads": text.num_attention_heads,
             "windows": attention_windows(text) if anticausal else None,
-        },
-        "future_predictor": {
+        }
+        arguments["future_predictor"] = {
             "hidden_size": text.hidden_size,
             "head_type": predictor.head_type,
             "dropout": predictor.dropout,
-        },
-    }
+        }
     if action.enable:
         inferred_norm = any("RMSNorm" in type(module).__name__ for module in backbone.modules())
         arguments["action_layer"] = {
@@ -91,6 +94,9 @@ def head_arguments(job_config: JobConfig, config: PreTrainedConfig, backbone: nn
             "use_rms_norm": inferred_norm if action.use_rms_norm is None else action.use_rms_norm,
             "ffn_hidden_size": action.ffn_hidden_size or _ffn_hidden_size(text),
         }
+    for name, section in enabled_heads(job_config).items():
+        if (spec := own_head(name)) is not None:
+            arguments[name] = spec.arguments(section, text)
     return arguments
 
 
@@ -102,10 +108,26 @@ HEAD_BUILDERS: dict[str, Callable[..., Any]] = {
 """Name of a head to what builds it from its arguments."""
 
 
+def build_head(name: str, arguments: dict[str, Any]) -> Any:
+    """A head, flame_ext's or a user's own.
+
+    Raises:
+        CheckpointError: nobody has registered one of this name.
+    """
+    spec = own_head(name)
+    if spec is not None:
+        return spec.build(**arguments)
+    if name not in HEAD_BUILDERS:
+        raise CheckpointError(
+            f"head {name!r} is not known (known: {', '.join(HEAD_BUILDERS)}); import the module that registers it first"
+        )
+    return HEAD_BUILDERS[name](**arguments)
+
+
 def build_heads(job_config: JobConfig, config: PreTrainedConfig, backbone: nn.Module) -> dict[str, Any]:
     """The enabled heads, on the current default device; arguments as in :func:`head_arguments`."""
     arguments = head_arguments(job_config, config, backbone)
-    return {name: HEAD_BUILDERS[name](**values) for name, values in arguments.items()}
+    return {name: build_head(name, values) for name, values in arguments.items()}
 
 
 def _ffn_hidden_size(text: PreTrainedConfig) -> int:

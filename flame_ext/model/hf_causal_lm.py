@@ -150,11 +150,13 @@ class HFCausalLM(nn.Module):
         """Attach a module beside the backbone; its parameters are named ``name.…`` and initialised by ``inits``.
 
         Raises:
-            ValueError: if a parameter has no initialisation.
+            ConfigError: if a parameter has no initialisation, or the backbone has something of this name.
         """
         missing = [n for n, _ in head.named_parameters() if n not in inits]
         if missing:
-            raise ValueError(f"head {name!r}: no initialisation for {missing}")
+            raise ConfigError(f"head {name!r}: parameter_inits() has no initialisation for {', '.join(missing)}")
+        if hasattr(self, name):
+            raise ConfigError(f"head {name!r}: {type(self).__name__} has an attribute of this name; rename the head")
         self.add_module(name, head)
         self.head_names.append(name)
         self.parameter_inits.update({f"{name}.{n}": init for n, init in inits.items()})

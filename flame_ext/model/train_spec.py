@@ -11,7 +11,7 @@ from torchtitan.protocols import StateDictAdapter
 from torchtitan.protocols.train_spec import TrainSpec
 
 from flame_ext.config.sections import FlameJobConfig
-from flame_ext.data.packing import build_dataloader
+from flame_ext.data.build import build_dataloader
 from flame_ext.future_objective import loss_compile_backend
 from flame_ext.metrics import build_metrics_processor
 from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm

@@ -123,6 +123,34 @@ def anticausal_block_mask(
     return create(allowed, None if doc_ids is None else batch_size, None, seq_len, seq_len, device=device)
 
 
+def causal_document_mask(doc_ids: Tensor, window: int = 0) -> Tensor:
+    """Causal attention that does not leave a document: i attends to j where i - window < j <= i, in the same document.
+
+    Args:
+        doc_ids: (B, T) integers.
+        window: positions that are seen, the own one included; 0 = all the past.
+
+    Returns:
+        (B, 1, T, T) bool, true where attention is allowed.
+    """
+    position = torch.arange(doc_ids.shape[1], device=doc_ids.device)
+    behind = position[:, None] - position[None, :]
+    allowed = (behind >= 0) & (behind < window) if window else behind >= 0
+    return allowed & (doc_ids[:, None, :, None] == doc_ids[:, None, None, :])
+
+
+def causal_document_block_mask(doc_ids: Tensor, window: int = 0) -> BlockMask:
+    """:func:`causal_document_mask` for FlexAttention, which skips blocks that are all masked."""
+
+    def allowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        causal = (j <= i) & (i - j < window) if window else j <= i
+        return causal & (doc_ids[b, i] == doc_ids[b, j])
+
+    batch_size, seq_len = doc_ids.shape
+    create = _compiled_create_block_mask() if doc_ids.is_cuda else create_block_mask
+    return create(allowed, batch_size, None, seq_len, seq_len, device=str(doc_ids.device))
+
+
 @cache
 def _compiled_create_block_mask() -> Callable[..., BlockMask]:
     return torch.compile(create_block_mask)

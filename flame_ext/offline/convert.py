@@ -18,18 +18,17 @@ from flame_ext.checkpoint.card import card_of_step
 from flame_ext.checkpoint.export import ExportSpec, write_small_files, write_tensors
 from flame_ext.checkpoint.steps import MANIFEST_NAME, put_in_place, start, temporary_path
 from flame_ext.errors import CheckpointError, SeedError, UserError
-from flame_ext.heads.converter import HEAD_BUILDERS
+from flame_ext.heads.converter import build_head
 from flame_ext.model.hf_causal_lm import load_hf_config
 from flame_ext.offline.compare import compare_headers
 from flame_ext.offline.dcp_folder import write_dcp
-from flame_ext.offline.names import is_heads, load_architecture, plain
+from flame_ext.offline.names import Architecture, is_heads, load_architecture, plain
 from flame_ext.seeding.folders import parse_json
 from flame_ext.seeding.hub import locate
 from flame_ext.seeding.key_map import parse_key_map, renamed
 from flame_ext.seeding.key_names import in_model_names
 from flame_ext.seeding.layouts import open_source
-from flame_ext.seeding.layouts.hf_safetensors import HEADS_FOLDER
-from flame_ext.seeding.source import Source, TensorEntry
+from flame_ext.seeding.source import HEADS_FOLDER, Source, TensorEntry
 from flame_ext.seeding.tensors import cast, read_tensor, same_bits
 
 Layout = Literal["hf", "dcp", "dcp-nested"]
@@ -44,7 +43,7 @@ class Conversion:
     max_shard_size: str = "5GB"
     """Of a Hugging Face folder's files."""
     assets: Path | None = None
-    """Folder of ``config.json`` and tokenizer for a source that has none, and of ``future_heads/config.json``."""
+    """Folder of ``config.json`` and tokenizer, and of ``future_heads/config.json``; None = the source's own."""
     head_arguments: dict[str, dict[str, Any]] | None = None
     """Name of each head to what it is built from, for a source that does not say."""
     key_map: tuple[str, ...] = ()
@@ -81,7 +80,8 @@ def convert(
     Args:
         path: anything that a job can be seeded from; of a training step, the model is taken.
         destination: must not be there.
-        to: "hf", "dcp" (flat, as this trainer, torchtitan and flame's seeds have it) or "dcp-nested" (``{"model": …}``).
+        to: "hf", "dcp" (flat, as this trainer, torchtitan and flame's seeds have it) or "dcp-nested" (``{"model": …}``). Where
+            the model's ``config.json`` is known, DCP gets the keys of its state dict; else those of the source.
         options: see the class.
         progress: called with the bytes written so far and in all.
 
@@ -149,7 +149,8 @@ class _DCPFolder:
         self.options, self.nested = options, nested
 
     def write(self, source: Source, folder: Path, progress: Callable[[int, int], None]) -> tuple[Source, int]:
-        source = plain(source)
+        assets = _assets(source, self.options)
+        source = plain(source) if assets is None else _as_state_dict(source, assets, self.options.trust_remote_code)
         _require_tensors(source)
         described = _described(source.entries, self.options.dtype)
         total = sum(tensor.nbytes for tensor in described.values())
@@ -169,23 +170,77 @@ class _DCPFolder:
         return source, total
 
 
+def _assets(source: Source, options: Conversion) -> Path | None:
+    """The folder that has the ``config.json`` of a source's model, if any is known."""
+    path = options.assets or source.path
+    return path if (path / "config.json").is_file() else None
+
+
+def _as_state_dict(source: Source, assets: Path, trust_remote_code: bool) -> Source:
+    """A source with the keys of ``model.state_dict()``: a strict load wants a tied weight under each of its names.
+
+    Raises:
+        SeedError: the source is not that model.
+    """
+    architecture = load_architecture(assets, trust_remote_code)
+    source = in_model_names(source, architecture.names)
+    _require_tensors(source)
+    held = _backbone(source, architecture, assets)
+    tied = {name: held[owner] for name, owner in architecture.model.tied_keys.items() if owner in held}
+    heads = {name: entry for name, entry in source.entries.items() if is_heads(name)}
+    return replace(source, entries=held | tied | heads)
+
+
+def _backbone(source: Source, architecture: Architecture, assets: Path) -> dict[str, TensorEntry]:
+    """Each tensor of the model once, under the model's name.
+
+    Raises:
+        SeedError: the source and the model of ``config.json`` do not have the same, or tied tensors differ.
+    """
+    shapes, tied = architecture.shapes, architecture.model.tied_keys
+    held = {name: entry for name, entry in source.entries.items() if not is_heads(name)}
+    backbone: dict[str, TensorEntry] = {}
+    for name, entry in held.items():
+        owner = tied.get(name, name)
+        first = backbone.setdefault(owner, entry)
+        if first is not entry and not same_bits(
+            read_tensor(source, name), read_tensor(replace(source, entries=backbone), owner)
+        ):
+            raise SeedError(
+                f"{source.path}: {first.key!r} differs from {entry.key!r}, but config.json ties them (tie_word_embeddings); set "
+                "it to false, or remove the one that is not meant"
+            )
+    needed = {
+        name: TensorEntry(name, shape, backbone[name].dtype if name in backbone else torch.float32, ())
+        for name, shape in shapes.items()
+    }
+    found = compare_headers(needed, backbone)
+    if found:
+        lines = [_misfit(difference.name, difference.kind, needed, backbone) for difference in found[:10]]
+        more = [f"… and {len(found) - 10} more"] if len(found) > 10 else []
+        raise SeedError(
+            f"{source.path} is not the model of {assets}/config.json:\n  - " + "\n  - ".join([*lines, *more])
+        )
+    return backbone
+
+
 class _HFFolder:
     def __init__(self, options: Conversion) -> None:
         self.options = options
 
     def write(self, source: Source, folder: Path, progress: Callable[[int, int], None]) -> tuple[Source, int]:
         options = self.options
-        assets = options.assets or source.path
-        if not (assets / "config.json").is_file():
+        assets = _assets(source, options)
+        if assets is None:
             raise SeedError(
-                f"{assets}: no config.json, which a Hugging Face folder needs and DCP does not keep; name the folder of the "
-                "model's config.json and tokenizer with --assets"
+                f"{options.assets or source.path}: no config.json, which a Hugging Face folder needs and DCP does not keep; name "
+                "the folder of the model's config.json and tokenizer with --assets"
             )
         architecture = load_architecture(assets, options.trust_remote_code)
         source = in_model_names(source, architecture.names)
         _require_tensors(source)
         heads = {name: entry for name, entry in source.entries.items() if is_heads(name)}
-        backbone = self._backbone(source, architecture.shapes, architecture.model.tied_keys)
+        backbone = _backbone(source, architecture, assets)
         arguments = self._head_arguments(source, heads) if heads else None
         dtypes = {entry.dtype for entry in backbone.values() if entry.dtype.is_floating_point}
         config = load_hf_config(str(assets), options.trust_remote_code)
@@ -210,40 +265,6 @@ class _HFFolder:
                 write_tensors(tensors, read, place, size)
         return replace(source, entries=backbone | heads), total
 
-    def _backbone(
-        self, source: Source, shapes: Mapping[str, tuple[int, ...]], tied: Mapping[str, str]
-    ) -> dict[str, TensorEntry]:
-        """Each tensor of the model once, under the model's name.
-
-        Raises:
-            SeedError: the source and the model of ``config.json`` do not have the same, or tied tensors differ.
-        """
-        held = {name: entry for name, entry in source.entries.items() if not is_heads(name)}
-        backbone: dict[str, TensorEntry] = {}
-        for name, entry in held.items():
-            owner = tied.get(name, name)
-            if owner in backbone and not same_bits(
-                read_tensor(source, name), read_tensor(replace(source, entries=backbone), owner)
-            ):
-                raise SeedError(
-                    f"{source.path}: {name!r} differs from {owner!r}, but config.json ties them (tie_word_embeddings); set it "
-                    "to false, or remove the one that is not meant"
-                )
-            backbone.setdefault(owner, entry)
-        needed = {
-            name: TensorEntry(name, shape, backbone[name].dtype if name in backbone else torch.float32, ())
-            for name, shape in shapes.items()
-        }
-        found = compare_headers(needed, backbone)
-        if found:
-            lines = [_misfit(difference.name, difference.kind, needed, backbone) for difference in found[:10]]
-            more = [f"… and {len(found) - 10} more"] if len(found) > 10 else []
-            raise SeedError(
-                f"{source.path} is not the model of {self.options.assets or source.path}/config.json:\n  - "
-                + "\n  - ".join([*lines, *more])
-            )
-        return backbone
-
     def _head_arguments(self, source: Source, heads: Mapping[str, TensorEntry]) -> dict[str, dict[str, Any]]:
         """What the heads of a source are built from, for ``future_heads/config.json``.
 
@@ -258,7 +279,7 @@ class _HFFolder:
             )
         try:
             with torch.device("meta"):
-                built = {name: HEAD_BUILDERS[name](**values) for name, values in arguments.items()}
+                built = {name: build_head(name, values) for name, values in arguments.items()}
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise SeedError(f"{where}: heads can not be built from it ({type(e).__name__}: {e})") from e
         needed = {

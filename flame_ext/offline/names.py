@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flame_ext.heads.converter import HEAD_BUILDERS
+from flame_ext.heads.own import own_head
 from flame_ext.model.hf_causal_lm import HFCausalLM, HFModelArgs, build_hf_causal_lm
 from flame_ext.seeding.key_names import KeyNames
 from flame_ext.seeding.layouts.dcp import DcpSource, in_noted_layout
 from flame_ext.seeding.source import Source
 from flame_ext.seeding.target import key_names
-
-HEAD_PREFIXES = tuple(f"{name}." for name in HEAD_BUILDERS)
 
 
 def plain(source: Source) -> Source:
@@ -22,7 +21,8 @@ def plain(source: Source) -> Source:
 
 def is_heads(name: str) -> bool:
     """Whether a plain name is that of a head's parameter."""
-    return name.startswith(HEAD_PREFIXES)
+    head = name.split(".")[0]
+    return head in HEAD_BUILDERS or own_head(head) is not None
 
 
 @dataclass(frozen=True)

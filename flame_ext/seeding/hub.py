@@ -17,7 +17,8 @@ from flame_ext.distributed import failing_together, is_main_rank
 from flame_ext.errors import SeedError
 from flame_ext.seeding.folders import read_weight_map
 from flame_ext.seeding.layouts.hf_bin import BIN_INDEX_NAME, BIN_NAME
-from flame_ext.seeding.layouts.hf_safetensors import HEADS_FOLDER, INDEX_NAME, SINGLE_NAME
+from flame_ext.seeding.layouts.hf_safetensors import INDEX_NAME, SINGLE_NAME
+from flame_ext.seeding.source import HEADS_FOLDER
 
 HUB_PREFIX = "hf://"
 

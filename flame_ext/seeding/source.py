@@ -15,6 +15,8 @@ from torch import Tensor
 
 from flame_ext.seeding.placement import Box
 
+HEADS_FOLDER = "future_heads"  # of an export: the heads beside the backbone (checkpoint/export.py)
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -46,8 +48,10 @@ class TensorEntry:
 
     @property
     def place(self) -> str:
-        """The name of its file, for messages."""
-        return self.chunks[0].file.name + (", …" if len({chunk.file for chunk in self.chunks}) > 1 else "")
+        """Its file in the source's folder, for messages."""
+        file = self.chunks[0].file
+        name = f"{HEADS_FOLDER}/{file.name}" if file.parent.name == HEADS_FOLDER else file.name
+        return name + (", …" if len({chunk.file for chunk in self.chunks}) > 1 else "")
 
 
 # Values of a box inside one chunk: reads just these elements, in the file's dtype, on CPU.

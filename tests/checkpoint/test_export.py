@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import queue
 import shutil
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from flame_ext.analysis import load_future_heads, load_with_heads, predict_future
 from flame_ext.checkpoint.background_export import BackgroundExports
+from flame_ext.checkpoint.manager import SeedingCheckpointManager
 from flame_ext.errors import SeedError
 from flame_ext.seeding.tensors import same_bits
 from tests.ranks import TINY_OLMO, TrainRun, train
@@ -120,6 +123,18 @@ def test_steps_in_use_are_known_and_one_export_follows_the_other(tmp_path: Path,
     exports.cancel()
 
 
+def test_a_step_that_an_export_still_reads_is_not_deleted(run: TrainRun) -> None:
+    folder = run.dump_folder / "checkpoint"
+    manifest = json.loads((folder / "step-1" / "manifest.json").read_text())
+    queued: queue.Queue[str] = queue.Queue()
+    manager = SimpleNamespace(
+        keep_latest_k=2, folder=str(folder), purge_queue=queued, _facts=lambda: {"run": manifest["run"]},
+        _exports=SimpleNamespace(in_use=lambda: {folder / "step-1"}),
+    )  # fmt: skip
+    SeedingCheckpointManager._purge_stale_checkpoints(manager)
+    assert list(queued.queue) == [str(folder / "step-2")], "of the four, two are kept and one is in use"
+
+
 @pytest.mark.parametrize(("end", "error"), [("kill -USR1 $$", None), ("echo 'error: no' >&2; exit 2", "failed: no")])
 def test_a_signal_to_the_whole_job_is_no_failure_of_the_export(tmp_path: Path, monkeypatch, end: str, error) -> None:
     python = tmp_path / "python"
@@ -138,6 +153,7 @@ def test_a_signal_to_the_whole_job_is_no_failure_of_the_export(tmp_path: Path, m
 def test_backbone_and_heads_for_analysis(run: TrainRun) -> None:
     folder = run.dump_folder / "hf" / "step-4"
     model, heads = load_with_heads(folder, dtype=torch.float32)
+    assert not any(module.training for part in (model, heads) for module in part.modules()), "no dropout"
     tokens = torch.randint(0, 264, (2, 24), generator=torch.Generator().manual_seed(0))
     prediction = predict_future(model, heads, tokens)
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

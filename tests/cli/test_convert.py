@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torchtitan.components.checkpoint import CheckpointManager
+from torchtitan.config import Checkpoint
 from transformers import AutoModelForCausalLM
 
 from flame_ext.analysis import load_future_heads
 from flame_ext.checkpoint import export
 from flame_ext.cli.main import main
 from flame_ext.heads.future_predictor import FuturePredictor
+from flame_ext.offline import convert as offline_convert
 from flame_ext.seeding.tensors import same_bits
 from tests.ranks import train
 from tests.sources import load_dcp, save_dcp
@@ -68,28 +75,56 @@ def add_heads(folder: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("model", ["olmo-tied", "olmo-untied"])
 def test_every_pair_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture, model: str, heads: bool) -> None:
     original = save_tiny(model, tmp_path / "original", dtype=torch.bfloat16)
-    tensors = load_file(original / "model.safetensors") | (add_heads(original) if heads else {})
+    files = load_file(original / "model.safetensors") | (add_heads(original) if heads else {})
+    # A strict load of a state dict wants a tied weight under each of its names.
+    state = {"lm_head.weight": files["model.embed_tokens.weight"], **files}
+    expected = {"hf": files, "dcp": state, "dcp-nested": state}
     folders = {"hf": original}
     for layout in ("dcp", "dcp-nested"):
         folders[layout] = tmp_path / layout
         convert(capsys, original, folders[layout], "--to", layout)
-        assert equal(held(folders[layout], layout, tensors), tensors)
+        assert equal(held(folders[layout], layout, state), state)
     for first in LAYOUTS:
         for second in LAYOUTS:
             folder = tmp_path / f"{first}-{second}"
             printed = convert(capsys, folders[first], folder, "--to", second, "--assets", original)
-            assert f"Wrote {len(tensors)} tensors" in printed
-            assert equal(held(folder, second, tensors), tensors), (first, second)
+            assert f"Wrote {len(expected[second])} tensors" in printed
+            assert equal(held(folder, second, expected[second]), expected[second]), (first, second)
             if second == "hf":
                 loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
                 assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
                 assert ("lm_head.weight" in load_file(folder / "model.safetensors")) == (model == "olmo-untied")
                 assert loaded.dtype == torch.bfloat16
+                with safe_open(folder / "model.safetensors", "pt") as file:
+                    assert file.metadata() == {"format": "pt"}
                 assert (folder / "tokenizer.json").read_bytes() == (original / "tokenizer.json").read_bytes()
                 if heads:
                     head = load_future_heads(folder)["future_predictor"].state_dict()
-                    assert all(same_bits(head[key], tensors[f"future_predictor.{key}"]) for key in head)
+                    assert all(same_bits(head[key], files[f"future_predictor.{key}"]) for key in head)
     assert not list(tmp_path.glob(".incomplete-*"))
+
+
+@pytest.mark.parametrize("model", ["olmo-tied", "olmo-untied", "gpt-neox-renamed-keys"])
+def test_what_other_programs_make_of_dcp(tmp_path: Path, capsys: pytest.CaptureFixture, model: str) -> None:
+    """Flat: torchtitan's own manager, which flame's is a copy of. Nested: flame's way back to Hugging Face."""
+    original = save_tiny(model, tmp_path / "original", dtype=torch.bfloat16)
+    stock = AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16)
+    weights = {key: tensor.clone() for key, tensor in stock.state_dict().items()}
+    for layout in ("dcp", "dcp-nested"):
+        convert(capsys, original, tmp_path / layout, "--to", layout)
+
+    for tensor in stock.parameters():
+        torch.nn.init.constant_(tensor, torch.nan)
+    config = Checkpoint(enable=True, initial_load_path=str(tmp_path / "dcp"))
+    manager = CheckpointManager(None, [stock], None, None, {}, config, None, str(tmp_path))
+    assert manager.load()
+    assert equal(stock.state_dict(), weights)
+
+    dcp_to_torch_save(tmp_path / "dcp-nested", tmp_path / "nested.pt")
+    state = torch.load(tmp_path / "nested.pt", weights_only=True)["model"]
+    other = AutoModelForCausalLM.from_config(stock.config, dtype=torch.bfloat16)
+    other.load_state_dict(state, strict=True)
+    assert equal(other.state_dict(), weights)
 
 
 def test_files_are_cut_to_size_and_cast_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -167,24 +202,52 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = save_tiny("olmo-tied", tmp_path / "original")
+    plain = save_dcp(load_file(original / "model.safetensors"), tmp_path / "plain")
     there = tmp_path / "there"
     there.mkdir()
     assert "is not overwritten" in convert(capsys, original, there, "--to", "dcp", code=2)
     assert "inside the source" in convert(capsys, original, original / "dcp", "--to", "dcp", code=2)
 
-    write = export.save_file
+    write_hf, write_dcp = export.save_file, offline_convert.write_dcp
 
-    def damaging(tensors: dict[str, Tensor], file: Path, **kwargs: object) -> None:
-        write(tensors, file, **kwargs)
+    def damaging_hf(tensors: dict[str, Tensor], file: Path, **kwargs: object) -> None:
+        write_hf(tensors, file, **kwargs)
         content = bytearray(file.read_bytes())
         content[-5] ^= 1
         file.write_bytes(content)
 
-    monkeypatch.setattr(export, "save_file", damaging)
-    assert "is not what was written" in convert(capsys, original, tmp_path / "hf", "--to", "hf", code=2)
-    monkeypatch.setattr(export, "save_file", lambda *_a, **_k: (_ for _ in ()).throw(OSError(28, "No space left")))
-    assert "No space left" in convert(capsys, original, tmp_path / "hf", "--to", "hf", code=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["original", "there"]
+    def damaging_dcp(described: dict[str, Tensor], read: Callable[[str], Tensor], folder: Path, nested: bool) -> None:
+        names = list(described)[1:] if nested else described
+        write_dcp({name: described[name] for name in names}, lambda name: read(name) + 1, folder, nested)
+
+    def forgetting(tensors: dict[str, Tensor], file: Path, **kwargs: object) -> None:
+        write_hf(dict(list(tensors.items())[1:]), file, **kwargs)
+
+    def full(*_args: object, **_kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for layout, writer, message in (
+        ("hf", damaging_hf, "is not what was written"),
+        ("hf", forgetting, "with other keys"),
+        ("hf", full, "No space left"),
+        ("dcp", damaging_dcp, "is not what was written"),
+        ("dcp-nested", damaging_dcp, "with other keys"),
+        ("dcp", full, "No space left"),
+    ):
+        monkeypatch.setattr(*((export, "save_file") if layout == "hf" else (offline_convert, "write_dcp")), writer)
+        assert message in convert(capsys, plain, tmp_path / "out", "--to", layout, "--assets", original, code=2)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["original", "plain", "there"]
+
+
+def test_integers_stay_integers(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    count = torch.tensor([2**40 + 1, 3])
+    folder = save_dcp({"count": count, "weight": torch.randn(3)}, tmp_path / "flat")
+    convert(capsys, folder, tmp_path / "cast", "--to", "dcp", "--dtype", "bfloat16")
+    found = load_dcp(tmp_path / "cast", {"weight": torch.empty(3, dtype=torch.bfloat16)})
+    assert found["weight"].isfinite().all()
+    state = {"count": torch.zeros_like(count)}
+    dcp.load(state, checkpoint_id=tmp_path / "cast", no_dist=True)
+    assert torch.equal(state["count"], count)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +261,13 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(
         (["original", "out", "--to", "dcp", "--key-map", "model."], "is not 'old=new'"),
         (["damaged", "out", "--to", "dcp"], "truncated"),
         (["heads", "out", "--to", "hf", "--assets", "original"], "--job.config_file"),
+        (
+            ["untied", "out", "--to", "hf", "--assets", "original"],
+            "'lm_head.weight' differs from 'model.embed_tokens.weight'",
+        ),
+        (["untied", "out", "--to", "dcp", "--assets", "original"], "'lm_head.weight' differs"),
+        (["original", "out", "--to", "dcp", "--assets", "other"], "is not the model of other/config.json"),
+        (["export", "out", "--to", "hf"], "shape [16, 32] in future_heads/model.safetensors, the model has [32, 32]"),
     ],
 )
 def test_bad_input_gets_one_line(
@@ -209,6 +279,10 @@ def test_bad_input_gets_one_line(
     tensors = load_file(original / "model.safetensors")
     save_dcp(dict(tensors), Path("flat"))
     save_dcp({**tensors, "future_predictor.norm.weight": torch.ones(32)}, Path("heads"))
+    save_dcp({**tensors, "lm_head.weight": -tensors["model.embed_tokens.weight"]}, Path("untied"))
+    heads = add_heads(save_tiny("olmo-tied", Path("export")))
+    heads["future_predictor.proj.weight"] = torch.ones(16, 32)
+    save_file(heads, "export/future_heads/model.safetensors")
     damaged = save_tiny("olmo-tied", Path("damaged")) / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-100])
     before = sorted(p.name for p in tmp_path.iterdir())

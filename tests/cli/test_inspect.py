@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flame_ext.cli.main import main
-from tests.ranks import DEBUG_TOML, TINY_OLMO, train
+from flame_ext.offline import compare
+from tests.ranks import DEBUG_TOML, REPOSITORY, TINY_OLMO, train
 from tests.sources import save_all_sources, save_dcp
 from tests.tiny_models import save_tiny
 
@@ -50,7 +56,9 @@ def test_every_layout_is_recognised_and_the_same_model(sources: dict, capsys: py
     for name, (path, held) in sources.items():
         facts = inspect(capsys, path, "--allow-pickle")
         groups = facts["groups"]
-        assert groups["backbone"]["tensors"] + groups.get("heads", {"tensors": 0})["tensors"] == len(held), name
+        heads = sum(key.startswith("future_predictor.") for key in held)
+        assert groups["backbone"]["tensors"] == len(held) - heads, name
+        assert groups.get("heads", {"tensors": 0})["tensors"] == heads, name
         assert ("optimizer" in groups) == name.startswith("step")
         assert facts["layout"] == layouts.get(name, facts["layout"]) and not facts["problems"]
     reference = sources["hf-single"][0]
@@ -76,34 +84,41 @@ def test_a_dump_folder_is_its_newest_complete_step(tmp_path: Path, capsys: pytes
     assert facts["path"].endswith("step-1") and "step-2: unreadable manifest.json" in facts["problems"][0]
     assert main(["inspect", str(run.dump_folder)]) == 1
     lines = capsys.readouterr().out.splitlines()
+    damaged = inspect(capsys, manifest.parent, code=1)
+    assert damaged["step"] is None and damaged["problems"][0].startswith(
+        "not a complete step: unreadable manifest.json"
+    )
     assert "step-1: dcp-flat" in lines[0] and lines[1].startswith("problem: passed over"), "problems come first"
 
 
-def test_each_kind_of_difference(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_each_kind_of_difference(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    monkeypatch.setattr(compare, "_CHUNK", 100)  # a tensor is compared in many parts
     original = save_tiny("olmo-untied", tmp_path / "original")
     tensors = load_file(original / "model.safetensors")
-    q = "model.layers.0.self_attn.q_proj.weight"
+    q, k = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qk")
     changed = {key: tensor.clone() for key, tensor in tensors.items()}
     changed["lm_head.weight"] = changed["lm_head.weight"][:200].clone()
     changed["model.embed_tokens.weight"] = changed["model.embed_tokens.weight"].bfloat16()
     changed[q][3, 5] += 0.5
     changed[q][7, 1] -= 0.25
+    changed[k][0, 0] = torch.nan
     del changed["model.layers.1.self_attn.q_proj.weight"]
     changed["model.extra.weight"] = torch.ones(2)
     other = save_dcp({"model": changed}, tmp_path / "other")
     facts = inspect(capsys, original, "--against", other, "--values", code=1)
     found = {d["name"]: d for d in facts["against"]["differences"]}
-    kinds = {name: d["kind"] for name, d in found.items()}
-    rounded = kinds.pop("model.embed_tokens.weight")
-    assert rounded == "values", "and its dtype, which is listed before"
-    assert kinds == {
-        "lm_head.weight": "shape", q: "values", "model.layers.1.self_attn.q_proj.weight": "missing",
-        "model.extra.weight": "unexpected",
-    }  # fmt: skip
+    kinds = [(d["name"], d["kind"]) for d in facts["against"]["differences"]]
+    assert sorted(kinds) == sorted([
+        ("lm_head.weight", "shape"), ("model.embed_tokens.weight", "dtype"), ("model.embed_tokens.weight", "values"),
+        ("model.extra.weight", "unexpected"), (q, "values"), (k, "values"),
+        ("model.layers.1.self_attn.q_proj.weight", "missing"),
+    ])  # fmt: skip
+    assert math.isnan(found[k]["max_abs"]), "a difference that is no number is not lost"
     difference = (tensors[q].double() - changed[q].double()).abs()
     assert found[q]["max_abs"] == difference.max().item()
     assert found[q]["mean_abs"] == pytest.approx(difference.mean().item(), rel=1e-12)
     headers = inspect(capsys, original, "--against", other, code=1)["against"]["differences"]
+    assert {d["kind"] for d in headers} == {"shape", "dtype", "missing", "unexpected"}
     assert q not in {d["name"] for d in headers}, "values are not read unless they are asked for"
     assert main(["inspect", str(original), "--against", str(other), "--values"]) == 1
     assert "missing" in capsys.readouterr().out
@@ -118,6 +133,13 @@ def test_names_and_ties_of_an_architecture_do_not_count_as_differences(
     flat = save_dcp(both, tmp_path / "flat")
     assert inspect(capsys, original, "--against", flat, "--values")["against"]["differences"] == []
     assert not inspect(capsys, flat)["tie_word_embeddings"]
+    save_file(both, original / "model.safetensors")
+    assert any("lm_head.weight is there though" in fact for fact in inspect(capsys, original)["facts"])
+    untied = json.loads((original / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (original / "config.json").write_text(json.dumps(untied))
+    assert not inspect(capsys, original)["problems"]
+    save_file(tensors, original / "model.safetensors")
+    assert "there is no output embedding" in inspect(capsys, original, code=1)["problems"][0]
 
 
 def test_whether_a_job_could_be_seeded(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
@@ -162,3 +184,15 @@ def test_what_can_not_be_read_gets_one_line(
     assert main(["inspect", *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ") and message in printed.err and not printed.out
+
+
+def test_a_reader_that_leaves_early_is_no_difference() -> None:
+    """``inspect … | head``: ended by the pipe, as ``cat`` is, and not with the exit code of a difference."""
+    command = [sys.executable, "-m", "flame_ext.cli.main", "inspect", str(TINY_OLMO)]
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    finally:
+        os.close(writing)
+    assert done.returncode == -signal.SIGPIPE and not done.stderr

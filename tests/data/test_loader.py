@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import io
-import json
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchtitan.hf_datasets import DatasetConfig
-from torchtitan.hf_datasets.text_datasets import DATASETS
 
-from flame_ext.data.loader import PackedDataloader, ResumableDataloader, StreamDataloader
+from flame_ext.data.loader import PackedDataloader
 from flame_ext.errors import CheckpointError
-from tests.data.test_packing import dataset, loader
+from tests.data.test_packing import dataset
 
 LANES, LOCAL_BATCH = 8, 1
 
@@ -37,7 +33,7 @@ def loaders(ranks: int, lanes: int = LANES, **kwargs: Any) -> list[PackedDataloa
     ]
 
 
-def read_steps(loaders: list[ResumableDataloader], steps: int) -> list[list[list[int]]]:
+def read_steps(loaders: list[PackedDataloader], steps: int) -> list[list[list[int]]]:
     """The sequences of each global batch, sorted; a sequence is its inputs and its last label."""
     iterators = [iter(loader) for loader in loaders]
     batches = []
@@ -50,14 +46,14 @@ def read_steps(loaders: list[ResumableDataloader], steps: int) -> list[list[list
     return batches
 
 
-def position(loaders: list[ResumableDataloader]) -> dict[str, Any]:
+def position(loaders: list[PackedDataloader]) -> dict[str, Any]:
     """What the ranks' saves make together."""
     parts = [loader.state_dict() for loader in loaders]
     assert sum(map(len, parts)) == len({name for part in parts for name in part}), "each name from one rank"
     return saved_and_read({name: value for part in parts for name, value in part.items()})
 
 
-def resume(loaders: list[ResumableDataloader], saved: dict[str, Any]) -> None:
+def resume(loaders: list[PackedDataloader], saved: dict[str, Any]) -> None:
     for of_rank in loaders:
         of_rank.load_state_dict({name: saved[name] for name in of_rank.state_dict()})  # DCP reads what is asked for
 
@@ -76,14 +72,15 @@ def test_any_number_of_ranks_goes_on_with_the_unbroken_sequence(runs: list[tuple
     assert batches == unbroken
 
 
-@pytest.mark.parametrize("options", [{"persistent_workers": True}, {"prefetch_factor": 4}])
+@pytest.mark.parametrize("options", [{"persistent_workers": True}, {"prefetch_factor": 4}, {"num_workers": 4}])
 def test_what_a_worker_has_read_ahead_is_not_lost(options: dict[str, Any]) -> None:
     unbroken = read_steps(loaders(1), 5)
-    with_worker = loaders(1, num_workers=1, **options)
+    options = {"num_workers": 1, **options}
+    with_worker = loaders(1, **options)
     assert read_steps(with_worker, 2) == unbroken[:2]
     saved = position(with_worker)
     assert read_steps(with_worker, 1) == unbroken[2:3], "another iteration goes on"
-    resumed = loaders(2, num_workers=1, **options)
+    resumed = loaders(2, **options)
     resume(resumed, saved)
     assert read_steps(resumed, 3) == unbroken[2:]
 
@@ -107,48 +104,10 @@ def test_a_loader_does_not_draw_from_the_default_generator() -> None:
 def test_another_global_batch_is_refused(lanes: int) -> None:
     (saved,), (other,) = loaders(1), loaders(1, lanes=lanes)
     saved.require_layout(saved_and_read(loaders(2)[1].layout))
-    with pytest.raises(CheckpointError, match=f"of 8 lanes, this run has {lanes} lanes: .*global_batch_size = 8"):
+    with pytest.raises(CheckpointError, match=f"of 8 lanes, this run has {lanes}: set .*global_batch_size = 8"):
         other.require_layout(saved.layout)
     assert not set(other.state_dict()) & set(saved.state_dict()), "nor is it mistaken for its own"
     with pytest.raises(CheckpointError, match="no layout of its data position"):
         other.require_layout(None)
-
-
-@pytest.fixture
-def stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Options for streamed documents."""
-    from datasets import load_dataset
-
-    lines = [json.dumps({"text": f"document {i} " * (5 + i % 7)}) for i in range(40)]
-    for part in range(2):
-        (tmp_path / f"{part}.jsonl").write_text("\n".join(lines[part::2]))
-    files = [str(tmp_path / f"{part}.jsonl") for part in range(2)]
-    source = DatasetConfig(
-        path="",
-        loader=lambda _path: load_dataset("json", data_files=files, split="train", streaming=True),
-        sample_processor=lambda sample: sample["text"],
-    )
-    monkeypatch.setitem(DATASETS, "streamed", source)
-    return ["--training.dataset=streamed", "--training.seq_len=32", "--training.local_batch_size=2"]
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_streamed_dataset_goes_on_on_the_same_ranks(stream: list[str], tmp_path: Path, workers: int) -> None:
-    def batches(loader: ResumableDataloader, count: int) -> list[Any]:
-        return [(inputs["input"].tolist(), labels.tolist()) for inputs, labels in islice(loader, count)]
-
-    options = [*stream, f"--training.dataloader.num_workers={workers}"]
-    unbroken = batches(loader(tmp_path, *options), 60)
-    assert len({str(batch) for batch in unbroken}) > 20
-    broken = loader(tmp_path, *options)
-    assert isinstance(broken, StreamDataloader)
-    first = batches(broken, 7)
-    resumed = loader(tmp_path, *options)
-    resume([resumed], position([broken]))
-    assert first + batches(resumed, 53) == unbroken
-    with pytest.raises(
-        CheckpointError, match="of 2 streams, this run has 1 streams: .*same number of data-parallel ranks"
-    ):
-        resumed.require_layout({"streams": 2})
-    with pytest.raises(CheckpointError, match="of 8 lanes, this run has 1 streams"):
-        resumed.require_layout({"lanes": 8})
+    with pytest.raises(CheckpointError, match="8 lanes, 12 in source 0, this run has 8 lanes, 13 in source 0"):
+        saved.require_layout({"lanes": 8, "in source 0": 12})

@@ -15,9 +15,8 @@ from torch import Tensor
 from flame_ext.errors import SeedError
 from flame_ext.seeding.folders import MAX_JSON_BYTES, IndexedFiles, contained_file, parse_json
 from flame_ext.seeding.placement import Box, full_box, inside
-from flame_ext.seeding.source import Chunk, ReadBox, Source, TensorEntry
+from flame_ext.seeding.source import HEADS_FOLDER, Chunk, ReadBox, Source, TensorEntry
 
-HEADS_FOLDER = "future_heads"  # of an export: the heads beside the backbone (checkpoint/export.py)
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 

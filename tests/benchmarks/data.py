@@ -1,0 +1,168 @@
+"""What the data cost: ``python tests/benchmarks/data.py [--rounds 5] [--megabytes 20]`` prints a Markdown table.
+
+Each row is tokens a second on one core, beside its peer from the same run: the datasets library with the tokenizer's own batch
+call. They take turns, so that a slow minute of the machine falls on all of them. The tokenizer is a BPE of 16,000 tokens that
+is trained on the Python standard library first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import flame_ext  # noqa: F401  (before torchtitan)
+
+SEQ_LEN, LANES = 2048, 8
+
+
+def tokenizer_in(folder: Path) -> None:
+    """Train and save one, with a model's configuration of its vocabulary."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import OlmoConfig, PreTrainedTokenizerFast
+
+    from flame_ext.data.python_stdlib import read_stdlib
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(read_stdlib("train"), vocab_size=16_000, special_tokens=["<eos>"], show_progress=False)
+    PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="<eos>").save_pretrained(folder)
+    shape = {"vocab_size": 16_000, "hidden_size": 32, "num_attention_heads": 2, "eos_token_id": 0}
+    OlmoConfig(**shape, architectures=["OlmoForCausalLM"]).save_pretrained(folder)
+
+
+def write_text(file: Path, megabytes: int) -> None:
+    """Files of the standard library as lines of JSON, cut to 8,000 characters, again and again."""
+    from flame_ext.data.python_stdlib import read_stdlib
+
+    texts = [text[i : i + 8000] for text in read_stdlib("pretrain") for i in range(0, len(text), 8000)]
+    size = 0
+    with file.open("w") as stream:
+        while size < megabytes * 2**20:
+            for number, text in enumerate(texts):
+                size += stream.write(json.dumps({"id": number, "text": text}) + "\n")
+                if size >= megabytes * 2**20:
+                    break
+
+
+def ours(folder: Path, path: Path, streaming: bool, workers: int = 0) -> Iterator[int]:
+    """Tokens of each batch."""
+    from torchtitan.components.tokenizer import build_hf_tokenizer
+
+    from flame_ext.config.sections import DataSource, FlameJobConfig
+    from flame_ext.data.build import build_dataloader
+
+    config = FlameJobConfig()
+    config.model.hf_assets_path = str(folder)
+    config.training.seq_len, config.training.local_batch_size = SEQ_LEN, LANES
+    config.training.dataloader.num_workers = workers
+    config.data.sources = [DataSource(str(path), streaming=streaming)]
+    for _, labels in build_dataloader(1, 0, build_hf_tokenizer(config), config):
+        yield labels.numel()
+
+
+def plain(folder: Path, path: Path) -> Iterator[int]:
+    """The library's own rows, in batches, and the tokenizer's batch call."""
+    from datasets import load_dataset
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    data = load_dataset("json", data_files=str(path), split="train", cache_dir=str(folder / "cache"))
+    while True:
+        for batch in data.iter(batch_size=64):
+            yield sum(map(len, tokenizer(batch["text"])["input_ids"]))
+
+
+def rate(batches: Iterator[int], seconds: float) -> float:
+    """Tokens a second, after the first batch."""
+    next(batches)
+    tokens, begin = 0, time.perf_counter()
+    while (now := time.perf_counter()) < begin + seconds:
+        tokens += next(batches)
+    del now
+    return tokens / (time.perf_counter() - begin)
+
+
+def memory_of(folder: Path, path: Path, streaming: bool, batches: int) -> tuple[float, float]:
+    """Memory of one's own (MiB, without what is mapped) of a fresh process after a tenth of the batches, and after all."""
+    code = (
+        "import sys; from pathlib import Path; from itertools import islice; from tests.benchmarks.data import ours, own_memory\n"
+        f"data = ours(Path({str(folder)!r}), Path({str(path)!r}), {streaming})\n"
+        f"sum(islice(data, {batches // 10})); first = own_memory(); sum(islice(data, {batches})); print(first, own_memory())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, last = map(float, done.stdout.split()[-2:])
+    return first, last
+
+
+def own_memory() -> float:
+    """MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each row in each round")
+    parser.add_argument("--megabytes", type=int, default=20, help="of text")
+    parser.add_argument(
+        "--memory", action="store_true", help="also measure memory over all of the text (with 2048: over 2 GB)"
+    )
+    options = parser.parse_args()
+    os.sched_setaffinity(0, {0})
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
+        import numpy as np
+        from datasets import Dataset
+        from transformers import AutoTokenizer
+
+        tokenizer_in(folder)
+        text = folder / "text.jsonl"
+        write_text(text, options.megabytes)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        lines = (json.loads(line)["text"] for line in text.open())
+        tokens = [[*tokenizer(line)["input_ids"], 0] for line in islice(lines, 2500)]
+        Dataset.from_dict({"input_ids": tokens}).to_parquet(folder / "rows.parquet")
+        np.array([token for row in tokens for token in row], dtype=np.uint16).tofile(folder / "flat.npy")
+        rows: dict[str, Callable[[], Iterator[int]]] = {
+            "datasets and the tokenizer's batch call": lambda: plain(folder, text),
+            "text": lambda: ours(folder, text, streaming=False),
+            "text, streamed": lambda: ours(folder, text, streaming=True),
+            "rows of tokens (Parquet)": lambda: ours(folder, folder / "rows.parquet", streaming=False),
+            "flat tokens (.npy)": lambda: ours(folder, folder / "flat.npy", streaming=False),
+        }
+        running = {name: make() for name, make in rows.items()}
+        rates: dict[str, list[float]] = {name: [] for name in rows}
+        for _ in range(options.rounds):
+            for name, batches in running.items():
+                rates[name].append(rate(batches, options.seconds))
+        peer = rates["datasets and the tokenizer's batch call"]
+        print("| | tokens/s on one core | against the first row |\n|---|---|---|")
+        for name, values in rates.items():
+            ratio = statistics.median(v / p for v, p in zip(values, peer, strict=True))
+            print(f"| {name} | {statistics.median(values) / 1e6:.2f} M | {ratio:.2f}x |")
+        if options.memory:
+            bytes_each = text.stat().st_size / sum(1 for _ in text.open())
+            batches = int(text.stat().st_size / bytes_each * 2500 / (LANES * SEQ_LEN))
+            print("\n| memory of the process | after a tenth | after all |\n|---|---|---|")
+            for label, streaming in (("text", False), ("text, streamed", True)):
+                first, last = memory_of(folder, text, streaming, batches)
+                print(f"| {label} | {first:.0f} MiB | {last:.0f} MiB |")
+        print(f"\npeak of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()

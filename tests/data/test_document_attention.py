@@ -1,0 +1,64 @@
+"""Packed documents that do not see each other, against the stock model on each document alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from flame_ext.data.loader import positions_in_documents
+from flame_ext.data.packing import PADDING
+from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
+from flame_ext.objective.masks import causal_document_block_mask, causal_document_mask
+from flame_ext.trainer import FutureTrainer
+from tests.tiny_models import save_tiny
+
+LENGTHS = [[5, 1, 11, 7], [24]]
+
+
+def as_trained(model: torch.nn.Module, doc_ids: torch.Tensor) -> dict:
+    trainer = SimpleNamespace(
+        job_config=SimpleNamespace(data=SimpleNamespace(document_attention=True)), device=torch.device("cpu"),
+        model_parts=[model],
+    )  # fmt: skip
+    return FutureTrainer._within_documents(trainer, {"doc_ids": doc_ids, "positions": positions_in_documents(doc_ids)})
+
+
+@pytest.mark.parametrize(
+    "name", ["olmo-tied", "gpt2-learned-positions", "gemma2", "gemma3-rope-per-layer", "olmo3-sliding-window"]
+)
+def test_a_document_is_computed_as_if_it_were_alone(name: str, tmp_path: Path) -> None:
+    folder = save_tiny(name, tmp_path / name)
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = build_hf_causal_lm(HFModelArgs(hf_assets_path=str(folder)))
+    model.to_empty(device="cpu")
+    model.init_weights()
+    model.load_state_dict(stock.state_dict())
+    model.eval()
+    tokens = torch.randint(1, 200, (2, 24), generator=torch.Generator().manual_seed(0))
+    doc_ids = torch.stack([torch.repeat_interleave(torch.arange(len(n)), torch.tensor(n)) for n in LENGTHS])
+    with torch.no_grad():
+        packed = model(tokens, **as_trained(model, doc_ids))
+        for row, lengths in enumerate(LENGTHS):
+            for part, logits in zip(tokens[row].split(lengths), packed[row].split(lengths), strict=True):
+                assert torch.allclose(logits, stock(part[None]).logits[0], atol=2e-5), (row, len(part))
+        across = model(tokens)
+    assert not torch.allclose(across[0], packed[0], atol=1e-3), "without the mask they do see each other"
+    assert torch.allclose(across[1], packed[1], atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_block_masks_are_the_dense_ones(window: int) -> None:
+    doc_ids = torch.tensor([[0] * 5 + [1] * 7 + [2] * 2 + [PADDING, PADDING + 1], [0] * 16])
+    dense = causal_document_mask(doc_ids, window)
+    blocks = causal_document_block_mask(doc_ids, window)
+    b, i, j = torch.meshgrid(torch.arange(2), torch.arange(16), torch.arange(16), indexing="ij")
+    assert torch.equal(blocks.mask_mod(b, torch.tensor(0), i, j), dense[:, 0])
+    naive = [
+        [[j <= i and (not window or i - j < window) and d[i] == d[j] for j in range(16)] for i in range(16)]
+        for d in doc_ids.tolist()
+    ]
+    assert dense[:, 0].tolist() == naive

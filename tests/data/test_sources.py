@@ -1,0 +1,338 @@
+"""Every kind of source, on any number of ranks and workers, against what lies in the files and the tokenizer's own words."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torchtitan.components.tokenizer import build_hf_tokenizer
+from torchtitan.hf_datasets import DatasetConfig
+from torchtitan.hf_datasets.text_datasets import DATASETS
+from transformers import AutoTokenizer
+
+from flame_ext.config.sections import DataSource, FlameJobConfig
+from flame_ext.data import documents
+from flame_ext.data.build import build_dataloader
+from flame_ext.data.loader import PackedDataloader
+from flame_ext.data.packing import PADDING
+from flame_ext.errors import ConfigError
+from flame_ext.train import parse
+from tests.ranks import DEBUG_TOML, TINY_OLMO
+
+TEXTS = [f"document {i}: " + "word " * ((7 * i) % 13) for i in range(50)]
+LANES, SEQ_LEN = 4, 48
+EOS = 0
+
+Maker = Callable[[Path], DataSource]
+
+
+def tokens_of(text: str) -> list[int]:
+    return [*AutoTokenizer.from_pretrained(TINY_OLMO)(text)["input_ids"], EOS]
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[tuple[int, ...]]:
+    return sorted(tuple(tokens_of(text)) for text in TEXTS)
+
+
+def json_lines(texts: list[str], field: str = "text") -> bytes:
+    return b"".join(json.dumps({"id": i, field: text}).encode() + b"\n" for i, text in enumerate(texts))
+
+
+def jsonl(folder: Path) -> DataSource:
+    for part in range(5):
+        (folder / f"{part}.jsonl").write_bytes(json_lines(TEXTS[part::5]))
+    return DataSource(str(folder))
+
+
+def jsonl_gz(folder: Path) -> DataSource:
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(json_lines(TEXTS, "body")))
+    return DataSource(str(folder / "*.gz"), text_field="body")
+
+
+def jsonl_zst(folder: Path) -> DataSource:
+    import pyarrow
+
+    with pyarrow.output_stream(folder / "a.jsonl.zst", compression="zstd") as stream:
+        stream.write(json_lines(TEXTS))
+    return DataSource(str(folder / "a.jsonl.zst"))
+
+
+def parquet(folder: Path) -> DataSource:
+    for part in range(2):
+        Dataset.from_dict({"text": TEXTS[part::2], "url": ["x"] * 25}).to_parquet(folder / f"{part}.parquet")
+    return DataSource(str(folder))
+
+
+def arrow(folder: Path) -> DataSource:
+    DatasetDict({"some": Dataset.from_dict({"text": TEXTS})}).save_to_disk(folder / "saved")
+    return DataSource(str(folder / "saved"), split="some")
+
+
+def arrow_file(folder: Path) -> DataSource:
+    Dataset.from_dict({"text": TEXTS}).save_to_disk(folder / "saved")
+    return DataSource(str(folder / "saved" / "*.arrow"))
+
+
+def txt(folder: Path) -> DataSource:
+    for i, text in enumerate(TEXTS):
+        (folder / f"{i}.txt").write_text(text)
+    return DataSource(str(folder))
+
+
+def hub(folder: Path) -> DataSource:
+    """As a dataset on the Hub is named, but of this disk: the library finds its files by itself."""
+    (folder / "data").mkdir()
+    Dataset.from_dict({"text": TEXTS}).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    return DataSource("parquet", data_files=[str(folder / "data" / "*.parquet")])
+
+
+def input_ids(folder: Path) -> DataSource:
+    Dataset.from_dict({"input_ids": [tokens_of(text) for text in TEXTS]}).to_parquet(folder / "tokens.parquet")
+    return DataSource(str(folder / "tokens.parquet"))
+
+
+def flat_tokens(folder: Path) -> DataSource:
+    """As OLMo's are: no header, uint16."""
+    for part in range(2):
+        tokens = [token for text in TEXTS[part::2] for token in tokens_of(text)]
+        np.array(tokens, dtype=np.uint16).tofile(folder / f"{part}.npy")
+    return DataSource(str(folder / "*.npy"))
+
+
+MAKERS: list[Maker] = [jsonl, jsonl_gz, jsonl_zst, parquet, arrow, arrow_file, txt, hub, input_ids, flat_tokens]
+
+
+def job(*sources: DataSource, **training: Any) -> FlameJobConfig:
+    config = parse([f"--job.config_file={DEBUG_TOML}", f"--training.seq_len={SEQ_LEN}", "--training.local_batch_size=1",
+                    f"--training.global_batch_size={LANES}"])  # fmt: skip
+    config.data.sources = list(sources)
+    for name, value in training.items():
+        setattr(config.training, name, value)
+    return config
+
+
+def loaders(config: FlameJobConfig, ranks: int, workers: int) -> list[PackedDataloader]:
+    config.training.dataloader.num_workers = workers
+    tokenizer = build_hf_tokenizer(config)
+    return [build_dataloader(ranks, rank, tokenizer, config) for rank in range(ranks)]
+
+
+def read(these: list[PackedDataloader], steps: int) -> list[torch.Tensor]:
+    """The global batches, lane by lane: (L, 2, T + 1) of tokens (-100 at the end) and document numbers."""
+    parts = []
+    for loader in these:
+        micro = LANES // len(these)
+        batches = list(islice(iter(loader), steps * micro))
+        assert len(batches) == steps * micro
+        tokens = torch.cat([torch.cat([inputs["input"], labels[:, -1:]], 1) for inputs, labels in batches])
+        labels = torch.cat([labels for _, labels in batches])
+        assert torch.equal(tokens[:, 1:-1], labels[:, :-1].clamp_min(0)), "labels are the next tokens"
+        tokens[:, 1:] = labels
+        ids = torch.cat([inputs["doc_ids"] for inputs, _ in batches])
+        tokens[:, 0].masked_fill_(ids[:, 0] >= PADDING, -100)
+        parts.append(torch.stack([tokens, torch.cat([ids, ids[:, -1:]], 1)], 1).unflatten(0, (steps, micro)))
+    return list(torch.stack(parts, dim=2).flatten(1, 2))  # lane = micro-batch times ranks plus rank
+
+
+def documents_in(batches: list[torch.Tensor]) -> list[tuple[int, ...]]:
+    """The documents that the lanes hold, end to end, by EOS."""
+    found: list[tuple[int, ...]] = []
+    for lane in range(LANES):
+        current: list[int] = []
+        for token in torch.cat([batch[lane, 0] for batch in batches]).tolist():
+            if token >= 0:
+                current.append(token)
+            if token == EOS:
+                found.append(tuple(current))
+                current = []
+        assert not current
+    return sorted(found)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
+@pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: maker.__name__)
+def test_an_epoch_has_every_document_once_on_any_ranks_and_workers(
+    maker: Maker, streaming: bool, tmp_path: Path, expected: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "BLOCK", 8)  # several in a file
+    monkeypatch.setattr(documents, "BLOCKS_KEPT", 2)
+    source = maker(tmp_path)
+    source.streaming = streaming
+    config = job(source, epochs=1)
+    (alone,) = loaders(config, 1, 0)
+    steps = config.training.steps
+    reference = read([alone], steps)
+    if maker is flat_tokens:  # pieces of sequences, which begin and end anywhere
+        tokens = sorted(t for batch in reference for t in batch[:, 0].flatten().tolist() if t >= 0)
+        assert tokens == sorted(token for document in expected for token in document)
+    else:
+        assert documents_in(reference) == expected
+    for ranks in (1, 2, 4):
+        for workers in (0, LANES // ranks if ranks > 1 else 2):
+            if (ranks, workers) != (1, 0):
+                found = read(loaders(job(source, epochs=1), ranks, workers), steps)
+                assert all(map(torch.equal, found, reference)), (ranks, workers)
+    assert documents_order(reference) != list(range(50)), "shuffled"
+
+
+def documents_order(batches: list[torch.Tensor]) -> list[int]:
+    return torch.cat([batch[0, 0] for batch in batches]).tolist()
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> list[DataSource]:
+    """A mixture of mapped and streamed sources."""
+    folders = [tmp_path_factory.mktemp("source") for _ in range(3)]
+    sources = [jsonl(folders[0]), parquet(folders[1]), input_ids(folders[2])]
+    sources[0].streaming, sources[0].weight = True, 2.0
+    return sources
+
+
+@given(st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.booleans(), st.integers(0, 4)), min_size=2, max_size=4))
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_breaks_anywhere_change_nothing(three: list[DataSource], runs: list[tuple[int, bool, int]]) -> None:
+    """Of a mixture; the position goes through a file, as DCP writes it."""
+    from tests.data.test_loader import position, resume
+
+    unbroken = read(loaders(job(*three), 1, 0), sum(steps for *_, steps in runs) + 1)
+    batches: list[torch.Tensor] = []
+    saved: dict[str, Any] | None = None
+    for ranks, workers, steps in [*runs, (1, False, 1)]:
+        these = loaders(job(*three), ranks, 1 if workers else 0)
+        if saved is not None:
+            resume(these, saved)
+        batches += read(these, steps) if steps else []
+        saved = position(these)
+    assert len(batches) == len(unbroken) and all(map(torch.equal, batches, unbroken))
+
+
+def test_weights_over_real_sources(three: list[DataSource]) -> None:
+    steps = 200
+    ids = torch.cat([batch[:, 0].flatten() for batch in read(loaders(job(*three), 1, 0), steps)])
+    assert (ids >= 0).all(), "sources repeat"
+    (loader,) = loaders(job(*three), 1, 0)
+    read([loader], steps)
+    taken = torch.tensor([lane.taken for lane in loader.dataset.lanes.values()]).sum(0)
+    assert torch.allclose(taken / taken.sum(), torch.tensor([0.5, 0.25, 0.25]), rtol=0.02)
+
+
+def test_epochs_of_a_source_differ(tmp_path: Path) -> None:
+    for streaming in (False, True):
+        folder = tmp_path / str(streaming)
+        folder.mkdir()
+        source = jsonl(folder)
+        source.streaming = streaming
+        config = job(source, epochs=2)
+        both = read(loaders(config, 1, 0), config.training.steps)
+        found = [tuple(d) for d in documents_in(both)]
+        assert all(found.count(d) == 2 for d in found) and len(found) == 100
+        (loader,) = loaders(job(source), 1, 0)
+        read([loader], 60)
+        epochs = [loader.dataset.sources[0].epoch(lane.cursors[0], n) for n, lane in loader.dataset.lanes.items()]
+        assert min(epochs) >= 2
+
+
+def test_bos_and_eos_are_the_tokenizers(tmp_path: Path) -> None:
+    """With BOS where the tokenizer has one."""
+    folder = tmp_path / "model"
+    tokenizer = AutoTokenizer.from_pretrained(TINY_OLMO)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.save_pretrained(folder)
+    config = json.loads((TINY_OLMO / "config.json").read_text()) | {"vocab_size": len(tokenizer)}
+    (folder / "config.json").write_text(json.dumps(config))
+    (tmp_path / "a.txt").write_text("some words")
+    job_config = job(DataSource(str(tmp_path / "a.txt")))
+    job_config.model.hf_assets_path = str(folder)
+    (batch,) = read(loaders(job_config, 1, 0), 1)
+    one = [tokenizer.bos_token_id, *tokenizer("some words", add_special_tokens=False)["input_ids"], EOS]
+    assert batch[0, 0, : 2 * len(one)].tolist() == one + one
+    assert batch[0, 1, : 2 * len(one)].tolist() == [0] * len(one) + [1] * len(one)
+
+
+def test_a_registered_dataset_that_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: list) -> None:
+    """As the host's c4 is."""
+    from datasets import load_dataset
+
+    jsonl(tmp_path)
+    registered = DatasetConfig(
+        "", lambda path: load_dataset("json", data_files=f"{path}/*.jsonl", split="train", streaming=True),
+        lambda sample: sample["text"],
+    )  # fmt: skip
+    monkeypatch.setitem(DATASETS, "streamed", registered)
+    config = job(dataset="streamed", dataset_path=str(tmp_path), epochs=1)
+    assert documents_in(read(loaders(config, 2, 0), config.training.steps)) == expected
+
+
+def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    for word in ("one", "another"):
+        file.write_bytes(json_lines([word]))
+        (batch,) = read(loaders(job(DataSource(str(file))), 1, 0), 1)
+        assert batch[0, 0, : len(word) + 1].tolist() == tokens_of(word)
+
+
+def test_unreadable_lines_are_skipped_and_counted_if_asked(tmp_path: Path, expected: list, caplog: Any) -> None:
+    lines = json_lines(TEXTS).splitlines(keepends=True)
+    lines[3:3] = [b"{not json\n", b'{"id": 1}\n', b"[1]\n", b"\n"]
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
+    config = job(DataSource(str(tmp_path), skip_unreadable=True, streaming=True), epochs=1)
+    assert documents_in(read(loaders(config, 1, 0), config.training.steps)) == expected
+    assert "a.jsonl: skipped 3 unreadable lines" in caplog.text
+
+
+def write(folder: Path, name: str, content: bytes) -> str:
+    (folder / name).write_bytes(content)
+    return str(folder / name)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: DataSource(str(f / "nowhere" / "*.jsonl")), "no file matches; files of documents end in .jsonl"),
+        (lambda f: DataSource(str(f)), "no file matches"),
+        (lambda f: DataSource(write(f, "a.jsonl", b"")), "no documents in it"),
+        (lambda f: DataSource(write(f, "a.jsonl", json_lines(["x"], "body"))), "a.jsonl, line 1: no field 'text' .*has body, id"),
+        (lambda f: DataSource(write(f, "a.jsonl", b'{"text": "x"}\n{"text": \n')), "a.jsonl, line 2: not JSON"),
+        (lambda f: DataSource(write(f, "a.jsonl", b'{"input_ids": [1, 264]}\n')), "token id 264 is not in .*vocabulary of 264"),
+        (lambda f: DataSource(write(f, "a.jsonl", b'{"text": 7}\n')), "neither text nor a list of token ids: 7"),
+        (lambda f: DataSource(write(f, "a.txt", b"\xff\xfe")), "a.txt: not UTF-8"),
+        (lambda f: DataSource(write(f, "a.npy", b"123")), "its size is no multiple of uint16"),
+        (lambda f: DataSource(write(f, "a.npy", b"")), "no tokens in it"),
+        (lambda f: DataSource(write(f, "a.parquet", b"PAR1 no")), "a.parquet"),
+        (lambda f: DataSource("some-org/some-dataset"), "some-org/some-dataset"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_read_is_said_in_one_line(tmp_path: Path, make: Maker, message: str, streaming: bool) -> None:
+    source = make(tmp_path)
+    source.streaming = streaming
+    with pytest.raises(ConfigError, match=message) as raised:
+        read(loaders(job(source), 1, 0), 2)
+    at_once = "line 2" not in message or not streaming
+    assert str(raised.value).startswith("data.sources[0]: ") == at_once and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_found_later_is_said_in_one_line_too(tmp_path: Path, workers: int) -> None:
+    file = write(tmp_path, "a.jsonl", json_lines(["x" * 100] * 2000) + b"[1]\n")
+    with pytest.raises(ConfigError, match="a.jsonl, line 2001: not JSON with a field") as raised:
+        read(loaders(job(DataSource(file, streaming=True)), 1, workers), 2000)
+    assert "\n" not in str(raised.value)
+
+
+def test_workers_share_the_lanes_evenly_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"num_workers \(3\) must divide the sequences that a rank has in a step \(4\)"
+    ):
+        loaders(job(jsonl(tmp_path)), 1, 3)
