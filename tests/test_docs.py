@@ -20,6 +20,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from flame_ext.config.manager import table_in_list
 from flame_ext.config.reference import HOST_OPTIONS, HostOption, reference
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError
@@ -112,8 +113,9 @@ def options(section: type = FlameJobConfig, prefix: str = "") -> set[str]:
     names = set()
     for name, hint in get_type_hints(section).items():
         names.add(prefix + name)
-        if is_dataclass(hint):
-            names |= options(hint, f"{prefix}{name}.")
+        section = hint if is_dataclass(hint) else table_in_list(hint)
+        if section is not None:
+            names |= options(section, f"{prefix}{name}.")
     return names
 
 

@@ -20,13 +20,12 @@ from tests.ranks import DEBUG_TOML, TINY_OLMO, TrainRun, train
 
 def first_batch() -> tuple[torch.Tensor, torch.Tensor]:
     """(8, 256) inputs and labels of step 1 of the debug job."""
-    from torchtitan.components.tokenizer import build_hf_tokenizer
-
-    from flame_ext.data.packing import build_dataloader
+    from flame_ext.data.build import build_dataloader
+    from flame_ext.data.tokenizer import build_tokenizer
     from flame_ext.train import parse
 
     config = parse([f"--job.config_file={DEBUG_TOML}"])
-    inputs, labels = next(iter(build_dataloader(1, 0, build_hf_tokenizer(config), config)))
+    inputs, labels = next(iter(build_dataloader(1, 0, build_tokenizer(config), config)))
     return inputs["input"], labels
 
 

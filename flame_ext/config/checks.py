@@ -242,8 +242,12 @@ def _check_data(config: FlameJobConfig) -> Iterator[str]:
     if training.epochs < 0:
         yield f"training.epochs must be >= 0 (0 = training.steps), got {training.epochs}"
     for section in ("data", "validation"):
-        for i, source in enumerate(getattr(config, section).sources):
+        sources = getattr(config, section).sources
+        labels = [source.reported_as for source in sources]
+        for i, source in enumerate(sources):
             name = f"{section}.sources[{i}]"
+            if (first := labels.index(labels[i])) < i:
+                yield f"{name} is reported as {labels[i]!r}, as {section}.sources[{first}] is; give it a label of its own"
             if not source.path:
                 yield f"{name}.path is empty: a file, a glob, a folder, a dataset on the Hub or a registered name"
             if source.weight <= 0:

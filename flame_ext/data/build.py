@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 import torch.distributed as dist
 from torchtitan.components.tokenizer import BaseTokenizer
@@ -14,6 +13,7 @@ from flame_ext.data.documents import Documents
 from flame_ext.data.loader import PackedDataloader
 from flame_ext.data.packing import PackedDocuments
 from flame_ext.data.sources import open_documents, sources_of
+from flame_ext.data.tokenizer import require_of_model
 from flame_ext.distributed import failing_together, is_main_rank
 from flame_ext.errors import ConfigError
 from flame_ext.model.hf_causal_lm import load_hf_config
@@ -83,7 +83,7 @@ def build_validation_dataloaders(
     Documents come in their order, each once; the last batches are filled up without labels, so ranks have as many.
 
     Raises:
-        ConfigError: as :func:`build_dataloader`; or two sources have one label.
+        ConfigError: as :func:`build_dataloader`.
     """
     validation = job_config.validation
     num_lanes = validation.local_batch_size * dp_world_size
@@ -91,9 +91,6 @@ def build_validation_dataloaders(
     found: dict[str, tuple[PackedDataloader, int]] = {}
     for number, source in enumerate(validation.sources):
         where = f"validation.sources[{number}]"
-        label = source.label or Path(source.path).name or source.path
-        if label in found:
-            raise ConfigError(f"{where}: another source is reported as {label!r}, too; give it a label of its own")
         documents = open_documents(
             where,
             source,
@@ -117,7 +114,7 @@ def build_validation_dataloaders(
             **asdict(validation.dataloader),
         )
         limit = None if validation.steps == -1 else validation.steps
-        found[label] = loader, _steps_of(packed(range(num_lanes)), limit)
+        found[source.reported_as] = loader, _steps_of(packed(range(num_lanes)), limit)
     return found
 
 
@@ -133,17 +130,8 @@ def _steps_of(data: PackedDocuments, limit: int | None = None) -> int:
 
 
 def _vocab_size(tokenizer: BaseTokenizer, job_config: JobConfig) -> int:
-    """Of the model.
-
-    Raises:
-        ConfigError: the tokenizer has ids beyond it.
-    """
-    config = load_hf_config(job_config.model.hf_assets_path, job_config.seed.trust_remote_code)
-    vocab_size: int = config.get_text_config().vocab_size
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if largest >= vocab_size:
-        raise ConfigError(
-            f"{job_config.model.hf_assets_path}: the tokenizer's id {largest} ({token!r}) is beyond the model's vocab_size "
-            f"{vocab_size}: it belongs to another model"
-        )
-    return vocab_size
+    """Of the model, which the tokenizer has to belong to."""
+    folder = job_config.model.hf_assets_path
+    config = load_hf_config(folder, job_config.seed.trust_remote_code)
+    require_of_model(tokenizer, config, folder)
+    return config.get_text_config().vocab_size

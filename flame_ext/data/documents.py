@@ -48,8 +48,8 @@ class Documents(Protocol):
         """A lane's next document and where the one after it is; None: the lane has had all its documents."""
         ...
 
-    def epoch(self, cursor: Cursor, lane: int) -> int:
-        """How often the lane has had all its documents."""
+    def epochs(self, cursor: Cursor, lane: int) -> float:
+        """How often the lane has had all its documents, the fraction of the present time by documents or files."""
         ...
 
 
@@ -90,8 +90,8 @@ class IndexedDocuments:
         index = self.index(cursor)
         return None if index is None else (self.tokens_of(index), Cursor(cursor.a + self.num_lanes, 0))
 
-    def epoch(self, cursor: Cursor, lane: int) -> int:
-        return cursor.a // self.size
+    def epochs(self, cursor: Cursor, lane: int) -> float:
+        return (cursor.a - lane) / self.size
 
 
 class StreamedDocuments:
@@ -147,8 +147,8 @@ class StreamedDocuments:
             file, row = file + 1, row - self._blocks.rows[shard]
         return None
 
-    def epoch(self, cursor: Cursor, lane: int) -> int:
-        return cursor.a // self._files_of(lane % self.streams)
+    def epochs(self, cursor: Cursor, lane: int) -> float:
+        return cursor.a / self._files_of(lane % self.streams)
 
     def _files_of(self, stream: int) -> int:
         return len(range(stream, self.size, self.streams))

@@ -105,6 +105,14 @@ class PackedDataloader(ParallelAwareDataloader):
         for number in sorted(self.dataset.lanes):
             self.dataset.move(number, state_dict[self._name(number)].tolist())
 
+    def epochs(self) -> list[float]:
+        """How often this rank's lanes have had all their documents of each source, on average."""
+        lanes = self.dataset.lanes
+        return [
+            sum(source.epochs(lane.cursors[i], number) for number, lane in lanes.items()) / len(lanes)
+            for i, source in enumerate(self.dataset.sources)
+        ]
+
     def _name(self, lane: int) -> str:
         return f"lane_{lane}_of_{self.dataset.num_lanes}"
 

@@ -30,6 +30,7 @@ from torchtitan.tools.logging import logger
 from flame_ext.config.sections import DataSource
 from flame_ext.data.documents import Documents, IndexedDocuments, StreamedDocuments, Tokens
 from flame_ext.data.python_stdlib import Split, read_stdlib
+from flame_ext.data.tokenizer import around_a_document
 from flame_ext.errors import ConfigError
 
 TOKENS_FIELD = "input_ids"
@@ -40,6 +41,7 @@ _ENDINGS = {
     "arrow": (".arrow",),
     "tokens": (".npy",),
 }
+LOOKED_AT = 32  # documents, before step 1
 LOCAL_FORMATS = ("text", "json", "parquet")
 """Names in the host's registry that stand for local files (``training.dataset_path``)."""
 
@@ -102,7 +104,7 @@ def open_documents(
     epochs: int | None,
     registered_path: str | None = None,
 ) -> Documents:
-    """Open a source and look at its first document.
+    """Open a source and look at its first document, or at some throughout where there is random access.
 
     Args:
         where: the option, for messages.
@@ -124,11 +126,12 @@ def open_documents(
         data, text_of_sample = _open(source, registered_path)
         if source.max_samples is not None:
             data = _first(data, source.max_samples)
-        sample = next(iter(data), None)
-        if sample is None:
-            raise ConfigError(f"{source.path}: no documents in it")
         encode = _Encoder(source.path, tokenizer, text_of_sample, vocab_size)
-        encode(sample)
+        samples = [data[i] for i in _spread(len(data))] if isinstance(data, Dataset) else list(data.take(1))
+        if not samples:
+            raise ConfigError(f"{source.path}: no documents in it")
+        for sample in samples:
+            encode.value_of(sample)
     except ConfigError as e:
         raise ConfigError(f"{where}: {e}") from e
     except (
@@ -157,6 +160,9 @@ def _flat_tokens(
     count = int(first[-1]) if source.max_samples is None else min(int(first[-1]), source.max_samples)
     if count == 0:
         raise ConfigError(f"{source.path}: no tokens in it")
+    for file in files:
+        for piece in _spread(file.pieces):
+            file.read(piece)
 
     def read(index: int) -> Tokens:
         number = int(np.searchsorted(first, index, side="right")) - 1
@@ -173,11 +179,21 @@ class _Encoder:
     ) -> None:
         self._name, self._tokenizer, self._text_of = name, tokenizer, text_of
         self._vocab_size = vocab_size
+        self._before, self._after = around_a_document(tokenizer)
 
     def __call__(self, sample: dict[str, Any]) -> Tokens:
+        value = self.value_of(sample)
+        return np.asarray(self._encode(value), dtype=np.int64) if isinstance(value, str) else value
+
+    def value_of(self, sample: dict[str, Any]) -> str | Tokens:
+        """Its text or its tokens.
+
+        Raises:
+            ConfigError: it has neither, or tokens beyond the model's vocabulary.
+        """
         value = self._text_of(sample)
         if isinstance(value, str):
-            return np.asarray(self._encode(value), dtype=np.int64)
+            return value
         try:
             tokens = np.asarray(value, dtype=np.int64)
         except (TypeError, ValueError):
@@ -192,9 +208,7 @@ class _Encoder:
             return tokenizer.encode(text, add_bos=True, add_eos=True)
         # As its encode() does, without working out where in the text each token lies.
         ids: list[int] = tokenizer.tokenizer.encode_batch_fast([text])[0].ids
-        before = [tokenizer.bos_id] if tokenizer.bos_id is not None and not tokenizer.hf_adds_bos else []
-        after = [tokenizer.eos_id] if tokenizer.eos_id is not None and not tokenizer.hf_adds_eos else []
-        return [*before, *ids, *after]
+        return [*self._before, *ids, *self._after]
 
 
 def require_in_vocabulary(tokens: Tokens, vocab_size: int, where: str) -> Tokens:
@@ -331,6 +345,11 @@ def _opened(file: str) -> Any:
     if file.endswith(".zst"):
         return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"), 2**20)
     return gzip.open(file, "rb") if file.endswith(".gz") else Path(file).open("rb")
+
+
+def _spread(count: int) -> list[int]:
+    """At most ``LOOKED_AT`` numbers below ``count``, from the first to the last."""
+    return np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(int).tolist()
 
 
 def _first(data: Dataset | IterableDataset, count: int) -> Dataset:

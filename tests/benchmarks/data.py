@@ -58,17 +58,16 @@ def write_text(file: Path, megabytes: int) -> None:
 
 def ours(folder: Path, path: Path, streaming: bool, workers: int = 0) -> Iterator[int]:
     """Tokens of each batch."""
-    from torchtitan.components.tokenizer import build_hf_tokenizer
-
     from flame_ext.config.sections import DataSource, FlameJobConfig
     from flame_ext.data.build import build_dataloader
+    from flame_ext.data.tokenizer import build_tokenizer
 
     config = FlameJobConfig()
     config.model.hf_assets_path = str(folder)
     config.training.seq_len, config.training.local_batch_size = SEQ_LEN, LANES
     config.training.dataloader.num_workers = workers
     config.data.sources = [DataSource(str(path), streaming=streaming)]
-    for _, labels in build_dataloader(1, 0, build_hf_tokenizer(config), config):
+    for _, labels in build_dataloader(1, 0, build_tokenizer(config), config):
         yield labels.numel()
 
 

@@ -15,7 +15,6 @@ import torch
 from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torchtitan.components.tokenizer import build_hf_tokenizer
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 from transformers import AutoTokenizer
@@ -25,6 +24,7 @@ from flame_ext.data import documents
 from flame_ext.data.build import build_dataloader
 from flame_ext.data.loader import PackedDataloader
 from flame_ext.data.packing import PADDING
+from flame_ext.data.tokenizer import build_tokenizer
 from flame_ext.errors import ConfigError
 from flame_ext.train import parse
 from tests.ranks import DEBUG_TOML, TINY_OLMO
@@ -124,7 +124,7 @@ def job(*sources: DataSource, **training: Any) -> FlameJobConfig:
 
 def loaders(config: FlameJobConfig, ranks: int, workers: int) -> list[PackedDataloader]:
     config.training.dataloader.num_workers = workers
-    tokenizer = build_hf_tokenizer(config)
+    tokenizer = build_tokenizer(config)
     return [build_dataloader(ranks, rank, tokenizer, config) for rank in range(ranks)]
 
 
@@ -239,7 +239,7 @@ def test_epochs_of_a_source_differ(tmp_path: Path) -> None:
         assert all(found.count(d) == 2 for d in found) and len(found) == 100
         (loader,) = loaders(job(source), 1, 0)
         read([loader], 60)
-        epochs = [loader.dataset.sources[0].epoch(lane.cursors[0], n) for n, lane in loader.dataset.lanes.items()]
+        epochs = [loader.dataset.sources[0].epochs(lane.cursors[0], n) for n, lane in loader.dataset.lanes.items()]
         assert min(epochs) >= 2
 
 
@@ -319,8 +319,7 @@ def test_what_can_not_be_read_is_said_in_one_line(tmp_path: Path, make: Maker, m
     source.streaming = streaming
     with pytest.raises(ConfigError, match=message) as raised:
         read(loaders(job(source), 1, 0), 2)
-    at_once = "line 2" not in message or not streaming
-    assert str(raised.value).startswith("data.sources[0]: ") == at_once and "\n" not in str(raised.value)
+    assert str(raised.value).startswith("data.sources[0]: ") and "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

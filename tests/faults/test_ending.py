@@ -142,5 +142,15 @@ def test_an_error_on_one_rank_ends_the_others_and_leaves_the_last_step(dump_fold
         dump_folder, *FAST, "--training.steps=9", "--checkpoint.interval=2", raises,
         "--comm.train_timeout_seconds=20", "--comm.init_timeout_seconds=20", world_size=2, check=False, timeout=90,
     )  # fmt: skip
-    assert all(run.exit_codes) and "this sequence can not be read" in run.ranks[1].output
+    assert all(run.exit_codes) and "this rank has failed" in run.ranks[1].output
     assert steps_of(dump_folder) == [2]
+
+
+def test_data_that_can_not_be_read_on_one_rank_are_said_by_all(dump_folder: Path) -> None:
+    unreadable = "--experimental.custom_import=tests.faults.plugins.data_unreadable"
+    run = train(
+        dump_folder, *FAST, "--training.steps=9", "--checkpoint.interval=2", unreadable, world_size=2, check=False
+    )
+    assert run.exit_codes == [1, 1] and steps_of(dump_folder) == [2]
+    for rank in run.ranks:
+        assert rank.output.splitlines()[-1] == "error: [rank 1] RuntimeError: this sequence can not be read"
