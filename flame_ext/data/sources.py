@@ -52,6 +52,8 @@ class OpenedData(NamedTuple):
     data: Dataset | IterableDataset
     text_of: Callable[[dict[str, Any]], Any]
     """A sample to its text, or to its tokens."""
+    nbytes: int | None = None
+    """Of the files, where these are local."""
 
 
 def register_local_sources() -> None:
@@ -123,7 +125,7 @@ def open_documents(
     try:
         if source.path.endswith(_ENDINGS["tokens"]):
             return _flat_tokens(source, num_lanes, seq_len + 1, vocab_size, rng_seed, epochs)
-        data, text_of_sample = _open(source, registered_path)
+        data, text_of_sample, nbytes = _open(source, registered_path)
         if source.max_samples is not None:
             data = _first(data, source.max_samples)
         encode = _Encoder(source.path, tokenizer, text_of_sample, vocab_size)
@@ -148,7 +150,7 @@ def open_documents(
         ) from e
     if isinstance(data, Dataset):
         return IndexedDocuments(source.path, len(data), lambda index: encode(data[index]), num_lanes, rng_seed, epochs)
-    return StreamedDocuments(source.path, data, encode, num_lanes, rng_seed, epochs)
+    return StreamedDocuments(source.path, data, encode, num_lanes, rng_seed, epochs, nbytes)
 
 
 def _flat_tokens(
@@ -266,7 +268,8 @@ def _open(source: DataSource, registered_path: str | None) -> OpenedData:
     if place.exists() or place.is_absolute() or any(c in source.path for c in "*?["):
         for kind in _ENDINGS:
             if files := local_files(source.path, kind, strict=False):
-                return OpenedData(_load_files(source, kind, files), field)
+                nbytes = sum(Path(file).stat().st_size for file in files)
+                return OpenedData(_load_files(source, kind, files), field, nbytes)
         local_files(source.path, "json")  # raises
     options = {"name": source.name or None, "data_files": source.data_files or None}
     data = load_dataset(source.path, split=source.split, streaming=source.streaming, **options)

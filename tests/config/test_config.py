@@ -298,6 +298,10 @@ def test_tables_of_a_toml_are_checked_and_typed(tmp_path: Path) -> None:
         ("wieght = 2", "unknown key 'data.sources[0].wieght' (did you mean 'data.sources[0].weight'?)"),
         ('weight = "2"', "'data.sources[0].weight' must be a number, got '2'"),
         ("weight = 0.0", "data.sources[0].weight must be > 0"),
+        (
+            'label = "a"\n[[data.sources]]\npath = "x/a"',
+            "data.sources[1] is reported as 'a', as data.sources[0] is; give it a label",
+        ),
         ("max_samples = 0", "data.sources[0].max_samples must be >= 1"),
     ):
         toml.write_text(text + f'\n[[data.sources]]\npath = "a"\n{line}\n')

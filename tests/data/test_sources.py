@@ -260,6 +260,33 @@ def test_bos_and_eos_are_the_tokenizers(tmp_path: Path) -> None:
     assert batch[0, 1, : 2 * len(one)].tolist() == [0] * len(one) + [1] * len(one)
 
 
+def test_each_file_is_opened_once_in_an_epoch_however_many_lanes_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading one anew means reading it from its beginning."""
+    monkeypatch.setattr(documents, "BLOCK", 8)
+    monkeypatch.setattr(documents, "BLOCKS_KEPT", 2)
+    monkeypatch.setattr(documents, "FILES_OPEN", 2)
+    for part in range(16):
+        (tmp_path / f"{part:02}.jsonl").write_bytes(json_lines(TEXTS[:40]))
+    config = job(DataSource(str(tmp_path), streaming=True), global_batch_size=16, epochs=1)
+    (loader,) = loaders(config, 1, 0)
+    data = loader.dataset.sources[0]._data
+    opened: list[int] = []
+    shard = type(data).shard
+    monkeypatch.setattr(type(data), "shard", lambda self, **kw: opened.append(kw["index"]) or shard(self, **kw))
+    list(islice(iter(loader), 16 * config.training.steps))
+    assert sorted(opened) == list(range(16))
+
+
+def test_bytes_tell_that_a_streamed_source_is_another_one(tmp_path: Path) -> None:
+    layouts = []
+    for texts in (TEXTS, TEXTS[:-1]):
+        (tmp_path / "a.jsonl").write_bytes(json_lines(texts))
+        layouts.append(loaders(job(DataSource(str(tmp_path), streaming=True)), 1, 0)[0].layout)
+    assert layouts[0]["in source 0"] - layouts[1]["in source 0"] == len(json_lines(TEXTS)) - len(json_lines(TEXTS[:-1]))
+
+
 def test_a_registered_dataset_that_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: list) -> None:
     """As the host's c4 is."""
     from datasets import load_dataset
