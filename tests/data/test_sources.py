@@ -27,6 +27,7 @@ from flame_ext.data.packing import PADDING
 from flame_ext.data.tokenizer import build_tokenizer
 from flame_ext.errors import ConfigError
 from flame_ext.train import parse
+from tests.data.test_loader import position, resume
 from tests.ranks import DEBUG_TOML, TINY_OLMO
 
 TEXTS = [f"document {i}: " + "word " * ((7 * i) % 13) for i in range(50)]
@@ -203,8 +204,6 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> list[DataSource]:
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_breaks_anywhere_change_nothing(three: list[DataSource], runs: list[tuple[int, bool, int]]) -> None:
     """Of a mixture; the position goes through a file, as DCP writes it."""
-    from tests.data.test_loader import position, resume
-
     unbroken = read(loaders(job(*three), 1, 0), sum(steps for *_, steps in runs) + 1)
     batches: list[torch.Tensor] = []
     saved: dict[str, Any] | None = None
@@ -334,6 +333,14 @@ def write(folder: Path, name: str, content: bytes) -> str:
         (lambda f: DataSource(write(f, "a.jsonl", b'{"text": "x"}\n{"text": \n')), "a.jsonl, line 2: not JSON"),
         (lambda f: DataSource(write(f, "a.jsonl", b'{"input_ids": [1, 264]}\n')), "token id 264 is not in .*vocabulary of 264"),
         (lambda f: DataSource(write(f, "a.jsonl", b'{"text": 7}\n')), "neither text nor a list of token ids: 7"),
+        (lambda f: DataSource(write(f, "a.jsonl", b'{"input_ids": [1.5]}\n')), "neither text nor a list of token ids"),
+        (lambda f: DataSource(write(f, "a.jsonl", b'{"input_ids": [[1], [2, 3]]}\n')), "neither text nor a list of token ids"),
+        (lambda f: DataSource(write(f, "a.jsonl.gz", gzip.compress(json_lines(["x"]))[:-9])), "a.jsonl.gz, after line .*cut off"),
+        (lambda f: DataSource(write(f, "a.jsonl.zst", b"no")), "a.jsonl.zst, after line 0: .*cut off or damaged"),
+        (lambda f: [write(f, "a.jsonl", b"{}"), write(f, "b.txt", b"x"), DataSource(str(f))][-1],
+         r"files of several kinds \(1 of json, 1 of text\); name those that are meant with a glob"),
+        (lambda f: [write(f, "a.npy", b"12"), DataSource(str(f))][-1], "name them with a glob that ends in .npy"),
+        (lambda f: [arrow(f), DataSource(str(f / "saved"))][-1], "no split 'train', which has some"),
         (lambda f: DataSource(write(f, "a.txt", b"\xff\xfe")), "a.txt: not UTF-8"),
         (lambda f: DataSource(write(f, "a.npy", b"123")), "its size is no multiple of uint16"),
         (lambda f: DataSource(write(f, "a.npy", b"")), "no tokens in it"),
