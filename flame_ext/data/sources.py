@@ -204,7 +204,7 @@ class _Encoder:
             tokens = np.empty((0, 0))
         if tokens.ndim != 1 or not (tokens.dtype.kind in "iu" or len(tokens) == 0):
             raise ConfigError(f"{self._name}: a sample is neither text nor a list of token ids: {value!r:.80}")
-        return require_in_vocabulary(tokens.astype(np.int64), self._vocab_size, f"{self._name}")
+        return require_in_vocabulary(tokens.astype(np.int64, copy=False), self._vocab_size, f"{self._name}")
 
     def _encode(self, text: str) -> list[int]:
         tokenizer = self._tokenizer
