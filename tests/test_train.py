@@ -177,6 +177,8 @@ def test_an_epoch_of_a_mixture_is_the_same_on_any_ranks(tmp_path: Path) -> None:
     for one, two in zip(lines[1], lines[2], strict=True):
         for name in set(names) & set(one):
             assert two[name] == pytest.approx(one[name], rel=1e-5), (one["step"], name)
+    assert all(lines[ranks][-2]["epochs/a.jsonl"] == pytest.approx(1) for ranks in lines), "each document once"
+    assert lines[1][0]["epochs/a.jsonl"] < 0.5
     held_out = lines[1][-1]
     assert held_out["loss_ce"] == pytest.approx((held_out["held_out.jsonl/loss_ce"] + held_out["others/loss_ce"]) / 2)
 
