@@ -283,7 +283,7 @@ class Training(HostTraining):
     epochs: int = 0
     """
     End when every source has been read this often, to the last token, instead of after `steps`: these are then counted before
-    step 1, by reading all of it once. 0 = `steps`.
+    step 1, for which each rank reads all of its own once. 0 = `steps`.
     """
 
 

@@ -9,12 +9,11 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
 
-from flame_ext.data.documents import Documents
 from flame_ext.data.loader import PackedDataloader
 from flame_ext.data.packing import PackedDocuments
 from flame_ext.data.sources import open_documents, sources_of
 from flame_ext.data.tokenizer import require_of_model
-from flame_ext.distributed import failing_together, is_main_rank
+from flame_ext.distributed import failing_together
 from flame_ext.errors import ConfigError
 from flame_ext.model.hf_causal_lm import load_hf_config
 
@@ -40,39 +39,36 @@ def build_dataloader(
         )
     vocab_size = _vocab_size(tokenizer, job_config)
     named = sources_of(job_config)
-    documents = [
-        open_documents(
-            where,
-            source,
-            tokenizer,
-            num_lanes=global_batch,
-            seq_len=training.seq_len,
-            vocab_size=vocab_size,
-            rng_seed=job_config.data.rng_seed + number if job_config.data.shuffle else None,
-            epochs=training.epochs or (None if source.when_exhausted == "repeat" else 1),
-            registered_path=None if job_config.data.sources else training.dataset_path,
-        )
-        for number, (where, source) in enumerate(named)
-    ]
+    with failing_together(ConfigError):
+        documents = [
+            open_documents(
+                where,
+                source,
+                tokenizer,
+                num_lanes=global_batch,
+                seq_len=training.seq_len,
+                vocab_size=vocab_size,
+                rng_seed=job_config.data.rng_seed + number if job_config.data.shuffle else None,
+                epochs=training.epochs or (None if source.when_exhausted == "repeat" else 1),
+                registered_path=None if job_config.data.sources else training.dataset_path,
+            )
+            for number, (where, source) in enumerate(named)
+        ]
 
-    def packed(lanes: range) -> PackedDocuments:
-        return PackedDocuments(
-            documents,
-            training.seq_len,
-            lanes,
-            global_batch,
-            weights=[source.weight for _, source in named],
-            rng_seed=job_config.data.rng_seed,
-            eos_id=getattr(tokenizer, "eos_id", None),
-            pad=training.epochs > 0,
-        )
-
-    if training.epochs:
-        training.steps = _steps_of(packed(range(global_batch)))
-        logger.info(f"training.epochs = {training.epochs}: {training.steps} steps")
-    return PackedDataloader(
-        packed(lanes), dp_rank, dp_world_size, batch_size=training.local_batch_size, **asdict(loading)
+    data = PackedDocuments(
+        documents,
+        training.seq_len,
+        lanes,
+        global_batch,
+        weights=[source.weight for _, source in named],
+        rng_seed=job_config.data.rng_seed,
+        eos_id=getattr(tokenizer, "eos_id", None),
+        pad=training.epochs > 0,
     )
+    if training.epochs:
+        training.steps = _steps_of(data)
+        logger.info(f"training.epochs = {training.epochs}: {training.steps} steps")
+    return PackedDataloader(data, dp_rank, dp_world_size, batch_size=training.local_batch_size, **asdict(loading))
 
 
 def build_validation_dataloaders(
@@ -87,46 +83,41 @@ def build_validation_dataloaders(
     """
     validation = job_config.validation
     num_lanes = validation.local_batch_size * dp_world_size
+    lanes = range(dp_rank, num_lanes, dp_world_size)
     vocab_size = _vocab_size(tokenizer, job_config)
     found: dict[str, tuple[PackedDataloader, int]] = {}
     for number, source in enumerate(validation.sources):
         where = f"validation.sources[{number}]"
-        documents = open_documents(
-            where,
-            source,
-            tokenizer,
-            num_lanes=num_lanes,
-            seq_len=validation.seq_len,
-            vocab_size=vocab_size,
-            rng_seed=None,
-            epochs=1,
-        )
+        with failing_together(ConfigError):
+            documents = open_documents(
+                where,
+                source,
+                tokenizer,
+                num_lanes=num_lanes,
+                seq_len=validation.seq_len,
+                vocab_size=vocab_size,
+                rng_seed=None,
+                epochs=1,
+            )
 
-        def packed(lanes: range, documents: Documents = documents) -> PackedDocuments:
-            eos_id = getattr(tokenizer, "eos_id", None)
-            return PackedDocuments([documents], validation.seq_len, lanes, num_lanes, eos_id=eos_id, pad=True)
-
+        eos_id = getattr(tokenizer, "eos_id", None)
+        data = PackedDocuments([documents], validation.seq_len, lanes, num_lanes, eos_id=eos_id, pad=True)
         loader = PackedDataloader(
-            packed(range(dp_rank, num_lanes, dp_world_size)),
-            dp_rank,
-            dp_world_size,
-            batch_size=validation.local_batch_size,
-            **asdict(validation.dataloader),
+            data, dp_rank, dp_world_size, batch_size=validation.local_batch_size, **asdict(validation.dataloader)
         )
-        limit = None if validation.steps == -1 else validation.steps
-        found[source.reported_as] = loader, _steps_of(packed(range(num_lanes)), limit)
+        found[source.reported_as] = loader, _steps_of(data, None if validation.steps == -1 else validation.steps)
     return found
 
 
 def _steps_of(data: PackedDocuments, limit: int | None = None) -> int:
-    """How many steps all lanes take to their ends, at most ``limit``. Collective: the main rank counts."""
-    counted = [0]
+    """How many steps the lanes of all ranks take to their ends, at most ``limit``. Collective: each rank reads its own."""
     with failing_together(ConfigError):
-        if is_main_rank():
-            counted[0] = data.steps(limit)
-    if dist.is_initialized():
-        dist.broadcast_object_list(counted, src=0)
-    return counted[0]
+        steps = data.steps(limit)
+    if not dist.is_initialized():
+        return steps
+    counted = [0] * dist.get_world_size()
+    dist.all_gather_object(counted, steps)
+    return max(counted)
 
 
 def _vocab_size(tokenizer: BaseTokenizer, job_config: JobConfig) -> int:
