@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools.utils import set_default_dtype
@@ -13,9 +14,9 @@ from torchtitan.tools.utils import set_default_dtype
 from flame_ext.checkpoint.steps import MANIFEST_NAME, find_steps, read_manifest
 from flame_ext.config.checks import TOKENIZER_FILES
 from flame_ext.config.sections import FlameJobConfig
-from flame_ext.errors import CheckpointError, SeedError, UserError
+from flame_ext.errors import CheckpointError, ConfigError, SeedError, UserError
 from flame_ext.heads.converter import FuturePredictionConverter
-from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
+from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm, load_hf_config
 from flame_ext.offline.compare import Difference, compare_headers
 from flame_ext.offline.names import Architecture, is_heads, load_architecture, plain
 from flame_ext.registration import CONVERTER_NAME
@@ -63,7 +64,7 @@ def describe(path: str, allow_pickle: bool = False) -> Description:
     source = open_source(folder, allow_pickle)
     facts += [f"passed over: {name}" for name in source.passed_over]
     if source.objects:
-        facts.append(f"not tensors: {', '.join(sorted(source.objects))}")
+        facts.append(f"not tensors: {_by_first_part(source.objects)}")
     step: int | None = None
     if (folder / MANIFEST_NAME).exists():
         try:
@@ -77,7 +78,7 @@ def describe(path: str, allow_pickle: bool = False) -> Description:
     config = folder / "config.json"
     fields = parse_json(config.read_bytes(), config, "file") if config.is_file() else {}
     names = plain(source).entries
-    tied = fields.get("tie_word_embeddings", True) if fields else None  # transformers' own default
+    tied = _ties(folder, fields) if fields else None
     if tied and "lm_head.weight" in names:
         facts.append("lm_head.weight is there though config.json ties it; it has to equal the input embedding")
     if fields and not tied and not any("lm_head" in name or "embed_out" in name for name in names):
@@ -92,6 +93,23 @@ def describe(path: str, allow_pickle: bool = False) -> Description:
         tied,
         step,
     )
+
+
+def _ties(folder: Path, fields: Mapping[str, Any]) -> bool:
+    """What a ``config.json`` says of the embeddings; where it says nothing, its model type's default."""
+    try:
+        config = load_hf_config(str(folder))
+    except ConfigError:  # a model that is not known here
+        return bool(fields.get("tie_word_embeddings", True))
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", True))
+
+
+def _by_first_part(keys: Iterable[str]) -> str:
+    """``optimizer.* (391), step``: a training step has hundreds of them, one for each option of each parameter."""
+    parts: dict[str, list[str]] = defaultdict(list)
+    for key in sorted(keys):
+        parts[key.split(".")[0]].append(key)
+    return ", ".join(held[0] if len(held) == 1 else f"{part}.* ({len(held)})" for part, held in parts.items())
 
 
 def _newest_step(folder: Path) -> tuple[Path, list[str], list[str]]:

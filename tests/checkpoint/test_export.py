@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 import shutil
 import sys
 import time
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from flame_ext.analysis import load_future_heads, load_with_heads, predict_future
 from flame_ext.checkpoint.background_export import BackgroundExports
+from flame_ext.checkpoint.card import card_of_step, model_card
 from flame_ext.checkpoint.manager import SeedingCheckpointManager
 from flame_ext.errors import SeedError
 from flame_ext.seeding.tensors import same_bits
@@ -66,6 +68,36 @@ def test_the_card_says_where_the_weights_come_from(run: TrainRun, step: int) -> 
         f"| tokens seen | {line['tokens_seen']} |" in card.text and f"| loss_ce | {line['loss_ce']:.6g} |" in card.text
     )
     assert "| continues from | `tests/assets/tiny_olmo`" in card.text and "load_with_heads" in card.text
+
+
+def test_the_card_of_a_mixture_from_the_hub() -> None:
+    manifest = {
+        "step": 7,
+        "seed": {"source": "hf://org/model@v1", "revision": "abc123", "source_digest": "0123456789abcdef0123"},
+        "config": {
+            "training.dataset": "c4", "optimizer.lr": 1e-3, "data.sources.0.path": "a|b.jsonl", "data.sources.0.name": "",
+            "data.sources.0.weight": 0.25, "data.sources.0.streaming": False, "data.sources.1.path": "other",
+            "action_layer.enable": False, "action_layer.loss_weight": 0.1, "future_encoder.enable": True,
+            "future_encoder.loss_weight": 0.5,
+        },
+    }  # fmt: skip
+    card = ModelCard(model_card(manifest, {"loss": 1.25}))
+    assert card.data.base_model == "org/model"
+    rows = dict(re.findall(r"^\| (\S[^|]*) \| (.*) \|$", card.text, re.MULTILINE))
+    assert rows == {
+        "continues from": "`hf://org/model@v1`, revision abc123, digest of its headers 0123456789abcdef", "step": "7", "loss": "1.25",
+        "data.sources.0.path": r"a\|b.jsonl", "data.sources.0.weight": "0.25", "data.sources.1.path": "other", "optimizer.lr": "0.001",
+        "future_encoder.loss_weight": "0.5",
+    }, "what is off, or is not read, is not said"  # fmt: skip
+
+
+def test_the_card_of_a_step_takes_its_line_alone(tmp_path: Path) -> None:
+    step = tmp_path / "checkpoint" / "step-2"
+    step.mkdir(parents=True)
+    assert card_of_step(step) is None
+    (step / "manifest.json").write_text('{"step": 2}')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "loss": 2.5}\n{"step": 3, "loss": 9.5}\n{"step": 4, "lo')
+    assert "| loss | 2.5 |" in card_of_step(step), "of step 2; the last line was cut off by a kill"
 
 
 def test_exports_that_were_cut_off_are_made_up_for(run: TrainRun, dump_folder: Path) -> None:
