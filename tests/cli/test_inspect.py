@@ -25,7 +25,7 @@ from flame_ext.offline import compare
 from flame_ext.seeding.source import Source
 from flame_ext.seeding.tensors import read_tensor
 from tests.benchmarks.seeding import OLMO_1B
-from tests.ranks import DEBUG_TOML, REPOSITORY, TINY_OLMO, train
+from tests.ranks import DEBUG_TOML, REPOSITORY, TINY_OLMO
 from tests.sources import save_all_sources, save_dcp
 from tests.tiny_models import save_tiny
 
@@ -104,16 +104,19 @@ def test_headers_alone_are_read(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert facts["parameters"] == sum(parameter.numel() for parameter in model.parameters()) > 1.1e9
 
 
-def test_a_dump_folder_is_its_newest_complete_step(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run = train(tmp_path / "run", "--training.steps=2", "--checkpoint.interval=1", "--training.seq_len=32",
-                "--training.local_batch_size=2", "--seed.verify=none")  # fmt: skip
-    facts = inspect(capsys, run.dump_folder)
+def test_a_dump_folder_is_its_newest_complete_step(
+    sources: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    step = Path(sources["step"][0])
+    dump_folder = shutil.copytree(step.parents[1], tmp_path / "run")
+    manifest = shutil.copytree(step, dump_folder / "checkpoint" / "step-2") / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"step": 2}))
+    facts = inspect(capsys, dump_folder)
     assert facts["path"].endswith("step-2") and facts["step"] == 2 and not facts["problems"]
-    manifest = run.dump_folder / "checkpoint" / "step-2" / "manifest.json"
     manifest.write_text(manifest.read_text()[:50])
-    facts = inspect(capsys, run.dump_folder, code=1)
+    facts = inspect(capsys, dump_folder, code=1)
     assert facts["path"].endswith("step-1") and "step-2: unreadable manifest.json" in facts["problems"][0]
-    assert main(["inspect", str(run.dump_folder)]) == 1
+    assert main(["inspect", str(dump_folder)]) == 1
     lines = capsys.readouterr().out.splitlines()
     damaged = inspect(capsys, manifest.parent, code=1)
     assert damaged["step"] is None and damaged["problems"][0].startswith(
@@ -123,8 +126,8 @@ def test_a_dump_folder_is_its_newest_complete_step(tmp_path: Path, capsys: pytes
     (objects,) = [line for line in lines if line.startswith("not tensors: ")]
     assert "lr_scheduler.* (" in objects and "optimizer.param_groups" not in objects, "counted, not one by one"
     assert "lr_scheduler.last_epoch" in damaged["objects"], "which is what --json is for"
-    shutil.rmtree(run.dump_folder / "checkpoint" / "step-1")
-    assert main(["inspect", str(run.dump_folder)]) == 2
+    shutil.rmtree(dump_folder / "checkpoint" / "step-1")
+    assert main(["inspect", str(dump_folder)]) == 2
     assert "no complete step: step-2: unreadable manifest.json" in capsys.readouterr().err
 
 
