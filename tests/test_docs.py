@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,14 +21,16 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from flame_ext.cli.main import main as flame_ext
+from flame_ext.config.manager import table_in_list
 from flame_ext.config.reference import HOST_OPTIONS, HostOption, reference
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError
 from flame_ext.train import parse
 from tests.documents import DOCUMENTS, Block, blocks, prose
-from tests.ranks import DEBUG_TOML, REPOSITORY
+from tests.ranks import DEBUG_TOML, REPOSITORY, train
 
-NEEDS = ("cluster", "network", "time", "a run")  # what a marked command may ask for
+NEEDS = ("cluster", "network", "time", "a run", "an old checkpoint")  # what a marked command may ask for
 RUN = {"bash", "python"}
 TROUBLESHOOTING = REPOSITORY / "docs" / "troubleshooting.md"
 NOT_OPTIONS = (
@@ -77,6 +80,23 @@ def test_commands_run(document: Path, copy: Path) -> None:
             execute(block, copy)
 
 
+def test_commands_that_need_a_run_run(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said of the debug job's results, on those of its first step."""
+    run = train(copy / "outputs" / "debug", "--training.steps=1", "--training.seq_len=32", "--seed.verify=none")
+    (run.dump_folder / "hf" / "step-1").rename(run.dump_folder / "hf" / "step-60")
+    monkeypatch.chdir(copy)
+    needing = [block for document in DOCUMENTS for block in blocks(document) if block.needs == "a run"]
+    assert {block.language for block in needing} == RUN
+    for block in needing:
+        if block.language == "python":
+            exec(compile(block.text, str(block), "exec"), {})  # here: importing torch for each takes seconds
+        else:
+            for line in block.text.splitlines():
+                command, *arguments = shlex.split(line)
+                assert command == "flame-ext" and flame_ext(arguments) == 0, line
+    assert (run.dump_folder / "curves.png").stat().st_size > 10_000
+
+
 def test_marks_are_known() -> None:
     found = [block for document in DOCUMENTS for block in blocks(document)]
     assert {block.needs for block in found} <= {None, *NEEDS}
@@ -112,8 +132,9 @@ def options(section: type = FlameJobConfig, prefix: str = "") -> set[str]:
     names = set()
     for name, hint in get_type_hints(section).items():
         names.add(prefix + name)
-        if is_dataclass(hint):
-            names |= options(hint, f"{prefix}{name}.")
+        table = hint if is_dataclass(hint) else table_in_list(hint)
+        if table is not None:
+            names |= options(table, f"{prefix}{name}.")
     return names
 
 
