@@ -18,12 +18,13 @@ from flame_ext.errors import CheckpointError, ConfigError, SeedError, UserError
 from flame_ext.heads.converter import FuturePredictionConverter
 from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm, load_hf_config
 from flame_ext.offline.compare import Difference, compare_headers
-from flame_ext.offline.names import Architecture, is_heads, load_architecture, plain
+from flame_ext.offline.names import Architecture, folder_of, is_heads, load_architecture, plain
 from flame_ext.registration import CONVERTER_NAME
 from flame_ext.seeding.folders import parse_json
 from flame_ext.seeding.hub import locate
 from flame_ext.seeding.key_names import in_model_names
 from flame_ext.seeding.layouts import open_source
+from flame_ext.seeding.layouts.dcp import DcpSource
 from flame_ext.seeding.seed import match
 from flame_ext.seeding.source import Source, TensorEntry
 from flame_ext.seeding.target import seed_target
@@ -59,8 +60,7 @@ def describe(path: str, allow_pickle: bool = False) -> Description:
     Raises:
         UserError: nothing that is known lies there, or it can not be read.
     """
-    folder, _ = locate(path, allow_pickle)
-    folder, problems, facts = _newest_step(folder)
+    folder, problems, facts = _newest_step(folder_of(path, allow_pickle))
     source = open_source(folder, allow_pickle)
     facts += [f"passed over: {name}" for name in source.passed_over]
     if source.objects:
@@ -73,7 +73,7 @@ def describe(path: str, allow_pickle: bool = False) -> Description:
             facts.append(f"a complete step {step} of {manifest.get('world_size')} ranks, run {manifest.get('run')}")
         except CheckpointError as e:
             problems.append(f"not a complete step: {e}")
-    elif folder.name.startswith("step-"):
+    elif folder.name.startswith("step-") and isinstance(source, DcpSource):
         facts.append(f"no {MANIFEST_NAME}: not a step of this trainer, which would not resume it")
     config = folder / "config.json"
     fields = parse_json(config.read_bytes(), config, "file") if config.is_file() else {}

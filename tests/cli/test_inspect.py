@@ -63,6 +63,8 @@ def test_every_layout_is_recognised_and_the_same_model(sources: dict, capsys: py
     layouts = {"hf-bin": "hf-bin", "dcp-flat": "dcp-flat", "dcp-nested": "dcp-nested", "step-nested": "dcp-nested"}
     for name, (path, held) in sources.items():
         facts = inspect(capsys, path, "--allow-pickle")
+        if name == "export":
+            assert not any("not a step" in fact for fact in facts["facts"]), "though it is called step-N as well"
         groups = facts["groups"]
         heads = sum(key.startswith("future_predictor.") for key in held)
         assert groups["backbone"]["tensors"] == len(held) - heads, name
@@ -122,6 +124,8 @@ def test_a_dump_folder_is_its_newest_complete_step(
     assert damaged["step"] is None and damaged["problems"][0].startswith(
         "not a complete step: unreadable manifest.json"
     )
+    seedable = inspect(capsys, dump_folder, f"--job.config_file={DEBUG_TOML}", code=1)["why_not_seedable"]
+    assert "step-1" in seedable and "[264, 128]" in seedable, "it is the step that is asked about"
     assert "step-1: dcp-flat" in lines[0] and lines[1].startswith("problem: passed over"), "problems come first"
     (objects,) = [line for line in lines if line.startswith("not tensors: ")]
     assert "lr_scheduler.* (" in objects and "optimizer.param_groups" not in objects, "counted, not one by one"
@@ -268,7 +272,8 @@ def test_what_is_not_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "does not exist"),
+        (["nowhere"], "nowhere: does not exist"),
+        (["good/model.safetensors"], "is a file; name its folder, good"),
         (["empty"], "no weights"),
         (["damaged"], "truncated"),
         (["good", "--against", "nowhere"], "does not exist"),
