@@ -176,6 +176,11 @@ def test_what_the_old_scripts_wrote(tmp_path: Path, capsys: pytest.CaptureFixtur
     convert(capsys, folder, tmp_path / "flat", "--to", "dcp", "--key-map", *rules)
     every = {**backbone, "lm_head.weight": state["lm_head.weight"], **ours}
     assert equal(load_dcp(tmp_path / "flat", every), every)
+    convert(capsys, folder, tmp_path / "nested", "--to", "dcp-nested", "--key-map", *rules)
+    for written in ("hf", "flat", "nested"):
+        assert main(["inspect", str(tmp_path / written), "--job.config_file", str(toml)]) == 0, (
+            "by the trainer's account"
+        )
 
     options = [f"--model.hf_assets_path={original}", f"--checkpoint.initial_load_path={folder}", "--seed.verify=parity"]
     options += ["--seed.dry_run", "--future_predictor.head_type=linear", f"--seed.key_map={','.join(rules)}"]
