@@ -182,6 +182,25 @@ def test_a_signal_to_the_whole_job_is_no_failure_of_the_export(tmp_path: Path, m
     exports.cancel()
 
 
+def test_an_export_that_is_cancelled_ends_at_once_and_never_sees_an_accelerator(tmp_path: Path, monkeypatch) -> None:
+    python, seen = tmp_path / "python", tmp_path / "seen"
+    python.write_text(
+        f'#!/bin/sh\necho "devices:$CUDA_VISIBLE_DEVICES" > {seen}.part\nmv {seen}.part {seen}\nexec sleep 60\n'
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    exports = BackgroundExports(tmp_path / "hf", [], due=lambda step: True)
+    for number in (2, 4):
+        exports.start(tmp_path / f"step-{number}", just_saved=True)
+    while not seen.exists():
+        time.sleep(0.01)
+    begin = time.monotonic()
+    exports.cancel()
+    assert time.monotonic() - begin < 30
+    assert seen.read_text() == "devices:\n"
+
+
 def test_backbone_and_heads_for_analysis(run: TrainRun) -> None:
     folder = run.dump_folder / "hf" / "step-4"
     model, heads = load_with_heads(folder, dtype=torch.float32)
