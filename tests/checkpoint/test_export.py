@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from flame_ext.analysis import load_future_heads, load_with_heads, predict_future
@@ -207,6 +207,7 @@ def test_backbone_and_heads_for_analysis(run: TrainRun) -> None:
     assert not any(module.training for part in (model, heads) for module in part.modules()), "no dropout"
     tokens = torch.randint(0, 264, (2, 24), generator=torch.Generator().manual_seed(0))
     prediction = predict_future(model, heads, tokens)
+    assert not model.base_model._forward_hooks, "the model is left as it was"
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = stock(tokens, output_hidden_states=True)
@@ -228,6 +229,11 @@ def test_what_has_no_heads_or_damaged_ones_is_refused(run: TrainRun, tmp_path: P
         load_with_heads(TINY_OLMO)
     damaged = tmp_path / "damaged"
     shutil.copytree(run.dump_folder / "hf" / "step-4", damaged)
+    tensors = load_file(damaged / "future_heads" / "model.safetensors")
+    tensors.pop("future_predictor.proj.2.bias")
+    save_file(tensors, damaged / "future_heads" / "model.safetensors")
+    with pytest.raises(SeedError, match="proj.2.bias"):
+        load_future_heads(damaged)
     config = damaged / "future_heads" / "config.json"
     content = json.loads(config.read_text())
     content["future_predictor"]["hidden_size"] = 64
