@@ -1,8 +1,8 @@
 """Continue the pre-training of a Hugging Face language model in torchtitan, with heads that predict the future."""
 
-from flame_ext.host import import_host
+from flame_ext.host import prepare_host
 
 __version__ = "0.1.0"
 
 # Before any module of torchtitan: it decides for a device while it is imported.
-import_host()
+prepare_host()

@@ -8,23 +8,27 @@ which has saved: start the same command again.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
 import sys
 
-import torch.distributed as dist
-import transformers
-from torch.distributed.elastic.multiprocessing.errors import record
-from torchtitan.tools.logging import init_logger
+from flame_ext.imports import without_collection
 
-from flame_ext.config.checks import check_config
-from flame_ext.config.manager import FlameConfigManager
-from flame_ext.config.sections import FlameJobConfig
-from flame_ext.ending import EXIT_PREEMPTED, StopSignals, note_exit_code
-from flame_ext.errors import ConfigError, UserError
-from flame_ext.registration import register
-from flame_ext.trainer import FutureTrainer
+with without_collection():
+    import torch.distributed as dist
+    import transformers
+    from torch.distributed.elastic.multiprocessing.errors import record
+    from torchtitan.tools.logging import init_logger
+
+    from flame_ext.config.checks import check_config
+    from flame_ext.config.manager import FlameConfigManager
+    from flame_ext.config.sections import FlameJobConfig
+    from flame_ext.ending import EXIT_PREEMPTED, StopSignals, note_exit_code
+    from flame_ext.errors import ConfigError, UserError
+    from flame_ext.registration import register
+    from flame_ext.trainer import FutureTrainer
 
 HOW_TO_LAUNCH = (
     "launch with torchrun: torchrun --nproc_per_node 1 -m flame_ext.train --job.config_file configs/debug.toml"
@@ -75,6 +79,7 @@ def run(config: FlameJobConfig) -> int:
 def main(args: list[str] | None = None) -> None:
     """Run the command; ends the process with the exit codes above."""
     args = sys.argv[1:] if args is None else args
+    gc.freeze()  # what was imported stays: no collection has to look at it again
     init_logger()
     # The host's logger is the root logger at INFO, and transformers would print every configuration that it reads.
     transformers.logging.set_verbosity(logging.WARNING)
