@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
 def _of_the_run(config_file: str) -> tuple[Path, dict[str, dict[str, Any]] | None]:
     """The folder of the model's ``config.json``, and what the run's heads are built from, if it has any."""
     from flame_ext.heads.converter import head_arguments
-    from flame_ext.offline.names import load_architecture
+    from flame_ext.offline.architecture import load_architecture
     from flame_ext.train import parse
 
     config = parse([f"--job.config_file={config_file}"])

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from flame_ext.imports import without_collection
+
 if TYPE_CHECKING:
     from flame_ext.offline.compare import Difference
     from flame_ext.offline.describe import Description
@@ -39,15 +41,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     """Returns 0 if the path is healthy, the same as the other, and what the job needs; else 1."""
-    from flame_ext.errors import ConfigError
-    from flame_ext.offline.compare import compare_values
-    from flame_ext.offline.describe import describe, differences, why_not_seedable
+    with without_collection():
+        from flame_ext.errors import ConfigError
+        from flame_ext.offline.compare import compare_values
+        from flame_ext.offline.describe import describe, differences
 
     if options.values and not options.against:
         raise ConfigError("--values compares values; name what to compare with: --against PATH")
     found = describe(options.path, options.allow_pickle)
     reason: str | None = None
     if options.config_file:
+        from flame_ext.offline.seedable import why_not_seedable
         from flame_ext.train import parse
 
         logging.getLogger().setLevel(logging.WARNING)

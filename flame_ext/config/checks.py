@@ -17,13 +17,11 @@ from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError, SeedError
 from flame_ext.heads.own import check_own_heads, enabled_heads
 from flame_ext.model.attention import not_anticausal, supports_flex_attention
-from flame_ext.model.hf_causal_lm import load_hf_config
+from flame_ext.model.hf_config import load_hf_config
 from flame_ext.model.train_spec import MODEL_NAME
 from flame_ext.registration import CONVERTER_NAME
+from flame_ext.seeding.folders import TOKENIZER_FILES
 from flame_ext.seeding.key_map import parse_key_map
-
-# One of these is what the host's tokenizer is built from.
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 # What becomes of a run that resumes a step without one of its parts.
 WITHOUT = {

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from flame_ext.config.sections import FlameJobConfig, OwnHead
 from flame_ext.errors import ConfigError
 from flame_ext.heads.initialisation import ParameterInit
+from flame_ext.heads.names import registered_names
 from flame_ext.objective.masks import doc_ids_from_eos
 
 # What the student's forward computes: logits and hidden states to the total loss and its parts.
@@ -89,6 +90,7 @@ def register_head(name: str, spec: HeadSpec) -> None:
         raise ConfigError(f"register_head({name!r}): there is a section of this name already; take another one")
     if _registered.setdefault(name, spec) is not spec:
         raise ConfigError(f"register_head({name!r}): another head has this name; take another one")
+    registered_names.add(name)
 
 
 def own_head(name: str) -> HeadSpec | None:

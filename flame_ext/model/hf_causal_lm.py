@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torchtitan.config import JobConfig
 from torchtitan.protocols import BaseModelArgs
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightTransform, revert_weight_conversion
 
@@ -30,6 +29,7 @@ from flame_ext.config.sections import HeadOptimization
 from flame_ext.errors import ConfigError
 from flame_ext.heads.initialisation import ParameterInit
 from flame_ext.model.attention import BOOLEAN_ATTENTION, attention_implementation
+from flame_ext.model.hf_config import load_hf_config
 
 POISON_VARIABLE = "FLAME_EXT_POISON_PARAMETERS"
 
@@ -66,26 +66,6 @@ class HFModelArgs(BaseModelArgs):
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         return nparams, 6 * multiplying + 12 * config.num_hidden_layers * heads * head_dim * seq_len
-
-
-def load_hf_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Read ``config.json`` of a local folder.
-
-    Raises:
-        ConfigError: if it is absent, not JSON, of an unknown ``model_type``, or needs code from the folder.
-    """
-    try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as e:
-        if "trust_remote_code" in str(e):
-            raise ConfigError(
-                f"model.hf_assets_path {path!r}: config.json asks for modelling code from the folder; to run it, set "
-                "seed.trust_remote_code = true"
-            ) from e
-        reason = " ".join(line.strip() for line in str(e).strip().splitlines()[:2])
-        raise ConfigError(
-            f"model.hf_assets_path {path!r}: no usable config.json: {reason}; give the folder of a Hugging Face causal LM"
-        ) from e
 
 
 class HFCausalLM(nn.Module):

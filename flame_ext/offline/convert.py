@@ -19,10 +19,12 @@ from flame_ext.checkpoint.export import ExportSpec, write_small_files, write_ten
 from flame_ext.checkpoint.steps import MANIFEST_NAME, put_in_place, start, temporary_path
 from flame_ext.errors import CheckpointError, SeedError, UserError
 from flame_ext.heads.converter import build_head
-from flame_ext.model.hf_causal_lm import load_hf_config
+from flame_ext.heads.names import is_heads
+from flame_ext.model.hf_config import load_hf_config
+from flame_ext.offline.architecture import Architecture, load_architecture
 from flame_ext.offline.compare import compare_headers
 from flame_ext.offline.dcp_folder import write_dcp
-from flame_ext.offline.names import Architecture, folder_of, is_heads, load_architecture, plain
+from flame_ext.offline.names import folder_of, plain
 from flame_ext.seeding.folders import parse_json
 from flame_ext.seeding.key_map import parse_key_map, renamed
 from flame_ext.seeding.key_names import in_model_names

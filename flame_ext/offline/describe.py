@@ -1,4 +1,4 @@
-"""What lies at a path: layout, groups of tensors, ties, configuration; and whether a job could be seeded from it."""
+"""What lies at a path: layout, groups of tensors, ties, configuration."""
 
 from __future__ import annotations
 
@@ -6,28 +6,20 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-from torchtitan.config import TORCH_DTYPE_MAP
-from torchtitan.tools.utils import set_default_dtype
+from typing import TYPE_CHECKING, Any
 
 from flame_ext.checkpoint.steps import MANIFEST_NAME, find_steps, read_manifest
-from flame_ext.config.checks import TOKENIZER_FILES
-from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import CheckpointError, ConfigError, SeedError, UserError
-from flame_ext.heads.converter import FuturePredictionConverter
-from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm, load_hf_config
+from flame_ext.heads.names import is_heads
 from flame_ext.offline.compare import Difference, compare_headers
-from flame_ext.offline.names import Architecture, folder_of, is_heads, load_architecture, plain
-from flame_ext.registration import CONVERTER_NAME
-from flame_ext.seeding.folders import parse_json
-from flame_ext.seeding.hub import locate
-from flame_ext.seeding.key_names import in_model_names
+from flame_ext.offline.names import folder_of, plain
+from flame_ext.seeding.folders import TOKENIZER_FILES, parse_json
 from flame_ext.seeding.layouts import open_source
 from flame_ext.seeding.layouts.dcp import DcpSource
-from flame_ext.seeding.seed import match
 from flame_ext.seeding.source import Source, TensorEntry
-from flame_ext.seeding.target import seed_target
+
+if TYPE_CHECKING:
+    from flame_ext.offline.architecture import Architecture
 
 GROUPS = ("backbone", "heads", "optimizer", "rest")
 
@@ -97,6 +89,8 @@ def describe(path: str, allow_pickle: bool = False) -> Description:
 
 def _ties(folder: Path, fields: Mapping[str, Any]) -> bool:
     """What a ``config.json`` says of the embeddings; where it says nothing, its model type's default."""
+    from flame_ext.model.hf_config import load_hf_config  # here, since it imports transformers
+
     try:
         config = load_hf_config(str(folder))
     except ConfigError:  # a model that is not known here
@@ -150,6 +144,8 @@ def differences(first: Description, second: Description) -> tuple[list[Differenc
     config = next((d.source.path for d in (first, second) if d.model_type is not None), None)
     if config is not None and any(d.kind in ("missing", "unexpected") for d in found):
         try:
+            from flame_ext.offline.architecture import load_architecture  # here, since it imports the host
+
             architecture = load_architecture(config)
             a, b = (_under(source, architecture) for source in (first.source, second.source))
             found = compare_headers(a.entries, b.entries)
@@ -160,33 +156,10 @@ def differences(first: Description, second: Description) -> tuple[list[Differenc
 
 
 def _under(source: Source, architecture: Architecture) -> Source:
+    from flame_ext.seeding.key_names import in_model_names
+
     named = in_model_names(source, architecture.names)
     entries: dict[str, TensorEntry] = {}
     for name, entry in named.entries.items():
         entries.setdefault(architecture.model.tied_keys.get(name, name), entry)
     return replace(named, entries=entries)
-
-
-def why_not_seedable(config: FlameJobConfig, path: str) -> str | None:
-    """Why a job could not be seeded from a path; None if it could. From headers: weights are not read.
-
-    Args:
-        config: of the job, checked.
-        path: in the place of its ``checkpoint.initial_load_path``.
-
-    Raises:
-        ConfigError: the job's model can not be built.
-    """
-    args = HFModelArgs()
-    args.update_from_config(config)
-    with set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
-        model = build_hf_causal_lm(args)
-    if CONVERTER_NAME in config.model.converters:
-        FuturePredictionConverter(config).convert(model)
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in model.tied_keys}
-    try:
-        folder, _ = locate(path, config.seed.allow_pickle)
-        match(seed_target(model, state, args.load()), folder, config.seed)
-    except SeedError as e:
-        return str(e)
-    return None

@@ -9,6 +9,9 @@ from typing import Any
 
 from flame_ext.errors import SeedError
 
+# One of these is what the host's tokenizer is built from.
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
+
 # Far above any real checkpoint's header or index; a larger length field means a damaged file, not a larger model.
 MAX_JSON_BYTES = 100 * 2**20
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 from datetime import timedelta
@@ -11,7 +12,6 @@ from pathlib import Path
 import torch.distributed as dist
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
-from torchtitan.tools.logging import logger
 
 from flame_ext.distributed import failing_together, is_main_rank
 from flame_ext.errors import SeedError
@@ -19,6 +19,8 @@ from flame_ext.seeding.folders import read_weight_map
 from flame_ext.seeding.layouts.hf_bin import BIN_INDEX_NAME, BIN_NAME
 from flame_ext.seeding.layouts.hf_safetensors import INDEX_NAME, SINGLE_NAME
 from flame_ext.seeding.source import HEADS_FOLDER
+
+logger = logging.getLogger()  # which is the host's: importing that for it would take seconds
 
 HUB_PREFIX = "hf://"
 
