@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing as mp
 import os
 import platform
 import re
@@ -12,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -149,6 +150,12 @@ def fresh(code: str, *arguments: str, env: dict[str, str] | None = None) -> tupl
     if done.returncode or not lines:
         raise RuntimeError(f"{code!r} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}")
     return json.loads(lines[-1]), begin
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call an importable function in a new process: the kernel keeps one peak of memory for the life of a process."""
+    with mp.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 def cpu_seconds() -> float:

@@ -1,4 +1,4 @@
-"""What the data cost: ``python tests/benchmarks/data.py [--rounds 5] [--megabytes 20]`` prints a Markdown table.
+"""What the data cost: ``python -m tests.benchmarks.data [--rounds 5] [--megabytes 20]`` prints a Markdown table.
 
 Each row is tokens a second on one core, beside its peer from the same run: the datasets library with the tokenizer's own batch
 call. They take turns, so that a slow minute of the machine falls on all of them. The tokenizer is a BPE of 16,000 tokens that
@@ -24,11 +24,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import flame_ext  # noqa: F401  (before torchtitan)
+from tests.benchmarks.common import Table, in_fresh_process, quartiles, ratios
 
 if TYPE_CHECKING:
     from flame_ext.data.loader import PackedDataloader
 
 SEQ_LEN, LANES = 2048, 8
+PEER = "datasets and the tokenizer's batch call"
 
 
 def tokenizer_in(folder: Path) -> None:
@@ -163,6 +165,58 @@ def own_memory() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 
+def tables(rounds: int, seconds: float, megabytes: int, memory: bool) -> list[Table]:
+    """The tables ``data`` and, if asked for, ``data-memory``. Binds the process to one core: call it in one of its own."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
+        import numpy as np
+        from datasets import Dataset
+        from transformers import AutoTokenizer
+
+        tokenizer_in(folder)
+        text = folder / "text.jsonl"
+        write_text(text, megabytes)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        lines = (json.loads(line)["text"] for line in text.open())
+        tokens = [[*tokenizer(line)["input_ids"], 0] for line in islice(lines, 2500)]
+        Dataset.from_dict({"input_ids": tokens}).to_parquet(folder / "rows.parquet")
+        np.array([token for row in tokens for token in row], dtype=np.uint16).tofile(folder / "flat.npy")
+        rows: dict[str, Callable[[], Iterator[int]]] = {
+            PEER: lambda: plain(folder, text),
+            "text": lambda: ours(folder, text, streaming=False),
+            "text, streamed": lambda: ours(folder, text, streaming=True),
+            "rows of tokens (Parquet)": lambda: ours(folder, folder / "rows.parquet", streaming=False),
+            "flat tokens (.npy)": lambda: ours(folder, folder / "flat.npy", streaming=False),
+        }
+        running = {name: make() for name, make in rows.items()}
+        rates: dict[str, list[float]] = {name: [] for name in rows}
+        for _ in range(rounds):
+            for name, batches in running.items():
+                rates[name].append(rate(batches, seconds))
+        cells = [
+            [name, f"{quartiles(values)[1] / 1e6:.2f} M", f"{quartiles(ratios(values, rates[PEER]))[1]:.2f}x"]
+            for name, values in rates.items()
+        ]
+        notes = [
+            f"{rounds} rounds of {seconds:g} s each, in turns. The dataloader takes {share_of_debug_step():.2f} % of a step of the "
+            "debug job (median)."
+        ]
+        found = [Table("data", ["", "tokens/s on one core", "against the first row"], cells, notes, rates)]
+        if memory:
+            marks = {label: memory_of(folder, text, label != "text") for label in ("text", "text, streamed")}
+            columns = ["memory of the process, MiB", "after a tenth", "after half", "after all"]
+            cells = [[label, *(f"{value:.0f}" for value in values)] for label, values in marks.items()]
+            found.append(Table("data-memory", columns, cells, [f"{megabytes:,} MB of text."], marks))
+        return found
+
+
+def measure(quick: bool = False) -> list[Table]:
+    """The table ``data``."""
+    return in_fresh_process(tables, *((1, 0.3, 2, False) if quick else (5, 4.0, 20, False)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -174,44 +228,8 @@ def main() -> None:
         help="also measure memory over all of the text (with 2048 megabytes: over 2 GB)",
     )
     options = parser.parse_args()
-    os.sched_setaffinity(0, {0})
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
-        import numpy as np
-        from datasets import Dataset
-        from transformers import AutoTokenizer
-
-        tokenizer_in(folder)
-        text = folder / "text.jsonl"
-        write_text(text, options.megabytes)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        lines = (json.loads(line)["text"] for line in text.open())
-        tokens = [[*tokenizer(line)["input_ids"], 0] for line in islice(lines, 2500)]
-        Dataset.from_dict({"input_ids": tokens}).to_parquet(folder / "rows.parquet")
-        np.array([token for row in tokens for token in row], dtype=np.uint16).tofile(folder / "flat.npy")
-        rows: dict[str, Callable[[], Iterator[int]]] = {
-            "datasets and the tokenizer's batch call": lambda: plain(folder, text),
-            "text": lambda: ours(folder, text, streaming=False),
-            "text, streamed": lambda: ours(folder, text, streaming=True),
-            "rows of tokens (Parquet)": lambda: ours(folder, folder / "rows.parquet", streaming=False),
-            "flat tokens (.npy)": lambda: ours(folder, folder / "flat.npy", streaming=False),
-        }
-        running = {name: make() for name, make in rows.items()}
-        rates: dict[str, list[float]] = {name: [] for name in rows}
-        for _ in range(options.rounds):
-            for name, batches in running.items():
-                rates[name].append(rate(batches, options.seconds))
-        peer = rates["datasets and the tokenizer's batch call"]
-        print("| | tokens/s on one core | against the first row |\n|---|---|---|")
-        for name, values in rates.items():
-            ratio = statistics.median(v / p for v, p in zip(values, peer, strict=True))
-            print(f"| {name} | {statistics.median(values) / 1e6:.2f} M | {ratio:.2f}x |")
-        print(f"\nThe dataloader takes {share_of_debug_step():.2f} % of a step of the debug job (median).")
-        if options.memory:
-            print("\n| memory of the process, MiB | after a tenth | after half | after all |\n|---|---|---|---|")
-            for label, streaming in (("text", False), ("text, streamed", True)):
-                print(f"| {label} | " + " | ".join(f"{m:.0f}" for m in memory_of(folder, text, streaming)) + " |")
+    for table in tables(options.rounds, options.seconds, options.megabytes, options.memory):
+        print(table.markdown(), end="\n\n")
 
 
 if __name__ == "__main__":

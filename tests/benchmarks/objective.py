@@ -1,4 +1,4 @@
-"""What the objective costs: ``python tests/benchmarks/objective.py [--rounds 3] [--steps 40]`` prints Markdown tables.
+"""What the objective costs: ``python -m tests.benchmarks.objective [--rounds 3] [--steps 40]`` prints Markdown tables.
 
 Each figure stands beside its peer from the same run: the tiled InfoNCE beside the naive formula, our cross-entropy beside
 the host's, a step with the objective beside one of plain cross-entropy. They alternate, steps of training one by one, so
@@ -8,27 +8,23 @@ that a slow minute of the machine falls on all of them.
 from __future__ import annotations
 
 import argparse
-import multiprocessing as mp
-import os
-import platform
 import resource
-import socket
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from pathlib import Path
 
 import flame_ext  # noqa: F401  (before torchtitan)
+from tests.benchmarks.common import Table, in_fresh_process, quartiles, ratios, spread, verdict
+from tests.benchmarks.jobs import PLAIN, WARM_UP, Job, column, in_turns
+from tests.benchmarks.steps import ratio_to
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
+Cost = tuple[float, float]
+"""Seconds, and GiB beyond what there was."""
 
-PLAIN = ["--model.converters=", "--future_encoder.no-enable", "--future_predictor.no-enable"]
+PEER = "cross-entropy alone"
 ACTION = ["--action_layer.enable", "--action_layer.top_k=8"]
-WARM_UP = 5  # steps that are not counted
 STEPS: dict[str, list[str]] = {
-    "cross-entropy alone": PLAIN,
+    PEER: PLAIN,
     "anticausal, no document boundaries": ["--future_encoder.no-respect_doc_boundaries"],
     "anticausal": [],
     "anticausal, linear head": ["--future_predictor.head_type=linear"],
@@ -40,7 +36,7 @@ STEPS: dict[str, list[str]] = {
 }
 
 
-def info_nce_case(name: str, count: int, size: int) -> tuple[float, float]:
+def info_nce_case(name: str, count: int, size: int) -> Cost:
     """Seconds and extra GiB of one forward and backward."""
     import torch
     import torch.nn.functional as F
@@ -61,7 +57,7 @@ def info_nce_case(name: str, count: int, size: int) -> tuple[float, float]:
     return _measured(lambda: {"naive": naive, "tiled": tiled}[name]().backward())
 
 
-def cross_entropy_case(name: str, rows: int, vocabulary: int) -> tuple[float, float]:
+def cross_entropy_case(name: str, rows: int, vocabulary: int) -> Cost:
     """Seconds and extra GiB of one forward and backward on bfloat16 logits."""
     import torch
     from torchtitan.components.loss import cross_entropy_loss as host_loss
@@ -75,7 +71,7 @@ def cross_entropy_case(name: str, rows: int, vocabulary: int) -> tuple[float, fl
     return _measured(lambda: loss(logits, labels).backward())
 
 
-def _measured(action: Callable[[], None]) -> tuple[float, float]:
+def _measured(action: Callable[[], None]) -> Cost:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begin = time.perf_counter()
     action()
@@ -83,105 +79,74 @@ def _measured(action: Callable[[], None]) -> tuple[float, float]:
     return seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
 
 
-def _in_fresh_process(function: Callable[..., tuple[float, float]], *args: object) -> tuple[float, float]:
-    # The kernel keeps one peak for the life of a process.
-    with mp.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
+def losses(rounds: int, keys: tuple[int, int] = (16384, 1024), logits: tuple[int, int] = (8192, 50304)) -> list[Table]:
+    """The tables ``info-nce`` and ``cross-entropy``: seconds and growth of the peak of memory, to the naive formula's."""
+    of_keys = f"InfoNCE, N = M = {keys[0]}, D = {keys[1]}, float32"
+    of_logits = f"cross-entropy, {logits[0]} x {logits[1]} bfloat16 logits"
+    return [
+        compare("info-nce", of_keys, info_nce_case, ["naive", "tiled"], rounds, keys),
+        compare("cross-entropy", of_logits, cross_entropy_case, ["host", "chunked"], rounds, logits),
+    ]
 
 
-def compare(function: Callable[..., tuple[float, float]], names: list[str], rounds: int, *shape: int) -> None:
-    """Print a row for each name, relative to the first."""
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+def compare(
+    table: str, title: str, function: Callable[..., Cost], names: list[str], rounds: int, shape: tuple[int, int]
+) -> Table:
+    """A row for each name, relative to the first, in turns."""
+    results: dict[str, list[Cost]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
-            results[name].append(_in_fresh_process(function, name, *shape))
-    base = [statistics.median(values) for values in zip(*results[names[0]], strict=True)]
-    print(
-        f"| {function.__name__.removesuffix('_case')} {' x '.join(map(str, shape))} | seconds | extra GiB | time | memory |"
-    )
-    print("|---|---|---|---|---|")
+            results[name].append(in_fresh_process(function, name, *shape))
+    base = list(zip(*results[names[0]], strict=True))
+    cells = []
     for name, values in results.items():
-        seconds, memory = (statistics.median(column) for column in zip(*values, strict=True))
-        print(f"| {name} | {seconds:.2f} | {memory:.2f} | {seconds / base[0]:.2f}x | {memory / base[1]:.3f}x |")
-    print(flush=True)
+        seconds, memory = zip(*values, strict=True)
+        of_time, of_memory = (quartiles(ratios(v, b))[1] for v, b in zip((seconds, memory), base, strict=True))
+        cells.append([name, spread(seconds), spread(memory), f"{of_time:.2f}x", f"{of_memory:.3f}x"])
+    note = "Forward and backward, each in a fresh process. *Extra* is the growth of its peak memory."
+    return Table(table, [title, "s", "extra GiB", "time", "memory"], cells, [note], results)
 
 
-def step_worker(pipe: Connection, options: list[str], folder: str) -> None:
-    """The debug job, a step for each message; answers with its seconds."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.chdir(REPOSITORY)
-    from torchtitan.tools.logging import logger
-
-    from flame_ext.train import parse
-    from flame_ext.trainer import FutureTrainer
-
-    arguments = ["--job.config_file=configs/debug.toml", f"--job.dump_folder={folder}", "--seed.verify=none"]
-    logger.setLevel("ERROR")
-    trainer = FutureTrainer(parse([*arguments, "--metrics.no-enable-tensorboard", *options]))
-    trainer.checkpointer.load()
-    batches = trainer.batch_generator(trainer.dataloader)
-    while pipe.recv():
-        trainer.step += 1
-        begin = time.perf_counter()
-        trainer.train_step(batches)
-        pipe.send(time.perf_counter() - begin)
-    trainer.close()
-
-
-def compare_steps(steps: int) -> None:
-    """Print a row for each variant, relative to cross-entropy alone, of which every round of steps has one.
-
-    Means over the steps, since some have no teacher; the ratio of a round is that to its own plain step.
-    """
-    context = mp.get_context("spawn")
-    seconds: dict[str, list[float]] = {name: [] for name in STEPS}
+def debug_steps(steps: int, warm_up: int = WARM_UP) -> Table:
+    """The table ``objective``: the debug job's variants in turns, a step each."""
     with tempfile.TemporaryDirectory() as folder:
-        pipes = {}
-        for number, (name, options) in enumerate(STEPS.items()):
-            pipes[name], end = context.Pipe()
-            context.Process(target=step_worker, args=(end, options, f"{folder}/{number}"), daemon=True).start()
-        for step in range(WARM_UP + steps):
-            for name, pipe in pipes.items():
-                pipe.send(True)
-                taken = pipe.recv()
-                if step >= WARM_UP:
-                    seconds[name].append(taken)
-        for pipe in pipes.values():
-            pipe.send(False)
-    plain = seconds["cross-entropy alone"]
-    print(f"| debug job, 8 x 256 tokens, {steps} steps | s a step (quartiles) | to cross-entropy alone | (quartiles) |")
-    print("|---|---|---|---|")
-    for name, values in seconds.items():
-        ratios = [value / base for value, base in zip(values, plain, strict=True)]
+        jobs = {
+            name: (Job("ours", tuple(options)), None, None, None, f"{folder}/{number}")
+            for number, (name, options) in enumerate(STEPS.items())
+        }
+        found = in_turns(jobs, steps, warm_up)
+    cells = []
+    for name, taken in found.items():
+        walls = column(taken, "wall")
+        low, _, high = quartiles(ratios(walls, column(found[PEER], "wall")))
+        ratio, cpu = (ratio_to(found, name, PEER, unit) for unit in ("wall", "cpu"))
         # Of an interval of four one step is dear: its quartiles say nothing, its mean does.
-        ratio = statistics.mean(values) / statistics.mean(plain) if "interval" in name else statistics.median(ratios)
-        print(f"| {name} | {_quartiles(values)} | {ratio:.2f}x | {_quartiles(ratios)} |")
-    print(flush=True)
+        inside = "" if "interval" in name else f" ({low:.2f}-{high:.2f})"
+        cells.append([name, spread(walls, 3), f"{ratio:.2f}x{inside}", f"{cpu:.2f}x"])
+    notes = [
+        f"The debug job: 8 x 256 tokens, `future_k = 32`, MLP head unless the row says otherwise; {steps} steps in turns; ratios of "
+        "each round, their median and quartiles (of `teacher_interval`: of the means).",
+        verdict("Anticausal with the default head", ratio_to(found, "anticausal, linear head", PEER, "wall"), 1.45),
+        verdict("Anticausal with the MLP head", ratio_to(found, "anticausal", PEER, "wall"), 1.45),
+    ]
+    columns = ["", "s a step", "to cross-entropy alone", "CPU time"]
+    return Table("objective", columns, cells, [notes[0], " ".join(notes[1:])], found)
 
 
-def _quartiles(values: list[float]) -> str:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:.3f} ({low:.3f}-{high:.3f})"
+def measure(quick: bool = False) -> list[Table]:
+    """The tables ``info-nce``, ``cross-entropy`` and ``objective``."""
+    if quick:
+        return [*losses(1, (4096, 64), (512, 4096)), debug_steps(2, warm_up=1)]
+    return [*losses(3), debug_steps(40)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="of the losses alone; 0 = leave them out")
     parser.add_argument("--steps", type=int, default=40, help="of the debug job in each variant")
-    arguments = parser.parse_args()
-    import torch
-
-    print(
-        f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, medians of {arguments.rounds} rounds\n"
-    )
-    if arguments.rounds:
-        compare(info_nce_case, ["naive", "tiled"], arguments.rounds, 16384, 1024)
-        compare(cross_entropy_case, ["host", "chunked"], arguments.rounds, 8192, 50304)
-    compare_steps(arguments.steps)
+    options = parser.parse_args()
+    for table in [*(losses(options.rounds) if options.rounds else []), debug_steps(options.steps)]:
+        print(table.markdown(), end="\n\n")
 
 
 if __name__ == "__main__":

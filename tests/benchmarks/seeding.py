@@ -1,15 +1,15 @@
 """Seeding an OLMo-1B-shaped model on CPU, against other ways to get the same bytes into float32 tensors, in the same run.
 
-    python tests/benchmarks/seeding.py [--runs 3] [--folder DIR] [--json FILE]
+    python -m tests.benchmarks.seeding [--runs 3] [--folder DIR] [--json FILE]
 
-Makes a random checkpoint of 1.18 B parameters (bfloat16, sharded, 2.4 GB; kept if ``--folder`` is given). Then, on one and
-on two processes under torchrun, in every run:
+Makes a random checkpoint of 1.18 B parameters (bfloat16, sharded, 2.4 GB; kept if ``--folder`` is given). Then, on one, two
+and four processes under torchrun, in every run:
 
 * the trainer is built; rank 0 alone, with all cores, copies every tensor into a fresh float32 one with safetensors and
   nothing else ("plain copy"), and does the same through DCP's ``HuggingFaceStorageReader``; then the trainer seeds itself,
   and the time is the one in ``seed_report.json``. The comparison of all ranks' weights by digest is timed apart.
-* memory: a run of the command itself with ``--seed.dry_run``; all processes together (proportional set size, so that
-  shared pages and the mapped files count once) at their peak.
+* memory: a run of the command itself with ``--seed.dry_run``; the largest rank, and all processes together, at
+  their peak (proportional set size, so that shared pages and the mapped files count once).
 
 And in one process, the way of an offline conversion: ``from_pretrained``, ``dcp.save``, and ``dcp.load`` into the trainer's
 tensors, with the bytes that it leaves on disk.
@@ -26,23 +26,23 @@ import argparse
 import gc
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, OlmoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, OlmoConfig, PreTrainedConfig
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-TINY_OLMO = REPOSITORY / "tests" / "assets" / "tiny_olmo"
+from tests.benchmarks.common import REPOSITORY, TINY_OLMO, Table, quartiles, ratios, spread, verdict
 
 # https://huggingface.co/allenai/OLMo-1B-hf/blob/main/config.json
 OLMO_1B = OlmoConfig(
@@ -59,11 +59,11 @@ OLMO_1B = OlmoConfig(
 FILES = 4
 
 
-def make_checkpoint(folder: Path) -> None:
+def make_checkpoint(folder: Path, config: PreTrainedConfig = OLMO_1B) -> None:
     """Random weights under the architecture's own names, a byte-level tokenizer, and an index."""
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(OLMO_1B)
+        model = AutoModelForCausalLM.from_config(config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     names = list(shapes)
     weight_map = {}
@@ -76,8 +76,8 @@ def make_checkpoint(folder: Path) -> None:
         save_file(tensors, folder / file, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    OLMO_1B.architectures = ["OlmoForCausalLM"]
-    OLMO_1B.save_pretrained(folder)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TINY_OLMO / name, folder / name)
 
@@ -103,7 +103,7 @@ def plain_copy(folder: Path) -> float:
 def storage_reader_copy(folder: Path) -> float:
     """Seconds for the same through DCP's reader of Hugging Face folders."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(OLMO_1B)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     begin = time.perf_counter()
     state = {name: torch.empty(p.shape, dtype=torch.float32) for name, p in model.named_parameters()}
     dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
@@ -166,12 +166,12 @@ def rank_main(folder: Path, dump_folder: str) -> None:
     trainer.close()
 
 
-def launch(processes: int, *command: str) -> int:
-    """Run under torchrun; returns the bytes of all processes together at their peak."""
+def launch(processes: int, *command: str) -> Peak:
+    """Run under torchrun; returns the memory of its ranks."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen([*torchrun, *command], cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
-        peak = [0]
+        peak = Peak()
         watcher = threading.Thread(target=_watch_memory, args=(process, peak))
         watcher.start()
         process.wait()
@@ -179,25 +179,152 @@ def launch(processes: int, *command: str) -> int:
         if process.returncode:
             log.seek(0)
             raise SystemExit(f"{command} failed:\n{log.read()[-3000:]}")
-    return peak[0]
+    return peak
 
 
-def _watch_memory(process: subprocess.Popen, peak: list[int]) -> None:
+@dataclass
+class Peak:
+    """Proportional set sizes in bytes: shared pages and mapped files count once."""
+
+    total: int = 0
+    """Of all processes at one time."""
+    rank: dict[int, int] = field(default_factory=dict)
+    """Process id to its own peak."""
+
+    @property
+    def largest_rank(self) -> int:
+        return max(self.rank.values(), default=0)
+
+
+def _watch_memory(process: subprocess.Popen, peak: Peak) -> None:
     while process.poll() is None:
         total = 0
         try:
             for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-                total += one.memory_full_info().pss
+                size = one.memory_full_info().pss
+                total += size
+                if one.pid != process.pid:
+                    peak.rank[one.pid] = max(peak.rank.get(one.pid, 0), size)
         except psutil.Error:
             continue
-        peak[0] = max(peak[0], total)
+        peak.total = max(peak.total, total)
         time.sleep(0.05)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is seeded on how many ranks."""
+
+    label: str
+    config: PreTrainedConfig
+    processes: int
+
+
+def with_layers(layers: int, **changes: int) -> OlmoConfig:
+    """OLMo-1B with another number of layers."""
+    return OlmoConfig(**{**OLMO_1B.to_dict(), "num_hidden_layers": layers, **changes})
+
+
+def cases(quick: bool) -> list[Case]:
+    """OLMo-1B on 1, 2 and 4 ranks, and a half and a quarter of its layers on 1 and 2."""
+    if quick:
+        tiny = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+        return [Case("tiny", with_layers(2, **tiny, vocab_size=512), processes) for processes in (1, 2)]
+    sizes = {16: (1, 2, 4), 8: (1, 2), 4: (1, 2)}
+    return [
+        Case(f"{layers} layers", with_layers(layers), processes)
+        for layers, ranks in sizes.items()
+        for processes in ranks
+    ]
+
+
+def seed_case(case: Case, folder: Path, runs: int) -> dict[str, Any]:
+    """Seconds of each run and way, parameters, and the peak of memory of a dry run of the command itself."""
+    row: dict[str, Any] = {name: [] for name in ("plain", "reader", "seeding", "digest")}
+    for _ in range(runs):
+        with tempfile.TemporaryDirectory() as dump_folder:
+            launch(case.processes, "-m", "tests.benchmarks.seeding", "--rank-of", str(folder), dump_folder)
+            for name in ("plain", "reader", "digest"):
+                row[name].append(float((Path(dump_folder) / name).read_text()))
+            report = json.loads((Path(dump_folder) / "seed_report.json").read_text())
+            row["seeding"].append(report["seconds"])
+    with tempfile.TemporaryDirectory() as dump_folder:
+        peak = launch(case.processes, "-m", "flame_ext.train", *arguments(folder, dump_folder))
+        row["written"] = sum(f.stat().st_size for f in Path(dump_folder).rglob("*") if f.is_file())
+    row |= {"case": case.label, "processes": case.processes, "peak_gib": peak.total / 2**30}
+    return row | {
+        "rank_peak_gib": peak.largest_rank / 2**30,
+        "source_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+    }
+
+
+def offline_runs(folder: Path, runs: int) -> list[dict[str, Any]]:
+    """Seconds of each part of the offline way, and the bytes that it leaves."""
+    found = []
+    for _ in range(runs):
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            command = [sys.executable, "-m", "tests.benchmarks.seeding", "--offline-of", str(folder), scratch]
+            output = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+            found.append(json.loads(output.splitlines()[-1]))
+    return found
+
+
+def tables(found: list[dict[str, Any]], offline: list[dict[str, Any]]) -> list[Table]:
+    """The table ``seeding``; ``offline`` is that of the first case's checkpoint."""
+    columns = ["OLMo-1B with", "GB read", "ranks", "plain copy, s", "HuggingFaceStorageReader, s", "seeding, s"]
+    columns += ["seeding / plain copy", "digests, s", "peak of a rank, GiB", "of all, GiB"]
+    cells, notes = [], []
+    for row in found:
+        ratio = quartiles(ratios(row["seeding"], row["plain"]))[1]
+        times = [spread(row[name]) for name in ("plain", "reader", "seeding")]
+        memory = [f"{row[name]:.2f}" for name in ("rank_peak_gib", "peak_gib")]
+        size = f"{row['source_bytes'] / 1e9:.2f}"
+        compared = [f"{ratio:.2f}x", spread(row["digest"])]
+        cells.append([row["case"], size, str(row["processes"]), *times, *compared, *memory])
+    first = found[0]
+    ratio = quartiles(ratios(first["seeding"], first["plain"]))[1]
+    total = [sum(run["seconds"]) for run in offline]
+    parts = [quartiles([run["seconds"][i] for run in offline])[1] for i in range(3)]
+    notes.append(
+        f"The offline way, in one process: {spread(total)} s (from_pretrained {parts[0]:.1f}, dcp.save {parts[1]:.1f}, dcp.load "
+        f"{parts[2]:.1f}), {offline[0]['bytes']:,} bytes written; seeding wrote {first['written']:,} (its report)."
+    )
+    faster = quartiles(total)[1] / quartiles(first["seeding"])[1]
+    notes.append(
+        verdict("Seeding to the plain copy, one rank", ratio, 1.3)
+        + " "
+        + verdict("The offline way to seeding, one rank", faster, 20, at_most=False)
+    )
+    return [Table("seeding", columns, cells, notes, {"rows": found, "offline": offline})]
+
+
+def measure(quick: bool = False, runs: int | None = None, kept: Path | None = None) -> list[Table]:
+    """The table ``seeding``.
+
+    Args:
+        quick: a tiny model.
+        runs: of each row.
+        kept: folder for the first case's checkpoint, which stays there, or lies there already.
+    """
+    runs = runs or (1 if quick else 3)
+    found, offline, folders = [], [], {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for case in cases(quick):
+            folder = folders.setdefault(case.label, Path(temporary) / case.label.replace(" ", "_"))
+            if kept is not None and not found:
+                folder = folders[case.label] = kept
+            if not (folder / "config.json").exists():
+                make_checkpoint(folder, case.config)
+            plain_copy(folder)  # fills the page cache
+            found.append(seed_case(case, folder, runs))
+            offline = offline or offline_runs(folder, runs)
+    return tables(found, offline)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where the checkpoint is made, or lies already; kept")
+    parser.add_argument("--folder", type=Path, help="where the OLMo-1B checkpoint is made, or lies already; kept")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     parser.add_argument("--rank-of", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--offline-of", nargs=2, help=argparse.SUPPRESS)
@@ -206,60 +333,10 @@ def main() -> None:
         return rank_main(Path(args.rank_of[0]), args.rank_of[1])
     if args.offline_of:
         return offline_main(*map(Path, args.offline_of))
-    rows, offline = [], []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary) / "model"
-        if not (folder / "config.json").exists():
-            make_checkpoint(folder)
-        plain_copy(folder)  # fills the page cache
-        for processes in (1, 2):
-            row: dict[str, list[float]] = {name: [] for name in ("plain", "reader", "seeding", "digest")}
-            for _ in range(args.runs):
-                with tempfile.TemporaryDirectory() as dump_folder:
-                    launch(processes, __file__, "--rank-of", str(folder), dump_folder)
-                    for name in ("plain", "reader", "digest"):
-                        row[name].append(float((Path(dump_folder) / name).read_text()))
-                    row["seeding"].append(json.loads((Path(dump_folder) / "seed_report.json").read_text())["seconds"])
-            with tempfile.TemporaryDirectory() as dump_folder:
-                peak = launch(processes, "-m", "flame_ext.train", *arguments(folder, dump_folder)) / 2**30
-                written = sum(f.stat().st_size for f in Path(dump_folder).rglob("*") if f.is_file())
-            rows.append({"processes": processes, **row, "peak_gib": peak, "written": written})
-        for _ in range(args.runs):
-            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                command = [sys.executable, __file__, "--offline-of", str(folder), scratch]
-                output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                offline.append(json.loads(output.splitlines()[-1]))
-    print_table(rows, offline, args.runs)
+    (table,) = measure(runs=args.runs, kept=args.folder)
+    print(f"torch {torch.__version__}, CPU, {psutil.cpu_count()} cores\n\n{table.markdown()}")
     if args.json:
-        figures = {"torch": torch.__version__, "cores": psutil.cpu_count(), "rows": rows, "offline": offline}
-        args.json.write_text(json.dumps(figures, indent=2))
-
-
-def print_table(rows: list[dict], offline: list[dict], runs: int) -> None:
-    def spelled(values: list[float]) -> str:
-        return f"{statistics.median(values):.2f} ({', '.join(f'{value:.2f}' for value in values)})"
-
-    print(f"torch {torch.__version__}, CPU, {psutil.cpu_count()} cores, medians of {runs} runs (each run)\n")
-    print(
-        "| processes | plain copy, s | HuggingFaceStorageReader, s | seeding, s | seeding / plain copy | digests, s | peak GiB |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    for row in rows:
-        ratio = statistics.median(s / p for s, p in zip(row["seeding"], row["plain"], strict=True))
-        cells = [spelled(row[name]) for name in ("plain", "reader", "seeding")]
-        print(
-            f"| {row['processes']} | {' | '.join(cells)} | {ratio:.2f}x | {spelled(row['digest'])} | {row['peak_gib']:.1f} |"
-        )
-    total = [sum(run["seconds"]) for run in offline]
-    parts = [statistics.median(run["seconds"][i] for run in offline) for i in range(3)]
-    print(
-        f"\nOffline: {spelled(total)} s (from_pretrained {parts[0]:.1f}, dcp.save {parts[1]:.1f}, dcp.load {parts[2]:.1f}), "
-        f"{offline[0]['bytes']:,} bytes written; seeding wrote {rows[0]['written']:,} (its report)"
-    )
-    for row in rows:
-        print(
-            f"offline / seeding on {row['processes']}: {statistics.median(total) / statistics.median(row['seeding']):.1f}x"
-        )
+        args.json.write_text(json.dumps(table.figures, indent=2))
 
 
 if __name__ == "__main__":

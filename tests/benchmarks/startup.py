@@ -1,6 +1,6 @@
 """Start-up: from the start of the process to the end of step 1, against the bare host's; what imports and tools take.
 
-``python tests/benchmarks/startup.py [--rounds 5]`` prints a Markdown table. Every row is a fresh process on one rank, and
+``python -m tests.benchmarks.startup [--rounds 5]`` prints a Markdown table. Every row is a fresh process on one rank, and
 they take turns.
 
 The peer is ``torchtitan.train`` with its own ``llama3``, in a flavor of the tiny OLMo's shape (4 layers of 128, 264 tokens),
@@ -34,18 +34,12 @@ from tests.benchmarks.common import (
     spread,
     verdict,
 )
+from tests.benchmarks.jobs import PLAIN, Shape, give_host_the_shape, host_options, write_text
 
 GOAL = 1.2
 
-PLAIN = ["--model.converters=", "--future_encoder.no-enable", "--future_predictor.no-enable"]
+TINY = Shape(layers=4, hidden=128, intermediate=512, heads=4, vocabulary=264, batch=8, seq_len=256)
 UNPROVED = ["--seed.verify=finite"]
-HOST_OPTIONS = [
-    *("--model.name=llama3", "--model.flavor=tiny", f"--model.hf_assets_path={TINY_OLMO}"),
-    *("--training.dataset=c4_test", "--training.local_batch_size=8", "--training.seq_len=256"),
-    *("--training.steps=60", "--training.mixed_precision_param=float32", "--optimizer.implementation=foreach"),
-    *("--optimizer.lr=1e-3", "--activation_checkpoint.mode=none", "--metrics.log_freq=1"),
-    *("--metrics.enable_tensorboard", "--metrics.disable_color_printing", "--debug.seed=0"),
-]
 TRAINING: dict[str, tuple[str, list[str]]] = {
     "torchtitan's `llama3` of the same shape, random weights": ("host", []),
     "the same, checkpoints enabled": ("host", ["--checkpoint.enable"]),
@@ -88,11 +82,11 @@ def train_once(kind: str, folder: str, data: str, options: list[str]) -> None:
     """In a process of its own: start a job as its command does, report at the end of step 1, and end there."""
     if kind == "host":
         # The host binds the command line when it is imported.
-        sys.argv = ["torchtitan.train", f"--job.dump_folder={folder}", *HOST_OPTIONS, *options]
+        sys.argv = ["torchtitan.train", *host_options(TINY, folder), "--metrics.enable_tensorboard", *options]
         prepare_host()
         from torchtitan.train import Trainer, main
 
-        _same_shape(data)
+        give_host_the_shape(TINY, data)
 
         def start() -> None:
             main(Trainer)
@@ -114,40 +108,12 @@ def train_once(kind: str, folder: str, data: str, options: list[str]) -> None:
     start()
 
 
-def _same_shape(data: str) -> None:
-    """Give the host a flavor of the tiny OLMo's shape, and the text in the place of its test data."""
-    from torchtitan.hf_datasets.text_datasets import DATASETS
-    from torchtitan.models.llama3 import llama3_args
-    from torchtitan.models.llama3.model.args import TransformerModelArgs
-
-    config = json.loads((TINY_OLMO / "config.json").read_text())
-    llama3_args["tiny"] = TransformerModelArgs(
-        dim=config["hidden_size"],
-        n_layers=config["num_hidden_layers"],
-        n_heads=config["num_attention_heads"],
-        vocab_size=config["vocab_size"],
-        multiple_of=8,
-        ffn_dim_multiplier=1.5,  # of 2/3 of 4 times the width: 512, as there
-    )
-    DATASETS["c4_test"].path = data
-
-
-def write_data(folder: Path) -> Path:
-    """The debug job's text as a folder of JSON lines."""
-    from flame_ext.data.python_stdlib import read_stdlib
-
-    folder.mkdir(parents=True)
-    lines = (json.dumps({"text": text}) for text in read_stdlib("train"))
-    (folder / "data.json").write_text("\n".join(lines) + "\n")
-    return folder
-
-
 def measure_training(rounds: int, rows: dict[str, tuple[str, list[str]]] = TRAINING) -> dict[str, list[dict[str, Any]]]:
     """Name of each row to its rounds: ``wall`` and ``cpu`` seconds to the end of step 1, and modules loaded."""
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
     code = "import sys; from tests.benchmarks.startup import train_once; train_once(*sys.argv[1:4], sys.argv[4:])"
     with tempfile.TemporaryDirectory() as name:
-        data = write_data(Path(name) / "data")
+        data = write_text(Path(name) / "data")
         cache = {"HF_DATASETS_CACHE": f"{name}/cache"}
         # The first round fills caches: of the kernel's files, and of the host's data.
         for number in range(rounds + 1):

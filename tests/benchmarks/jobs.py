@@ -1,0 +1,232 @@
+"""Jobs whose steps are timed one by one: ours and the host's, of any shape, each in a process of its own."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing as mp
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+from flame_ext.host import prepare_host
+from tests.benchmarks.common import DEBUG_TOML, REPOSITORY, TINY_OLMO, cpu_seconds, peak_gib, rank_environment
+
+WARM_UP = 5  # steps that are not counted
+
+PLAIN = ["--model.converters=", "--future_encoder.no-enable", "--future_predictor.no-enable"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama of plain attention, and a batch."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    vocabulary: int
+    batch: int
+    seq_len: int
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.seq_len
+
+    def __str__(self) -> str:
+        model = f"{self.layers} layers of {self.hidden} ({self.heads} heads, {self.intermediate}), {self.vocabulary:,} tokens"
+        return f"{model}, {self.batch} x {self.seq_len} a step"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process trains."""
+
+    kind: Literal["ours", "host"]
+    options: tuple[str, ...] = ()
+
+
+def save_backbone(folder: Path, shape: Shape) -> Path:
+    """A random Hugging Face Llama of that shape, untied as the host's is, with the tiny OLMo's tokenizer."""
+    from transformers import LlamaConfig
+
+    from tests.benchmarks.seeding import make_checkpoint
+
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        max_position_embeddings=max(512, shape.seq_len),
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    make_checkpoint(folder, config)
+    return folder
+
+
+def give_host_the_shape(shape: Shape, text: str) -> None:
+    """The host's llama3 in a flavor ``bench``, and ``text``, a folder of JSON lines, in the place of its test data."""
+    from torchtitan.hf_datasets.text_datasets import DATASETS
+    from torchtitan.models.llama3 import llama3_args
+    from torchtitan.models.llama3.model.args import TransformerModelArgs
+
+    llama3_args["bench"] = TransformerModelArgs(
+        dim=shape.hidden,
+        n_layers=shape.layers,
+        n_heads=shape.heads,
+        vocab_size=shape.vocabulary,
+        # Its width is rounded up, from a third of eight times the hidden size.
+        multiple_of=8,
+        ffn_dim_multiplier=(shape.intermediate - 1) / (8 * shape.hidden // 3),
+    )
+    DATASETS["c4_test"].path = text
+
+
+def host_options(shape: Shape, folder: str) -> list[str]:
+    """The debug job's options, as far as the host has them."""
+    return [
+        *("--model.name=llama3", "--model.flavor=bench", f"--model.hf_assets_path={TINY_OLMO}"),
+        *(f"--training.local_batch_size={shape.batch}", f"--training.seq_len={shape.seq_len}"),
+        *("--training.dataset=c4_test", "--training.steps=60", "--training.mixed_precision_param=float32"),
+        *("--optimizer.lr=1e-3", "--optimizer.implementation=foreach", "--activation_checkpoint.mode=none"),
+        *("--lr_scheduler.warmup_steps=5", "--metrics.log_freq=1", "--metrics.disable_color_printing"),
+        *("--debug.seed=0", f"--job.dump_folder={folder}"),
+    ]
+
+
+def our_options(backbone: str | None, shape: Shape | None, folder: str) -> list[str]:
+    """The debug job, on its own model and batch or another's."""
+    options = [f"--job.config_file={DEBUG_TOML}", f"--job.dump_folder={folder}"]
+    if backbone is not None:
+        options += [f"--model.hf_assets_path={backbone}", f"--checkpoint.initial_load_path={backbone}"]
+    if shape is not None:
+        options += [f"--training.local_batch_size={shape.batch}", f"--training.seq_len={shape.seq_len}"]
+    return options
+
+
+def write_text(folder: Path) -> Path:
+    """The debug job's text as a folder of JSON lines, as the host's test data are."""
+    from flame_ext.data.python_stdlib import read_stdlib
+
+    folder.mkdir(parents=True)
+    lines = (json.dumps({"text": text}) for text in read_stdlib("train"))
+    (folder / "data.json").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def build(job: Job, shape: Shape | None, backbone: str | None, text: str | None, folder: str) -> Any:
+    """A trainer at step 0, seeded or, the host's, random. Once in a process."""
+    os.environ.update(rank_environment())
+    os.chdir(REPOSITORY)
+    prepare_host()
+    if job.kind == "host":
+        from torchtitan.config import ConfigManager
+        from torchtitan.train import Trainer
+
+        assert shape is not None and text is not None
+        give_host_the_shape(shape, text)
+        trainer = Trainer(ConfigManager().parse_args([*host_options(shape, folder), *job.options]))
+    else:
+        from flame_ext.train import parse
+        from flame_ext.trainer import FutureTrainer
+
+        options = [*our_options(backbone, shape, folder), "--seed.verify=none", "--metrics.no-enable-tensorboard"]
+        trainer = FutureTrainer(parse([*options, *job.options]))
+    trainer.checkpointer.load()
+    return trainer
+
+
+def synchronise() -> None:
+    import torch
+
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def worker(pipe: Connection, *arguments: Any) -> None:
+    """A step for each message; answers with wall and CPU seconds, parts of the step, and the peak of memory."""
+    from torchtitan.tools.logging import logger
+
+    logger.setLevel("ERROR")
+    trainer = build(*arguments)
+    batches = trainer.batch_generator(trainer.dataloader)
+    objective = getattr(trainer, "objective", None)
+    while pipe.recv():
+        trainer.step += 1
+        wall, cpu = time.perf_counter(), cpu_seconds()
+        trainer.train_step(batches)
+        synchronise()
+        parts = {} if objective is None else objective.stopwatch.seconds()
+        found = {"wall": time.perf_counter() - wall, "cpu": cpu_seconds() - cpu, "peak_gib": _peak_gib()}
+        pipe.send({**found, "parts": parts, "flops_per_token": trainer.metrics_processor.num_flops_per_token})
+    trainer.close()
+
+
+def _peak_gib() -> float:
+    """Of the device, else of the process."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else peak_gib()
+
+
+@contextmanager
+def running(jobs: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, Connection]]:
+    """A process for each, as :func:`worker` takes its arguments; they end with the block."""
+    context = mp.get_context("spawn")
+    pipes, processes = {}, []
+    for name, arguments in jobs.items():
+        pipes[name], end = context.Pipe()
+        processes.append(context.Process(target=worker, args=(end, *arguments), daemon=True))
+        processes[-1].start()
+        end.close()  # so that a worker that has failed is noticed
+    try:
+        yield pipes
+        for pipe in pipes.values():
+            pipe.send(False)
+    finally:
+        for process in processes:
+            process.join(20)
+            process.kill()
+
+
+def in_turns(jobs: dict[str, tuple[Any, ...]], steps: int, warm_up: int = WARM_UP) -> dict[str, list[dict[str, Any]]]:
+    """Each job's steps, one by one and in turns, so that a slow minute falls on all of them."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
+    with running(jobs) as pipes:
+        for step in range(warm_up + steps):
+            for name, pipe in pipes.items():
+                pipe.send(True)
+                taken = pipe.recv()
+                if step >= warm_up:
+                    found[name].append(taken)
+    return found
+
+
+def one_by_one(
+    jobs: dict[str, tuple[Any, ...]], steps: int, rounds: int, warm_up: int = WARM_UP
+) -> dict[str, list[dict[str, Any]]]:
+    """The same where there is not the memory for all at once: in each round a fresh process for each, one after the other."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
+    for _, (name, arguments) in itertools.product(range(rounds), jobs.items()):
+        # The folder is the last argument: a run does not resume the one before.
+        again = (*arguments[:-1], f"{arguments[-1]}-{len(found[name])}")
+        found[name] += in_turns({name: again}, steps, warm_up)[name]
+    return found
+
+
+def column(steps: Sequence[dict[str, Any]], name: str) -> list[float]:
+    return [step[name] for step in steps]
+
+
+if __name__ == "__main__":
+    sys.exit("this is a part of the benchmarks: python -m tests.benchmarks --only steps")

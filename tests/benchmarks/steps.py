@@ -1,0 +1,188 @@
+"""A step against the host's own model of the same shape, and what each addition costs: ``python -m tests.benchmarks --only steps``.
+
+The peer is torchtitan's ``llama3`` with random weights; ours is a Hugging Face Llama of the same shape, seeded from random
+weights, on the same text. On a CPU all jobs live at once and take turns step by step. On an accelerator the shape is OLMo-1B's
+(as a Llama), in bfloat16, compiled, at 2048 and 4096 tokens, and each row is a process that has the device for itself.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.common import NOT_MEASURED, Table, in_fresh_process, quartiles, ratios, spread, verdict
+from tests.benchmarks.jobs import PLAIN, Job, Shape, column, in_turns, one_by_one, save_backbone, write_text
+
+LINEAR = "--future_predictor.head_type=linear"  # the default; the debug job has an MLP
+NATIVE, CE, FUTURE = (
+    "torchtitan's `llama3`, random weights",
+    "Hugging Face backbone, cross-entropy",
+    "+ future predictor",
+)
+JOBS: dict[str, Job] = {
+    NATIVE: Job("host"),
+    CE: Job("ours", tuple(PLAIN)),
+    "+ document boundaries": Job("ours", (*PLAIN, "--data.document_attention")),
+    FUTURE: Job("ours", (LINEAR,)),
+    "+ future predictor, `teacher_fraction = 0.5`": Job("ours", (LINEAR, "--future_encoder.teacher_fraction=0.5")),
+    "+ future predictor, `teacher_interval = 4`": Job("ours", (LINEAR, "--future_encoder.teacher_interval=4")),
+    "+ future predictor, document boundaries": Job("ours", (LINEAR, "--data.document_attention")),
+    "+ future predictor and action layer": Job("ours", (LINEAR, "--action_layer.enable", "--action_layer.top_k=8")),
+}
+QUICK = Shape(layers=2, hidden=64, intermediate=176, heads=4, vocabulary=512, batch=4, seq_len=128)
+ON_CPU = Shape(layers=4, hidden=256, intermediate=688, heads=8, vocabulary=4096, batch=4, seq_len=256)
+ON_DEVICE = {
+    seq_len: Shape(16, 2048, 8192, 16, 50304, batch=32768 // seq_len, seq_len=seq_len) for seq_len in (2048, 4096)
+}
+DEVICE_OPTIONS = (
+    *("--training.mixed_precision_param=bfloat16", "--compile.enable", "--compile.components", "model", "loss"),
+    *("--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"),
+    "--optimizer.implementation=fused",
+)
+
+
+def jobs_of(shape: Shape, scratch: Path, options: Sequence[str] = ()) -> dict[str, tuple[Any, ...]]:
+    """The arguments of :func:`tests.benchmarks.jobs.worker` for each row."""
+    backbone, text = save_backbone(scratch / "backbone", shape), write_text(scratch / "text")
+    return {
+        name: (Job(job.kind, (*job.options, *options)), shape, str(backbone), str(text), str(scratch / f"run{number}"))
+        for number, (name, job) in enumerate(JOBS.items())
+    }
+
+
+def measure(quick: bool = False) -> list[Table]:
+    """The tables ``steps`` and ``steps-device``."""
+    shape, steps = (QUICK, 3) if quick else (ON_CPU, 40)
+    with tempfile.TemporaryDirectory() as scratch:
+        found = in_turns(jobs_of(shape, Path(scratch)), steps, warm_up=1 if quick else 5)
+    return [table_of(shape, found), device_table(quick)]
+
+
+def table_of(shape: Shape, found: dict[str, list[dict[str, Any]]]) -> Table:
+    """Wall and CPU seconds of each row, to the native model's and to plain cross-entropy's."""
+    rows = []
+    for name, taken in found.items():
+        cells = [f"{ratio_to(found, name, base, unit):.2f}x" for unit in ("wall", "cpu") for base in (NATIVE, CE)]
+        rows.append([name, spread(column(taken, "wall"), 3), cells[0], cells[1], cells[2], cells[3]])
+    slower = ratio_to(found, CE, NATIVE, "wall")
+    notes = [
+        f"{shape}, float32, {len(found[CE])} steps in turns; ratios of each round, their median (of `teacher_interval`: of the "
+        "means).",
+        verdict("Speed of plain cross-entropy to the native model", 1 / slower, 0.95, at_most=False),
+        verdict("Document boundaries", ratio_to(found, "+ document boundaries", CE, "wall"), 1.05),
+        verdict(
+            "Future predictor to cross-entropy (goal set for OLMo-1B's shape)", ratio_to(found, FUTURE, CE, "wall"), 1.4
+        ),
+        profile_line(found),
+        contrastive_line(shape, found),
+    ]
+    columns = ["", "s a step", "to native", "to cross-entropy", "CPU time, to native", "CPU time, to cross-entropy"]
+    return Table("steps", columns, rows, [notes[0], " ".join(notes[1:4]), " ".join(notes[4:])], found)
+
+
+def profile_line(found: dict[str, list[dict[str, Any]]]) -> str:
+    """Where the time of the objective goes."""
+    total = quartiles(column(found[FUTURE], "wall"))[1]
+    names = sorted({name for step in found[FUTURE] for name in step["parts"]})
+    shares = {name: quartiles([step["parts"].get(name, 0.0) for step in found[FUTURE]])[1] / total for name in names}
+    return "Parts of the step with the future predictor: " + ", ".join(f"{n} {s:.0%}" for n, s in shares.items()) + "."
+
+
+def contrastive_seconds(positions: int, size: int, runs: int = 5) -> list[float]:
+    """Seconds of InfoNCE alone, forward and backward, every position a query and a key; in a process of its own.
+
+    In bfloat16 on an accelerator, as autocast has it, else in float32.
+    """
+    import time
+
+    import torch
+    import torch.nn.functional as F
+
+    from flame_ext.objective.contrastive import info_nce
+    from tests.benchmarks.jobs import synchronise
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    queries, keys = (F.normalize(torch.randn(positions, size, device=device), dim=-1).to(dtype) for _ in range(2))
+    every, targets = torch.ones(positions, dtype=torch.bool, device=device), torch.arange(positions, device=device)
+    seconds = []
+    for _ in range(runs + 1):
+        leaf = queries.clone().requires_grad_()
+        synchronise()
+        begin = time.perf_counter()
+        info_nce(leaf, keys, every, every, targets, 0.1).loss_sum.backward()
+        synchronise()
+        seconds.append(time.perf_counter() - begin)
+    return seconds[1:]
+
+
+def contrastive_line(shape: Shape, found: dict[str, list[dict[str, Any]]]) -> str:
+    """The loss's share of the step with it."""
+    alone = quartiles(in_fresh_process(contrastive_seconds, shape.tokens, shape.hidden))[1]
+    share = alone / quartiles(column(found[FUTURE], "wall"))[1]
+    met = "met" if share <= 0.04 else "**missed**"
+    return f"InfoNCE alone, {shape.tokens:,} positions of {shape.hidden}: {share:.1%} of the step; goal at 32k positions at most 4 %: {met}."
+
+
+def ratio_to(found: dict[str, list[dict[str, Any]]], name: str, base: str, unit: str) -> float:
+    """Median over rounds; the ratio of means for a row whose steps are not alike."""
+    values, peers = column(found[name], unit), column(found[base], unit)
+    return sum(values) / sum(peers) if "interval" in name else quartiles(ratios(values, peers))[1]
+
+
+def device_table(quick: bool) -> Table:
+    """Tokens a second, MFU and peak memory; a row says that it was not measured where there is no accelerator."""
+    import torch
+
+    columns = ["", "tokens", "tokens/s", "to native", "to cross-entropy", "MFU", "MFU with the teacher", "peak GiB"]
+    there = torch.accelerator.is_available()
+    rows, notes, figures = [], [], {}
+    for seq_len, shape in ON_DEVICE.items():
+        if not there:
+            rows += [[name, str(seq_len), *[NOT_MEASURED] * 6] for name in JOBS]
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            jobs = jobs_of(shape, Path(scratch), DEVICE_OPTIONS)
+            found = one_by_one(jobs, steps=5 if quick else 20, rounds=1 if quick else 3)
+        figures[str(seq_len)] = found
+        rows += [_device_row(name, seq_len, shape, found) for name in found]
+        notes += [f"{seq_len}: {line}" for line in _device_notes(shape, found)]
+    if not there:
+        notes = [
+            f"There is no accelerator here. Where there is one: {ON_DEVICE[2048]} and {ON_DEVICE[4096]}, bfloat16, compiled. Goals "
+            "on one H200: cross-entropy at least 0.95x the native model's speed; future predictor at most 1.40x a plain step "
+            "and at least 50 % MFU with the teacher counted; document boundaries at most 1.05x; contrastive loss at most 4 % "
+            "of the step at 32k positions."
+        ]
+    return Table("steps-device", columns, rows, notes, figures)
+
+
+def _device_row(name: str, seq_len: int, shape: Shape, found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    import torch
+    from torchtitan.tools.utils import get_peak_flops
+
+    taken = found[name]
+    rate = shape.tokens / quartiles(column(taken, "wall"))[1]
+    share = rate * taken[0]["flops_per_token"] / get_peak_flops(torch.cuda.get_device_name())
+    teacher = with_teacher(shape, taken[0]["flops_per_token"]) / taken[0]["flops_per_token"]
+    taught = f"{share * teacher:.1%}" if name == FUTURE else "-"
+    to = [f"{ratio_to(found, name, base, 'wall'):.2f}x" for base in (NATIVE, CE)]
+    peak = max(column(taken, "peak_gib"))
+    return [name, str(seq_len), f"{rate:,.0f}", *to, f"{share:.1%}", taught, f"{peak:.1f}"]
+
+
+def with_teacher(shape: Shape, flops_per_token: float) -> float:
+    """Operations a token with the teacher's forward: a third of the step's, without the output embedding."""
+    return flops_per_token + flops_per_token / 3 - 2 * shape.vocabulary * shape.hidden
+
+
+def _device_notes(shape: Shape, found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    return [
+        verdict("speed of cross-entropy to the native model's", 1 / ratio_to(found, CE, NATIVE, "wall"), 0.95, False),
+        verdict("future predictor to cross-entropy", ratio_to(found, FUTURE, CE, "wall"), 1.4),
+        verdict("document boundaries", ratio_to(found, "+ document boundaries", CE, "wall"), 1.05),
+        profile_line(found),
+        contrastive_line(shape, found),
+    ]
