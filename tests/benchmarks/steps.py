@@ -123,7 +123,8 @@ def contrastive_line(shape: Shape, found: dict[str, list[dict[str, Any]]]) -> st
     alone = quartiles(in_fresh_process(contrastive_seconds, shape.tokens, shape.hidden))[1]
     share = alone / quartiles(column(found[FUTURE], "wall"))[1]
     met = "met" if share <= 0.04 else "**missed**"
-    return f"InfoNCE alone, {shape.tokens:,} positions of {shape.hidden}: {share:.1%} of the step; goal at 32k positions at most 4 %: {met}."
+    what = f"InfoNCE alone, {shape.tokens:,} positions of {shape.hidden}: {share:.1%} of the step"
+    return f"{what}; goal (32k positions) at most 4 %: {met}."
 
 
 def ratio_to(found: dict[str, list[dict[str, Any]]], name: str, base: str, unit: str) -> float:
