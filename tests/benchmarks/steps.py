@@ -37,7 +37,7 @@ ON_DEVICE = {
     seq_len: Shape(16, 2048, 8192, 16, 50304, batch=32768 // seq_len, seq_len=seq_len) for seq_len in (2048, 4096)
 }
 DEVICE_OPTIONS = (
-    *("--training.mixed_precision_param=bfloat16", "--compile.enable", "--compile.components", "model", "loss"),
+    *("--training.mixed_precision_param=bfloat16", "--compile.enable"),
     *("--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"),
     "--optimizer.implementation=fused",
 )
