@@ -73,7 +73,7 @@ def _check_model(config: FlameJobConfig) -> Iterator[str]:
 
 def _check_parallelism(config: FlameJobConfig) -> Iterator[str]:
     degrees = config.parallelism
-    for name in ("tensor", "pipeline", "context", "expert"):
+    for name in ("pipeline", "context", "expert"):
         degree = getattr(degrees, f"{name}_parallel_degree")
         if degree != 1:
             yield (

@@ -1,0 +1,321 @@
+"""Tensor parallelism for :class:`HFCausalLM`, by the plan that transformers has for the architecture.
+
+A plan names linear layers and embeddings, and how each is split. Between them the architecture's own code runs on plain
+local tensors, as it would on one device: with fewer heads, with a slice of the MLP, and, under sequence parallelism,
+between the blocks with a slice of the sequence. What no plan names has all its values on every rank.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torchtitan.tools.logging import logger
+from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard
+
+from flame_ext.errors import ConfigError
+from flame_ext.model.hf_causal_lm import HFCausalLM
+
+
+@dataclass(frozen=True)
+class PlanStyle:
+    """What one word of a transformers plan means."""
+
+    build: Callable[[Placement], ParallelStyle] | None
+    """The layout of activations between blocks to torch's style; None = its values are on every rank."""
+    splits: str | None = None
+    """The attribute of the module with the size that has to be divisible."""
+    gradient_is_partial: bool = False
+    """Of a module on every rank: whether each rank sees only a part of the activations."""
+
+
+_colwise = PlanStyle(lambda _: ColwiseParallel(), "out_features")
+_gathered = PlanStyle(lambda _: ColwiseParallel(output_layouts=Replicate()), "out_features")
+_rowwise = PlanStyle(lambda between: RowwiseParallel(output_layouts=between), "in_features")
+_split_input = PlanStyle(
+    lambda between: RowwiseParallel(input_layouts=Replicate(), output_layouts=between), "in_features"
+)
+
+# The plans' words; those of experts, packed parameters and multi-head latent attention have no counterpart here.
+PLAN_STYLES: dict[str, PlanStyle] = {
+    "colwise": _colwise,
+    "colwise_gather_output": _gathered,
+    "colwise_rep": _gathered,
+    "rowwise": _rowwise,
+    "rowwise_split_input": _split_input,
+    "rowwise_rep": _split_input,
+    "embedding_rowwise": PlanStyle(lambda _: RowwiseParallel(input_layouts=Replicate()), "num_embeddings"),
+    "embedding_colwise": PlanStyle(lambda _: ColwiseParallel(output_layouts=Replicate()), "embedding_dim"),
+    "replicate": PlanStyle(None),
+    "replicated_with_grad_allreduce": PlanStyle(None, gradient_is_partial=True),
+}
+
+# Layers that take each position by itself, by the end of their class's name: they may see a slice of the sequence.
+_POSITIONWISE = ("Norm", "Linear", "Dropout", "Activation", "Identity", "SiLU", "GELU", "ReLU")
+
+
+def tensor_parallel_problems(model: HFCausalLM, degree: int) -> Iterator[str]:
+    """Why a model can not be split over ``degree`` ranks, one sentence each; from shapes and names alone.
+
+    Args:
+        model: whole, on meta, before any parallelism.
+        degree: > 1.
+    """
+    architecture = type(model).__name__.removeprefix("Titan")
+    plan, blocks = _Plan.of(model), _blocks(model)
+    where = f"parallelism.tensor_parallel_degree = {degree} with {architecture}"
+    if not blocks:
+        yield (
+            f"{where}: transformers has no tensor-parallel plan for its layers (base_model_tp_plan of its configuration); "
+            "scale with data_parallel_shard_degree (FSDP)"
+        )
+        return
+    yield from (f"{where}: {problem}; scale with data_parallel_shard_degree (FSDP)" for problem in plan.unknown(model))
+    for name, style in plan.modules(model).items():
+        module = model.get_submodule(name)
+        size = getattr(module, style.splits) if style.splits else 0
+        if size % degree and name.endswith(_last_names(model)):
+            yield (
+                f"{where}: the vocabulary ({size}) is not divisible; set vocab_size to a multiple of {degree} in config.json (of "
+                "the source as well: resize_token_embeddings), or lower the degree"
+            )
+        elif size % degree:
+            yield f"{where}: {style.splits} of {name!r} ({size}) is not divisible; lower the degree"
+    text = model.config.get_text_config()
+    if any(block.has_heads for block in blocks):
+        for field in ("num_attention_heads", "num_key_value_heads"):
+            heads = getattr(text, field, None)
+            if isinstance(heads, int) and heads % degree:
+                yield f"{where}: {field} ({heads}) is not divisible: a head is computed by one rank; lower the degree"
+    for block in blocks:
+        yield from (f"{where}: {problem}" for problem in block.problems(text.hidden_size))
+
+
+def apply_tensor_parallel(model: HFCausalLM, mesh: DeviceMesh, loss_parallel: bool) -> None:
+    """Split a model, or a part of one, over ``mesh``; in place, on meta. Every parameter is a DTensor on ``mesh`` after.
+
+    Args:
+        model: any of embeddings, layers and output embedding may be missing.
+        mesh: of one dimension.
+        loss_parallel: leave the logits split over the vocabulary, as a DTensor, where the plan splits the output
+            embedding so.
+
+    Raises:
+        ConfigError: tied parameters are to be split in different ways.
+    """
+    blocks, obstacle = _blocks(model), _no_sequence_parallel(model)
+    between: Placement = Replicate() if obstacle else Shard(1)
+    output = model.get_output_embeddings()
+    partial = _partial_gradients(model, blocks, obstacle is None)
+    for name, style in _Plan.of(model).modules(model).items():
+        module = model.get_submodule(name)
+        if style.build is None:
+            partial[module] = style.gradient_is_partial
+            continue
+        built = style.build(Replicate() if module is output else between)
+        if module is output and style is _gathered and loss_parallel:
+            built = ColwiseParallel(use_local_output=False)
+        parallelize_module(module, mesh, built, src_data_rank=None)
+    for block in blocks:
+        # One collective for all linear layers of the block, in the backward as well.
+        enter = functools.partial(_redistribute, mesh=mesh, source=between, target=Replicate(), local=False)
+        block.module.register_forward_pre_hook(functools.partial(_on_input, enter), with_kwargs=True)
+    layers = list(model.layers)
+    if obstacle is None and layers:
+        scatter = functools.partial(_redistribute, mesh=mesh, source=Replicate(), target=Shard(1), local=True)
+        gather = functools.partial(_redistribute, mesh=mesh, source=Shard(1), target=Replicate(), local=True)
+        layers[0].register_forward_pre_hook(functools.partial(_on_input, scatter), with_kwargs=True)
+        layers[-1].register_forward_hook(functools.partial(_on_output, gather))
+    for module in list(model.modules()):
+        _replicate(module, mesh, partial.get(module, False))
+    model.restore_ties()
+    kinds = "sequence parallelism" if obstacle is None else f"without sequence parallelism: {obstacle}"
+    logger.info(f"Applied tensor parallelism to the model ({kinds})")
+
+
+# -- the plan ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    words: dict[str, str]
+    """Name of a module, layer numbers as ``*``, to its word."""
+
+    @classmethod
+    def of(cls, model: HFCausalLM) -> _Plan:
+        words = dict(getattr(model, "_tp_plan", None) or {})
+        embedding = model.get_input_embeddings()
+        for name, module in model.named_modules():
+            if module is embedding:
+                words.setdefault(name, "embedding_rowwise")
+        return cls(words)
+
+    def modules(self, model: HFCausalLM) -> dict[str, PlanStyle]:
+        """Name of each module of this model that the plan names to its style."""
+        found = {name: self.words.get(replace_layer_number_by_wildcard(name)) for name, _ in model.named_modules()}
+        return {name: PLAN_STYLES[word] for name, word in found.items() if word in PLAN_STYLES}
+
+    def unknown(self, model: HFCausalLM) -> Iterator[str]:
+        names = {replace_layer_number_by_wildcard(name) for name, _ in model.named_modules()}
+        parameters = {replace_layer_number_by_wildcard(name) for name, _ in model.named_parameters()}
+        for name, word in self.words.items():
+            if name in names and word not in PLAN_STYLES:
+                yield f"the plan of {name!r} is {word!r}, which is not supported (known: {', '.join(PLAN_STYLES)})"
+            elif name in parameters:
+                yield f"the plan of the parameter {name!r} is {word!r}; only plans of modules are supported"
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A module in a decoder layer whose linear layers are split: attention, or an MLP."""
+
+    name: str
+    module: nn.Module
+    linears: dict[str, PlanStyle]
+    named: frozenset[nn.Module]
+    """All its modules that the plan names."""
+
+    @property
+    def is_split_inside(self) -> bool:
+        """Whether its own code works on a slice: of the heads, of the hidden width."""
+        return _colwise in self.linears.values()
+
+    @property
+    def has_heads(self) -> bool:
+        return self.is_split_inside and ("attn" in self.name or "attention" in self.name)
+
+    def rest(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules with parameters of their own that the plan does not name."""
+        for name, module in self.module.named_modules():
+            if module not in self.named and any(True for _ in module.parameters(recurse=False)):
+                yield f"{self.name}.{name}".rstrip("."), module
+
+    def problems(self, hidden_size: int) -> Iterator[str]:
+        """Parameters that the plan leaves out, and of which it can not be known what part of the activations they see."""
+        for name, module in self.rest():
+            sizes = {size for p in module.parameters(recurse=False) for size in p.shape}
+            if not type(module).__name__.endswith("Norm"):
+                yield f"the plan says nothing of {name!r} inside of {self.name!r}, which it splits; it is not supported"
+            elif self.is_split_inside and (_gathered in self.linears.values() or hidden_size in sizes):
+                yield f"the plan does not say what part of the activations {name!r} sees; it is not supported"
+
+
+def _blocks(model: HFCausalLM) -> list[_Block]:
+    styles = _Plan.of(model).modules(model)
+    prefix = _name_of(model, model.layers)
+    parents: dict[str, dict[str, PlanStyle]] = {}
+    for name, style in styles.items():
+        if style.build is not None and name.startswith(f"{prefix}."):
+            parents.setdefault(name.rpartition(".")[0], {})[name] = style
+    return [
+        _Block(name, model.get_submodule(name), linears, frozenset(model.get_submodule(n) for n in styles))
+        for name, linears in parents.items()
+    ]
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _last_names(model: HFCausalLM) -> tuple[str, ...]:
+    """Names of input and output embedding."""
+    modules = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    return tuple(_name_of(model, module) for module in modules)
+
+
+def _no_sequence_parallel(model: HFCausalLM) -> str | None:
+    """Why layers can not run on slices of the sequence between their blocks; None if they can."""
+    blocks = {block.module for block in _blocks(model)}
+    for layer in model.layers:
+        if layer in blocks:
+            return "linear layers lie in the decoder layer itself"
+        if any(True for _ in layer.parameters(recurse=False)):
+            return f"{type(layer).__name__} has parameters of its own"
+        inside = {module for block in blocks for module in block.modules()}
+        for name, module in layer.named_modules():
+            leaf = not any(True for _ in module.children())
+            if module not in inside and leaf and not type(module).__name__.endswith(_POSITIONWISE):
+                return f"{name} ({type(module).__name__}) is not known to take each position by itself"
+    return None
+
+
+def _partial_gradients(model: HFCausalLM, blocks: list[_Block], sequence_parallel: bool) -> dict[nn.Module, bool]:
+    """Modules of the layers to whether a rank has only a part of their gradient, having seen a part of the activations."""
+    partial = {module: sequence_parallel for layer in model.layers for module in layer.modules()}
+    for block in blocks:
+        partial |= dict.fromkeys(block.module.modules(), block.is_split_inside)
+    return partial
+
+
+# -- activations -------------------------------------------------------------------------------------------------
+
+
+def _redistribute(states: Tensor, *, mesh: DeviceMesh, source: Placement, target: Placement, local: bool) -> Any:
+    """(B, T, D) activations in another layout; the backward takes gradients the other way."""
+    if not isinstance(states, DTensor):
+        states = DTensor.from_local(states, mesh, [source], run_check=False)
+    states = states.redistribute(placements=[target])
+    return states.to_local() if local else states
+
+
+def _on_input(
+    change: Callable[[Tensor], Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook: ``change`` the hidden states, which are called so or come first."""
+    if "hidden_states" in kwargs:
+        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+    return (change(args[0]), *args[1:]), kwargs
+
+
+def _on_output(change: Callable[[Tensor], Any], module: nn.Module, args: Any, output: Any) -> Any:
+    """Forward hook: ``change`` the hidden states, which are the output or its first part."""
+    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+
+# -- parameters on every rank ------------------------------------------------------------------------------------
+
+
+def _replicate(module: nn.Module, mesh: DeviceMesh, gradient_is_partial: bool) -> None:
+    """Make what is left of a module's parameters DTensors with all values on every rank; its code sees plain tensors."""
+    names = [name for name, p in module._parameters.items() if p is not None and not isinstance(p, DTensor)]
+    if not names:
+        return
+    for name in names:
+        parameter = module._parameters[name]
+        assert parameter is not None
+        replicated = distribute_tensor(parameter, mesh, [Replicate()], src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(replicated, requires_grad=parameter.requires_grad))
+    module.__class__ = _with_local_parameters(type(module), tuple(names), gradient_is_partial)
+
+
+@functools.cache  # one class for all layers: compiled code is guarded by it
+def _with_local_parameters(cls: type[nn.Module], names: tuple[str, ...], gradient_is_partial: bool) -> type[nn.Module]:
+    """A subclass whose attributes ``names`` are the local tensors of the parameters of these names.
+
+    ``nn.Module`` keeps parameters in ``_parameters``, where state dicts, FSDP and optimizers find them as they are.
+    """
+    local = _local_with_partial_gradient if gradient_is_partial else _local
+    attributes = {name: property(functools.partial(_get, name=name, local=local)) for name in names}
+    return type(cls.__name__, (cls,), attributes)
+
+
+def _get(module: nn.Module, *, name: str, local: Callable[[Tensor], Tensor]) -> Tensor | None:
+    parameter = module._parameters[name]
+    return local(parameter) if isinstance(parameter, DTensor) else parameter
+
+
+def _local(parameter: DTensor) -> Tensor:
+    """Every rank computes the same with it, so every rank has the whole gradient."""
+    return parameter.to_local()
+
+
+def _local_with_partial_gradient(parameter: DTensor) -> Tensor:
+    """The gradient is the sum over ranks: the backward of a redistribution to where it is takes it there."""
+    return parameter.redistribute(placements=parameter.placements).to_local(grad_placements=[Partial()])
