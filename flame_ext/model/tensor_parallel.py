@@ -299,7 +299,7 @@ def _replicate(module: nn.Module, mesh: DeviceMesh, gradient_is_partial: bool) -
 def _with_local_parameters(cls: type[nn.Module], names: tuple[str, ...], gradient_is_partial: bool) -> type[nn.Module]:
     """A subclass whose attributes ``names`` are the local tensors of the parameters of these names.
 
-    ``nn.Module`` keeps parameters in ``_parameters``, where state dicts, FSDP and optimizers find them as they are.
+    ``nn.Module`` keeps parameters in ``_parameters``, where state dicts and optimizers find them as they are.
     """
     local = _local_with_partial_gradient if gradient_is_partial else _local
     attributes = {name: property(functools.partial(_get, name=name, local=local)) for name in names}
@@ -308,7 +308,8 @@ def _with_local_parameters(cls: type[nn.Module], names: tuple[str, ...], gradien
 
 def _get(module: nn.Module, *, name: str, local: Callable[[Tensor], Tensor]) -> Tensor | None:
     parameter = module._parameters[name]
-    return local(parameter) if isinstance(parameter, DTensor) else parameter
+    # On more dimensions than the one of tensor parallelism it is FSDP's shard, which FSDP alone asks for.
+    return local(parameter) if isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 1 else parameter
 
 
 def _local(parameter: DTensor) -> Tensor:
