@@ -1,0 +1,74 @@
+"""One optimisation step under tensor parallelism against the same step in a single process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ranks import DEBUG_TOML, run_ranks
+from tests.tiny_models import CONFIGS, save_tiny
+
+TP2 = "--parallelism.tensor_parallel_degree=2"
+HEADS = ["--action_layer.enable", "--future_encoder.shift_k=2"]
+NO_HEADS = ["--model.converters=", "--future_encoder.no-enable", "--future_predictor.no-enable"]
+LENGTH, BATCH = 64, 4
+
+# Name to number of processes and options.
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "single": (1, [f"--training.local_batch_size={BATCH}"]),
+    "tp2": (2, [f"--training.local_batch_size={BATCH}", TP2]),
+    "fsdp2-tp2": (4, [f"--training.local_batch_size={BATCH // 2}", TP2]),
+}
+
+
+def one_step(models: str, folder: str, jobs: dict[str, list[str]], options: list[str]) -> dict[str, Any]:
+    """In a rank: seed each job (architecture and ``+heads``), take one step, and keep what it did."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
+
+    from flame_ext.train import parse
+    from flame_ext.trainer import FutureTrainer
+
+    def full(tensor: Tensor) -> Tensor:
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return tensor.detach().clone()
+
+    results: dict[str, Any] = {}
+    for job, more in jobs.items():
+        path = f"{models}/{job.partition('+')[0]}"
+        arguments = [f"--job.config_file={DEBUG_TOML}", f"--model.hf_assets_path={path}", "--seed.verify=parity"]
+        arguments += [f"--checkpoint.initial_load_path={path}", f"--job.dump_folder={folder}/{job}", *options, *more]
+        arguments += ["--metrics.no-enable-tensorboard", f"--training.seq_len={LENGTH}", "--training.max_norm=1e9"]
+        arguments += [f"--training.global_batch_size={BATCH}", *(HEADS if "+heads" in job else NO_HEADS)]
+        trainer = FutureTrainer(parse(arguments))
+        trainer.checkpointer.load()
+        trainer.step = 1
+        trainer.train_step(trainer.batch_generator(trainer.dataloader))
+        results[job] = {
+            "parts": trainer._reduced(trainer._parts),
+            "grad_norm": trainer._grad_norm,
+            "gradients": {key: full(p.grad) for key, p in trainer.model.named_parameters() if p.grad is not None},
+            "weights": {key: full(p) for key, p in trainer.model.named_parameters()},
+            "report": json.loads(Path(folder, job, "seed_report.json").read_text()),
+            "dtensors": {type(p).__name__ for p in trainer.model.parameters()},
+        }
+        trainer.close()
+    dist.destroy_process_group()
+    return results
+
+
+def assert_same_step(result: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name, value in expected["parts"].items():
+        assert result["parts"][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    assert result["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    assert set(result["gradients"]) == set(expected["gradients"])
+    for key, gradient in expected["gradients"].items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(result["gradients"][key], gradient, rtol=1e-4, atol=1e-5 * scale, msg=key)
+    assert result["report"]["weights_digest"] == expected["report"]["weights_digest"]
+    assert result["report"]["keys"] == expected["report"]["keys"]
