@@ -30,6 +30,7 @@ def one_step(models: str, folder: str, jobs: dict[str, list[str]], options: list
     """In a rank: seed each job (architecture and ``+heads``), take one step, and keep what it did."""
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
+    from torchtitan.tools.logging import init_logger
 
     from flame_ext.train import parse
     from flame_ext.trainer import FutureTrainer
@@ -38,6 +39,7 @@ def one_step(models: str, folder: str, jobs: dict[str, list[str]], options: list
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         return tensor.detach().clone()
 
+    init_logger()
     results: dict[str, Any] = {}
     for job, more in jobs.items():
         path = f"{models}/{job.partition('+')[0]}"
