@@ -123,16 +123,16 @@ def apply_tensor_parallel(model: HFCausalLM, mesh: DeviceMesh, loss_parallel: bo
         if module is output and style is _gathered and loss_parallel:
             built = ColwiseParallel(use_local_output=False)
         parallelize_module(module, mesh, built, src_data_rank=None)
+        if module is model.get_input_embeddings():
+            # Compiled code loses the gradient of a result that is still on its way; a copy has arrived.
+            _on_output(module, torch.clone)
     for block in blocks:
         # One collective for all linear layers of the block, in the backward as well.
-        enter = functools.partial(_redistribute, mesh=mesh, source=between, target=Replicate(), local=False)
-        block.module.register_forward_pre_hook(functools.partial(_on_input, enter), with_kwargs=True)
+        _on_input(block.module, _redistribution(mesh, between, Replicate(), local=False))
     layers = list(model.layers)
     if obstacle is None and layers:
-        scatter = functools.partial(_redistribute, mesh=mesh, source=Replicate(), target=Shard(1), local=True)
-        gather = functools.partial(_redistribute, mesh=mesh, source=Shard(1), target=Replicate(), local=True)
-        layers[0].register_forward_pre_hook(functools.partial(_on_input, scatter), with_kwargs=True)
-        layers[-1].register_forward_hook(functools.partial(_on_output, gather))
+        _on_input(layers[0], _redistribution(mesh, Replicate(), Shard(1), local=True))
+        _on_output(layers[-1], _redistribution(mesh, Shard(1), Replicate(), local=True))
     for module in list(model.modules()):
         _replicate(module, mesh, partial.get(module, False))
     model.restore_ties()
@@ -257,26 +257,36 @@ def _partial_gradients(model: HFCausalLM, blocks: list[_Block], sequence_paralle
 # -- activations -------------------------------------------------------------------------------------------------
 
 
-def _redistribute(states: Tensor, *, mesh: DeviceMesh, source: Placement, target: Placement, local: bool) -> Any:
-    """(B, T, D) activations in another layout; the backward takes gradients the other way."""
-    if not isinstance(states, DTensor):
-        states = DTensor.from_local(states, mesh, [source], run_check=False)
-    states = states.redistribute(placements=[target])
-    return states.to_local() if local else states
+def _redistribution(mesh: DeviceMesh, source: Placement, target: Placement, local: bool) -> Callable[[Tensor], Tensor]:
+    """(B, T, D) activations from one layout to another; the backward takes gradients the other way."""
+
+    def redistribute(states: Tensor) -> Tensor:
+        if not isinstance(states, DTensor):
+            states = DTensor.from_local(states, mesh, [source], run_check=False)
+        redistributed = states.redistribute(placements=[target])
+        return redistributed.to_local() if local else redistributed
+
+    return redistribute
 
 
-def _on_input(
-    change: Callable[[Tensor], Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook: ``change`` the hidden states, which are called so or come first."""
-    if "hidden_states" in kwargs:
-        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
-    return (change(args[0]), *args[1:]), kwargs
+def _on_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """``change`` the hidden states that ``module`` is called with, which are named so or come first."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if "hidden_states" in kwargs:
+            return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+        return (change(args[0]), *args[1:]), kwargs
+
+    module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _on_output(change: Callable[[Tensor], Any], module: nn.Module, args: Any, output: Any) -> Any:
-    """Forward hook: ``change`` the hidden states, which are the output or its first part."""
-    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+def _on_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """``change`` the hidden states that ``module`` returns, alone or first."""
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    module.register_forward_hook(hook)
 
 
 # -- parameters on every rank ------------------------------------------------------------------------------------
@@ -309,7 +319,7 @@ def _with_local_parameters(cls: type[nn.Module], names: tuple[str, ...], gradien
 def _get(module: nn.Module, *, name: str, local: Callable[[Tensor], Tensor]) -> Tensor | None:
     parameter = module._parameters[name]
     # On more dimensions than the one of tensor parallelism it is FSDP's shard, which FSDP alone asks for.
-    return local(parameter) if isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 1 else parameter
+    return local(parameter) if isinstance(parameter, DTensor) and len(parameter.placements) == 1 else parameter
 
 
 def _local(parameter: DTensor) -> Tensor:
