@@ -8,6 +8,8 @@ between the blocks with a slice of the sequence. What no plan names has all its 
 from __future__ import annotations
 
 import functools
+import inspect
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +22,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from torchtitan.tools.logging import logger
 from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard
 
-from flame_ext.errors import ConfigError
 from flame_ext.model.hf_causal_lm import HFCausalLM
 
 
@@ -56,6 +57,12 @@ PLAN_STYLES: dict[str, PlanStyle] = {
     "replicate": PlanStyle(None),
     "replicated_with_grad_allreduce": PlanStyle(None, gradient_is_partial=True),
 }
+
+# How attention code spells sizes that are not those of its part under tensor parallelism.
+_HEAD_COUNT = re.compile(
+    r"\bself\.(num_heads|num_attention_heads|n_heads?|num_key_value_heads|num_kv_heads|hidden_size|embed_dim|inner_dim)\b"
+    r"|\bconfig\.(num_attention_heads|num_key_value_heads|hidden_size)\b"
+)
 
 # Layers that take each position by itself, by the end of their class's name: they may see a slice of the sequence.
 _POSITIONWISE = ("Norm", "Linear", "Dropout", "Activation", "Identity", "SiLU", "GELU", "ReLU")
@@ -94,6 +101,10 @@ def tensor_parallel_problems(model: HFCausalLM, degree: int) -> Iterator[str]:
             heads = getattr(text, field, None)
             if isinstance(heads, int) and heads % degree:
                 yield f"{where}: {field} ({heads}) is not divisible: a head is computed by one rank; lower the degree"
+    for key, owner in model.tied_keys.items():
+        styles = {plan.modules(model).get(name.rpartition(".")[0]) for name in (key, owner)}
+        if not styles <= {_gathered, PLAN_STYLES["embedding_rowwise"]}:
+            yield f"{where}: {key!r} and {owner!r} are tied, but the plan splits them in different ways; it is not supported"
     for block in blocks:
         yield from (f"{where}: {problem}" for problem in block.problems(text.hidden_size))
 
@@ -106,9 +117,6 @@ def apply_tensor_parallel(model: HFCausalLM, mesh: DeviceMesh, loss_parallel: bo
         mesh: of one dimension.
         loss_parallel: leave the logits split over the vocabulary, as a DTensor, where the plan splits the output
             embedding so.
-
-    Raises:
-        ConfigError: tied parameters are to be split in different ways.
     """
     blocks, obstacle = _blocks(model), _no_sequence_parallel(model)
     between: Placement = Replicate() if obstacle else Shard(1)
@@ -151,10 +159,13 @@ class _Plan:
     @classmethod
     def of(cls, model: HFCausalLM) -> _Plan:
         words = dict(getattr(model, "_tp_plan", None) or {})
-        embedding = model.get_input_embeddings()
+        # The vocabulary is shared out whatever the plan says: tied embeddings have to be split alike.
+        embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
         for name, module in model.named_modules():
             if module is embedding:
                 words.setdefault(name, "embedding_rowwise")
+            elif module is output:
+                words.setdefault(name, "colwise_gather_output")
         return cls(words)
 
     def modules(self, model: HFCausalLM) -> dict[str, PlanStyle]:
@@ -198,13 +209,34 @@ class _Block:
                 yield f"{self.name}.{name}".rstrip("."), module
 
     def problems(self, hidden_size: int) -> Iterator[str]:
-        """Parameters that the plan leaves out, and of which it can not be known what part of the activations they see."""
+        """What of its own code or parameters can not be known to be right on a part of the activations."""
+        if self.has_heads and (name := _head_count_in_code(type(self.module))) is not None:
+            yield (
+                f"the code of {type(self.module).__name__} uses {name}, the number of heads on one device, where a rank has fewer; "
+                "it is not supported"
+            )
         for name, module in self.rest():
             sizes = {size for p in module.parameters(recurse=False) for size in p.shape}
             if not type(module).__name__.endswith("Norm"):
                 yield f"the plan says nothing of {name!r} inside of {self.name!r}, which it splits; it is not supported"
             elif self.is_split_inside and (_gathered in self.linears.values() or hidden_size in sizes):
                 yield f"the plan does not say what part of the activations {name!r} sees; it is not supported"
+
+
+@functools.cache
+def _head_count_in_code(attention: type[nn.Module]) -> str | None:
+    """The number of heads or the width of all of them, as the methods of an attention spell it; None if they go by shapes."""
+    for cls in attention.__mro__:
+        for name, method in vars(cls).items() if cls.__module__ != nn.Module.__module__ else ():
+            if name == "__init__" or not inspect.isfunction(method):
+                continue
+            try:
+                found = _HEAD_COUNT.search(inspect.getsource(method))
+            except OSError:  # typed into a shell: there is no source to look at
+                continue
+            if found is not None:
+                return found.group()
+    return None
 
 
 def _blocks(model: HFCausalLM) -> list[_Block]:
@@ -238,10 +270,9 @@ def _no_sequence_parallel(model: HFCausalLM) -> str | None:
             return "linear layers lie in the decoder layer itself"
         if any(True for _ in layer.parameters(recurse=False)):
             return f"{type(layer).__name__} has parameters of its own"
-        inside = {module for block in blocks for module in block.modules()}
-        for name, module in layer.named_modules():
+        for name, module in layer.named_children():
             leaf = not any(True for _ in module.children())
-            if module not in inside and leaf and not type(module).__name__.endswith(_POSITIONWISE):
+            if module not in blocks and not (leaf and type(module).__name__.endswith(_POSITIONWISE)):
                 return f"{name} ({type(module).__name__}) is not known to take each position by itself"
     return None
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -32,6 +34,7 @@ def one_step(models: str, folder: str, jobs: dict[str, list[str]], options: list
     from torch.distributed.tensor import DTensor
     from torchtitan.tools.logging import init_logger
 
+    from flame_ext.model import tensor_parallel
     from flame_ext.train import parse
     from flame_ext.trainer import FutureTrainer
 
@@ -47,15 +50,18 @@ def one_step(models: str, folder: str, jobs: dict[str, list[str]], options: list
         arguments += [f"--checkpoint.initial_load_path={path}", f"--job.dump_folder={folder}/{job}", *options, *more]
         arguments += ["--metrics.no-enable-tensorboard", f"--training.seq_len={LENGTH}", "--training.max_norm=1e9"]
         arguments += [f"--training.global_batch_size={BATCH}", *(HEADS if "+heads" in job else NO_HEADS)]
-        trainer = FutureTrainer(parse(arguments))
+        whole = mock.patch.object(tensor_parallel, "_no_sequence_parallel", lambda model: "the test says so")
+        with whole if "+whole" in job else nullcontext():
+            trainer = FutureTrainer(parse(arguments))
         trainer.checkpointer.load()
+        heads = {key: full(p) for key, p in trainer.model.named_parameters() if key in trainer.model.parameter_inits}
         trainer.step = 1
         trainer.train_step(trainer.batch_generator(trainer.dataloader))
         results[job] = {
             "parts": trainer._reduced(trainer._parts),
             "grad_norm": trainer._grad_norm,
             "gradients": {key: full(p.grad) for key, p in trainer.model.named_parameters() if p.grad is not None},
-            "weights": {key: full(p) for key, p in trainer.model.named_parameters()},
+            "heads": heads,
             "report": json.loads(Path(folder, job, "seed_report.json").read_text()),
             "dtensors": {type(p).__name__ for p in trainer.model.parameters()},
         }
@@ -68,6 +74,9 @@ def assert_same_step(result: dict[str, Any], expected: dict[str, Any]) -> None:
     for name, value in expected["parts"].items():
         assert result["parts"][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
     assert result["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    assert set(result["heads"]) == set(expected["heads"])
+    for key, value in expected["heads"].items():
+        assert torch.equal(result["heads"][key], value), key
     assert set(result["gradients"]) == set(expected["gradients"])
     for key, gradient in expected["gradients"].items():
         scale = gradient.abs().max().item()
