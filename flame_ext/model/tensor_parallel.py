@@ -272,6 +272,8 @@ def _no_sequence_parallel(model: HFCausalLM) -> str | None:
             return f"{type(layer).__name__} has parameters of its own"
         for name, module in layer.named_children():
             leaf = not any(True for _ in module.children())
+            if getattr(module, "p", 0) and isinstance(module, nn.Dropout):
+                return f"{name} drops activations, and ranks would draw the same for different positions"
             if module not in blocks and not (leaf and type(module).__name__.endswith(_POSITIONWISE)):
                 return f"{name} ({type(module).__name__}) is not known to take each position by itself"
     return None
@@ -303,7 +305,9 @@ def _redistribution(mesh: DeviceMesh, source: Placement, target: Placement, loca
 def _on_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
     """``change`` the hidden states that ``module`` is called with, which are named so or come first."""
 
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def hook(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if "hidden_states" in kwargs:
             return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
         return (change(args[0]), *args[1:]), kwargs

@@ -47,9 +47,7 @@ def token_log_probs(
     with torch.autocast(logits.device.type, enabled=False):
         if isinstance(logits, DTensor):
             shard = _VocabularyShard.of(logits)
-            return TokenLogProbs(
-                *_ShardedTokenLogProbs.apply(logits.to_local(), labels, top_k, compile_backend, shard)
-            )
+            return TokenLogProbs(*_ShardedTokenLogProbs.apply(logits.to_local(), labels, top_k, compile_backend, shard))
         return TokenLogProbs(*_TokenLogProbs.apply(logits, labels, top_k, compile_backend))
 
 
