@@ -115,11 +115,13 @@ def _check_tensor_parallelism(config: FlameJobConfig) -> Iterator[str]:
             f"parallelism.data_parallel_replicate_degree = {replicas} with tensor_parallel_degree = {degree}: the host's DDP goes with "
             "no other parallelism; set data_parallel_shard_degree to 2 or more (HSDP), or data_parallel_replicate_degree to 1 (FSDP)"
         )
-    sections = {"training": config.training, **({"validation": config.validation} if config.validation.enable else {})}
-    for name, section in sections.items():
-        if section.seq_len % degree:
+    lengths = {"training": config.training.seq_len}
+    if config.validation.enable:
+        lengths["validation"] = config.validation.seq_len
+    for name, seq_len in lengths.items():
+        if seq_len % degree:
             yield (
-                f"{name}.seq_len ({section.seq_len}) must be a multiple of parallelism.tensor_parallel_degree ({degree}): sequence "
+                f"{name}.seq_len ({seq_len}) must be a multiple of parallelism.tensor_parallel_degree ({degree}): sequence "
                 "parallelism gives each rank as many positions"
             )
     if degrees.enable_async_tensor_parallel:

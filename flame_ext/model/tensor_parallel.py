@@ -43,6 +43,7 @@ _rowwise = PlanStyle(lambda between: RowwiseParallel(output_layouts=between), "i
 _split_input = PlanStyle(
     lambda between: RowwiseParallel(input_layouts=Replicate(), output_layouts=between), "in_features"
 )
+_embedding = PlanStyle(lambda _: RowwiseParallel(input_layouts=Replicate()), "num_embeddings")
 
 # The plans' words; those of experts, packed parameters and multi-head latent attention have no counterpart here.
 PLAN_STYLES: dict[str, PlanStyle] = {
@@ -52,7 +53,7 @@ PLAN_STYLES: dict[str, PlanStyle] = {
     "rowwise": _rowwise,
     "rowwise_split_input": _split_input,
     "rowwise_rep": _split_input,
-    "embedding_rowwise": PlanStyle(lambda _: RowwiseParallel(input_layouts=Replicate()), "num_embeddings"),
+    "embedding_rowwise": _embedding,
     "embedding_colwise": PlanStyle(lambda _: ColwiseParallel(output_layouts=Replicate()), "embedding_dim"),
     "replicate": PlanStyle(None),
     "replicated_with_grad_allreduce": PlanStyle(None, gradient_is_partial=True),
@@ -68,45 +69,46 @@ _HEAD_COUNT = re.compile(
 _POSITIONWISE = ("Norm", "Linear", "Dropout", "Activation", "Identity", "SiLU", "GELU", "ReLU")
 
 
-def tensor_parallel_problems(model: HFCausalLM, degree: int) -> Iterator[str]:
-    """Why a model can not be split over ``degree`` ranks, one sentence each; from shapes and names alone.
+def tensor_parallel_problems(model: HFCausalLM, degree: int) -> list[str]:
+    """Why a model can not be split over ``degree`` ranks, one sentence each; from its shapes, names and code alone.
 
     Args:
         model: whole, on meta, before any parallelism.
         degree: > 1.
     """
-    architecture = type(model).__name__.removeprefix("Titan")
+    where = f"parallelism.tensor_parallel_degree = {degree} with {type(model).__name__.removeprefix('Titan')}"
+    # Layers are alike: what is wrong with one is said once.
+    problems = dict.fromkeys(replace_layer_number_by_wildcard(problem) for problem in _problems(model, degree))
+    return [f"{where}: {problem}; or scale with data_parallel_shard_degree (FSDP)" for problem in problems]
+
+
+def _problems(model: HFCausalLM, degree: int) -> Iterator[str]:
     plan, blocks = _Plan.of(model), _blocks(model)
-    where = f"parallelism.tensor_parallel_degree = {degree} with {architecture}"
     if not blocks:
-        yield (
-            f"{where}: transformers has no tensor-parallel plan for its layers (base_model_tp_plan of its configuration); "
-            "scale with data_parallel_shard_degree (FSDP)"
-        )
+        yield "transformers has no tensor-parallel plan for its layers (base_model_tp_plan of its configuration)"
         return
-    yield from (f"{where}: {problem}; scale with data_parallel_shard_degree (FSDP)" for problem in plan.unknown(model))
-    for name, style in plan.modules(model).items():
-        module = model.get_submodule(name)
-        size = getattr(module, style.splits) if style.splits else 0
-        if size % degree and name.endswith(_last_names(model)):
+    yield from plan.unknown(model)
+    styles, vocabulary = plan.modules(model), _vocabulary_modules(model)
+    for name, style in styles.items():
+        size = getattr(model.get_submodule(name), style.splits) if style.splits else 0
+        if size % degree and name in vocabulary:
             yield (
-                f"{where}: the vocabulary ({size}) is not divisible; set vocab_size to a multiple of {degree} in config.json (of "
-                "the source as well: resize_token_embeddings), or lower the degree"
+                f"the vocabulary ({size}) is not divisible; set vocab_size to a multiple of {degree} in config.json (of the source "
+                "as well: resize_token_embeddings)"
             )
         elif size % degree:
-            yield f"{where}: {style.splits} of {name!r} ({size}) is not divisible; lower the degree"
+            yield f"{style.splits} of {name!r} ({size}) is not divisible; lower the degree"
     text = model.config.get_text_config()
     if any(block.has_heads for block in blocks):
         for field in ("num_attention_heads", "num_key_value_heads"):
             heads = getattr(text, field, None)
             if isinstance(heads, int) and heads % degree:
-                yield f"{where}: {field} ({heads}) is not divisible: a head is computed by one rank; lower the degree"
+                yield f"{field} ({heads}) is not divisible, and a head is computed by one rank; lower the degree"
     for key, owner in model.tied_keys.items():
-        styles = {plan.modules(model).get(name.rpartition(".")[0]) for name in (key, owner)}
-        if not styles <= {_gathered, PLAN_STYLES["embedding_rowwise"]}:
-            yield f"{where}: {key!r} and {owner!r} are tied, but the plan splits them in different ways; it is not supported"
+        if not {styles.get(name.rpartition(".")[0]) for name in (key, owner)} <= {_gathered, _embedding}:
+            yield f"{key!r} and {owner!r} are tied, but the plan splits them in different ways"
     for block in blocks:
-        yield from (f"{where}: {problem}" for problem in block.problems(text.hidden_size))
+        yield from block.problems(text.hidden_size)
 
 
 def apply_tensor_parallel(model: HFCausalLM, mesh: DeviceMesh, loss_parallel: bool) -> None:
@@ -212,18 +214,16 @@ class _Block:
         """What of its own code or parameters can not be known to be right on a part of the activations."""
         if self.has_heads and (name := _head_count_in_code(type(self.module))) is not None:
             yield (
-                f"the code of {type(self.module).__name__} uses {name}, the number of heads on one device, where a rank has fewer; "
-                "it is not supported"
+                f"the code of {type(self.module).__name__} uses {name}, which is of all heads, where a rank has some"
             )
         for name, module in self.rest():
             sizes = {size for p in module.parameters(recurse=False) for size in p.shape}
             if not type(module).__name__.endswith("Norm"):
-                yield f"the plan says nothing of {name!r} inside of {self.name!r}, which it splits; it is not supported"
+                yield f"the plan says nothing of {name!r} inside of {self.name!r}, which it splits"
             elif self.is_split_inside and (_gathered in self.linears.values() or hidden_size in sizes):
-                yield f"the plan does not say what part of the activations {name!r} sees; it is not supported"
+                yield f"the plan does not say what part of the activations {name!r} sees"
 
 
-@functools.cache
 def _head_count_in_code(attention: type[nn.Module]) -> str | None:
     """The number of heads or the width of all of them, as the methods of an attention spell it; None if they go by shapes."""
     for cls in attention.__mro__:
@@ -256,10 +256,10 @@ def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
 
 
-def _last_names(model: HFCausalLM) -> tuple[str, ...]:
+def _vocabulary_modules(model: HFCausalLM) -> set[str]:
     """Names of input and output embedding."""
     modules = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
-    return tuple(_name_of(model, module) for module in modules)
+    return {_name_of(model, module) for module in modules}
 
 
 def _no_sequence_parallel(model: HFCausalLM) -> str | None:
@@ -337,11 +337,12 @@ def _replicate(module: nn.Module, mesh: DeviceMesh, gradient_is_partial: bool) -
         assert parameter is not None
         replicated = distribute_tensor(parameter, mesh, [Replicate()], src_data_rank=None)
         module.register_parameter(name, nn.Parameter(replicated, requires_grad=parameter.requires_grad))
-    module.__class__ = _with_local_parameters(type(module), tuple(names), gradient_is_partial)
+    module_class: Any = type(module)
+    module.__class__ = _with_local_parameters(module_class, tuple(names), gradient_is_partial)
 
 
 @functools.cache  # one class for all layers: compiled code is guarded by it
-def _with_local_parameters(cls: type[nn.Module], names: tuple[str, ...], gradient_is_partial: bool) -> type[nn.Module]:
+def _with_local_parameters(cls: Any, names: tuple[str, ...], gradient_is_partial: bool) -> type[nn.Module]:
     """A subclass whose attributes ``names`` are the local tensors of the parameters of these names.
 
     ``nn.Module`` keeps parameters in ``_parameters``, where state dicts and optimizers find them as they are.
@@ -351,7 +352,7 @@ def _with_local_parameters(cls: type[nn.Module], names: tuple[str, ...], gradien
     return type(cls.__name__, (cls,), attributes)
 
 
-def _get(module: nn.Module, *, name: str, local: Callable[[Tensor], Tensor]) -> Tensor | None:
+def _get(module: nn.Module, *, name: str, local: Callable[[DTensor], Tensor]) -> Tensor | None:
     parameter = module._parameters[name]
     # On more dimensions than the one of tensor parallelism it is FSDP's shard, which FSDP alone asks for.
     return local(parameter) if isinstance(parameter, DTensor) and len(parameter.placements) == 1 else parameter
