@@ -84,7 +84,11 @@ def one_step(models: str, folder: str, jobs: dict[str, list[str]], options: list
         results[job] = {
             "parts": trainer._reduced(trainer._parts),
             "grad_norm": trainer._grad_norm,
-            "gradients": {key: full(p.grad) for key, p in trainer.model.named_parameters() if p.grad is not None},
+            "gradients": {
+                key.replace("_orig_mod.", ""): full(p.grad)
+                for key, p in trainer.model.named_parameters()
+                if p.grad is not None
+            },
             "heads": heads,
             "report": json.loads(Path(folder, job, "seed_report.json").read_text()),
             "parameters": {type(p).__name__ for p in trainer.model.parameters()},
