@@ -139,7 +139,7 @@ def apply_tensor_parallel(model: HFCausalLM, mesh: DeviceMesh, loss_parallel: bo
     for block in blocks:
         # One collective for all linear layers of the block, in the backward as well.
         _on_input(block.module, _redistribution(mesh, between, Replicate(), local=False))
-    layers = list(model.layers)
+    layers = _layers(model)
     if obstacle is None and layers:
         _on_input(layers[0], _redistribution(mesh, Replicate(), Shard(1), local=True))
         _on_output(layers[-1], _redistribution(mesh, Shard(1), Replicate(), local=True))
@@ -172,8 +172,13 @@ class _Plan:
 
     def modules(self, model: HFCausalLM) -> dict[str, PlanStyle]:
         """Name of each module of this model that the plan names to its style."""
-        found = {name: self.words.get(replace_layer_number_by_wildcard(name)) for name, _ in model.named_modules()}
-        return {name: PLAN_STYLES[word] for name, word in found.items() if word in PLAN_STYLES}
+        found = {}
+        for name, module in model.named_modules():
+            style = PLAN_STYLES.get(self.words.get(replace_layer_number_by_wildcard(name), ""))
+            # A stage of a pipeline has something else in the place of what lies on another one.
+            if style is not None and (style.splits is None or hasattr(module, style.splits)):
+                found[name] = style
+        return found
 
     def unknown(self, model: HFCausalLM) -> Iterator[str]:
         names = {replace_layer_number_by_wildcard(name) for name, _ in model.named_modules()}
@@ -252,20 +257,25 @@ def _blocks(model: HFCausalLM) -> list[_Block]:
     ]
 
 
+def _layers(model: HFCausalLM) -> list[nn.Module]:
+    """The decoder layers that are there."""
+    return [layer for _, layer in model.layers.named_children()]
+
+
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
 
 
 def _vocabulary_modules(model: HFCausalLM) -> set[str]:
     """Names of input and output embedding."""
-    modules = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
-    return {_name_of(model, module) for module in modules}
+    modules = {model.get_input_embeddings(), model.get_output_embeddings()}
+    return {name for name, module in model.named_modules() if module in modules}
 
 
 def _no_sequence_parallel(model: HFCausalLM) -> str | None:
     """Why layers can not run on slices of the sequence between their blocks; None if they can."""
     blocks = {block.module for block in _blocks(model)}
-    for layer in model.layers:
+    for layer in _layers(model):
         if layer in blocks:
             return "linear layers lie in the decoder layer itself"
         if any(True for _ in layer.parameters(recurse=False)):
@@ -281,7 +291,7 @@ def _no_sequence_parallel(model: HFCausalLM) -> str | None:
 
 def _partial_gradients(model: HFCausalLM, blocks: list[_Block], sequence_parallel: bool) -> dict[nn.Module, bool]:
     """Modules of the layers to whether a rank has only a part of their gradient, having seen a part of the activations."""
-    partial = {module: sequence_parallel for layer in model.layers for module in layer.modules()}
+    partial = {module: sequence_parallel for layer in _layers(model) for module in layer.modules()}
     for block in blocks:
         partial |= dict.fromkeys(block.module.modules(), block.is_split_inside)
     return partial
