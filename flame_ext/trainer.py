@@ -520,6 +520,9 @@ class FutureTrainer(torchtitan.train.Trainer):
         training = self.job_config.training
         vocab_size = self.model_parts[0].config.get_text_config().vocab_size
         ids = self.tokenizer.encode(PROBE_TEXT)[: min(PROBE_LENGTH, training.seq_len)]
+        ids = ids[
+            : len(ids) // self.parallel_dims.tp * self.parallel_dims.tp
+        ]  # sequence parallelism shares positions out
         param_dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
         dtype = TORCH_DTYPE_MAP[training.dtype]
         return Probe(
@@ -538,7 +541,8 @@ class FutureTrainer(torchtitan.train.Trainer):
         model.eval()
         try:
             with self.maybe_enable_amp:
-                return model(tokens.to(self.device))
+                logits = model(tokens.to(self.device))
+                return logits.full_tensor() if isinstance(logits, DTensor) else logits
         finally:
             model.train()
 
@@ -571,7 +575,7 @@ class FutureTrainer(torchtitan.train.Trainer):
         """What a step's manifest records of its run; the seed's identity, so that a step knows what it grew from."""
         dims = self.parallel_dims
         return {
-            "parallelism": {"dp_replicate": dims.dp_replicate, "dp_shard": dims.dp_shard},
+            "parallelism": {"dp_replicate": dims.dp_replicate, "dp_shard": dims.dp_shard, "tp": dims.tp},
             "versions": {
                 "flame_ext": flame_ext.__version__,
                 "torch": torch.__version__,

@@ -184,8 +184,12 @@ class HFCausalLM(nn.Module):
         device = buffer_device or next(self.parameters()).device
         for module, name, value in self._buffer_values:
             module._buffers[name] = value.to(device=device, copy=True)
+        self.restore_ties()
+
+    def restore_ties(self) -> None:
+        """Make tied parameters one again, after each was replaced by itself."""
         for module, name, owner, owner_name in self._ties:
-            setattr(module, name, getattr(owner, owner_name))
+            module._parameters[name] = owner._parameters[owner_name]
 
     def get_attention_masks(self, *args: Any, **kwargs: Any) -> Any:
         """The host's validator takes a TypeError for "this model makes its own masks"."""
