@@ -73,7 +73,7 @@ def _check_model(config: FlameJobConfig) -> Iterator[str]:
 
 def _check_parallelism(config: FlameJobConfig) -> Iterator[str]:
     degrees = config.parallelism
-    for name in ("tensor", "pipeline", "context", "expert"):
+    for name in ("tensor", "context", "expert"):
         degree = getattr(degrees, f"{name}_parallel_degree")
         if degree != 1:
             yield (
@@ -253,7 +253,7 @@ def _check_data(config: FlameJobConfig) -> Iterator[str]:
     if config.metrics.log_freq < 1:
         yield f"metrics.log_freq must be >= 1, got {config.metrics.log_freq}"
     # Known under torchrun; the host's own check of the same is an assertion deep in the trainer.
-    replicas = int(os.environ.get("WORLD_SIZE", "1"))
+    replicas = int(os.environ.get("WORLD_SIZE", "1")) // max(1, config.parallelism.pipeline_parallel_degree)
     global_batch, local_batch = training.global_batch_size, training.local_batch_size
     if local_batch >= 1 and global_batch >= 0 and (global_batch == 0 or global_batch % (local_batch * replicas)):
         yield (
