@@ -329,9 +329,10 @@ class FutureTrainer(torchtitan.train.Trainer):
         self, clip: Callable[..., Tensor], parameters: list[torch.nn.Parameter], *args: Any, **kwargs: Any
     ) -> Tensor:
         """The host's, and no gradients at all if their norm is not finite: optimizers then leave everything as it is."""
-        if self.pipeline is not None and self.parallel_dims.dp_replicate_enabled and not self.parallel_dims.fsdp_enabled:
-            sum_over_replicas(parameters, self.parallel_dims.get_mesh("dp_replicate"))
+        dims = self.parallel_dims
         if self._shared is not None:
+            if dims.dp_replicate_enabled and not dims.fsdp_enabled:
+                sum_over_replicas(parameters, dims.get_mesh("dp_replicate"))
             self._shared.sum_gradients()
         copies = self._copies
         norm = clip([p for p in parameters if id(p) not in copies], *args, **kwargs)
@@ -627,7 +628,10 @@ class FutureTrainer(torchtitan.train.Trainer):
         """(1, T) tokens to (1, T, D) summaries, on every rank. Collective."""
         summaries = objective.summaries(tokens)
         states = None if summaries is None else summaries.states
-        return states if self.pipeline is None else self.pipeline.from_last(states)
+        if self.pipeline is not None:
+            states = self.pipeline.from_last(states)
+        assert states is not None
+        return states
 
     def _export_step(self, step: int) -> None:
         config = self.job_config

@@ -61,8 +61,8 @@ class ExportSpec:
     """``README.md``."""
 
 
-Read = Callable[[str, torch.dtype], "Tensor | None"]
-"""Key and dtype to the full tensor on the main rank's CPU, None on the others. Collective."""
+Read = Callable[[torch.dtype, str], "Tensor | None"]
+"""Dtype of the file and key to the full tensor on the main rank's CPU, None on the others. Collective."""
 
 
 def export_hf(
@@ -96,8 +96,8 @@ def export_hf(
             described = {
                 key: torch.empty(t.shape, dtype=_file_dtype(t, spec.dtype), device="meta") for key, t in tensors.items()
             }
-            take = partial(_gathered, tensors) if read is None else read
-            write_tensors(described, partial(take, dtype=spec.dtype), place, size)
+            take = read or partial(_gathered, tensors)
+            write_tensors(described, partial(take, spec.dtype), place, size)
     with failing_together(CheckpointError):
         if is_main_rank():
             put_in_place(folder)
@@ -174,7 +174,7 @@ def _require_written(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 @torch.no_grad()
-def _gathered(tensors: Mapping[str, Tensor], key: str, dtype: torch.dtype) -> Tensor | None:
+def _gathered(tensors: Mapping[str, Tensor], dtype: torch.dtype, key: str) -> Tensor | None:
     """See :data:`Read`."""
     full = _full(tensors[key])
     return full.to(device="cpu", dtype=_file_dtype(full, dtype)).contiguous() if is_main_rank() else None
@@ -196,14 +196,14 @@ class StagedReader:
         self._held = held
 
     @torch.no_grad()
-    def __call__(self, key: str, dtype: torch.dtype) -> Tensor | None:
+    def __call__(self, dtype: torch.dtype, key: str) -> Tensor | None:
         owner = next(rank for rank, tensors in enumerate(self._held) if key in tensors)
         rank = dist.get_rank(self._group)
         full = _full(self._state[key]).contiguous() if rank == owner else None
         source, first = (dist.get_global_rank(self._group, r) for r in (owner, 0))
         # One pipeline has the main rank; its siblings have the same tensors.
         if owner != 0 and first == 0:
-            if rank == owner:
+            if full is not None:
                 dist.send(full, dst=first, group=self._group)
             elif rank == 0:
                 shape, held_dtype, device = self._held[owner][key]

@@ -93,8 +93,9 @@ def _one_stage_a_rank(schedule: str) -> bool:
 
 def _layers_by_name(stages: Sequence[Sequence[str]], num_layers: int) -> list[list[int]]:
     """``[["tok_embeddings", "layers.0"], ["layers.1", "norm", "output"]]`` to ``[[0], [1]]``."""
-    numbers = [[int(name.rpartition(".")[2]) for name in names if name.rpartition(".")[2].isdigit()] for names in stages]
-    others = {name for names in stages for name in names if not name.rpartition(".")[2].isdigit()}
+    last_words = [[name.rpartition(".")[2] for name in names] for names in stages]
+    numbers = [[int(word) for word in words if word.isdigit()] for words in last_words]
+    others = {word for words in last_words for word in words if not word.isdigit()}
     if [n for names in numbers for n in names] != list(range(num_layers)) or not others <= set(_HOST_NAMES):
         raise ConfigError(
             f"parallelism.module_fqns_per_model_part must hold layers.0 to layers.{num_layers - 1} in order, each once, and "
@@ -150,7 +151,7 @@ def not_pipelined(model: HFCausalLM) -> str | None:
         unchanged = torch.equal(states, nothing(states))
     except Exception as e:  # an architecture's own code, which may need what a stage does not have
         return f"its forward does not run without embedding and layers ({type(e).__name__}: {str(e)[:200]})"
-    return None if unchanged else "its forward does more to hidden states than its layers do, and each stage would do it again"
+    return None if unchanged else "its forward does more to hidden states than its layers do, and every stage would do it"
 
 
 # -- a stage of the model ------------------------------------------------------------------------------------------------
@@ -229,9 +230,7 @@ class _Stage(PipelineStage):
     inputs_of: Callable[[int], dict[str, Any]]
     outputs: list[Any]
 
-    def forward_one_chunk(
-        self, fwd_chunk_id: int, args: Any, kwargs: Any = None, *more: Any, **options: Any
-    ) -> Any:
+    def forward_one_chunk(self, fwd_chunk_id: int, args: Any, kwargs: Any = None, *more: Any, **options: Any) -> Any:
         output = super().forward_one_chunk(fwd_chunk_id, args, self.inputs_of(fwd_chunk_id), *more, **options)
         if self.is_last and not self.has_backward:
             self.outputs.append(output)
@@ -300,11 +299,9 @@ class Pipeline:
         count, seq_len = len(inputs) // size, inputs.shape[1]
         if (count, size, seq_len) not in self._forward_only:
             stages = self._build_stages(size, seq_len)
-            schedule = (
-                ScheduleGPipe(stages[0], n_microbatches=count)
-                if len(stages) == 1
-                else ScheduleLoopedBFS(stages, n_microbatches=count)
-            )
+            schedule: Any = ScheduleGPipe(stages[0], n_microbatches=count)
+            if len(stages) > 1:
+                schedule = ScheduleLoopedBFS([*stages], n_microbatches=count)
             self._forward_only[count, size, seq_len] = schedule, stages
         schedule, stages = self._forward_only[count, size, seq_len]
         self._run(schedule, stages, inputs, count, inputs_of)
