@@ -89,7 +89,7 @@ def check_pipeline_of_model(config: FlameJobConfig) -> Iterator[str]:
     """What only the model tells, which is built on meta for it."""
     if config.parallelism.pipeline_parallel_degree <= 1:
         return
-    args = HFModelArgs(config.model.hf_assets_path, config.seed.trust_remote_code)
+    args = HFModelArgs(hf_assets_path=config.model.hf_assets_path, trust_remote_code=config.seed.trust_remote_code)
     with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
         model = build_hf_causal_lm(args)
     reason = not_pipelined(model)

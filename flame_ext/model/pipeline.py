@@ -151,7 +151,9 @@ def not_pipelined(model: HFCausalLM) -> str | None:
         unchanged = torch.equal(states, nothing(states))
     except Exception as e:  # an architecture's own code, which may need what a stage does not have
         return f"its forward does not run without embedding and layers ({type(e).__name__}: {str(e)[:200]})"
-    return None if unchanged else "its forward does more to hidden states than its layers do, and every stage would do it"
+    return (
+        None if unchanged else "its forward does more to hidden states than its layers do, and every stage would do it"
+    )
 
 
 # -- a stage of the model ------------------------------------------------------------------------------------------------
