@@ -231,12 +231,22 @@ class _Stage(PipelineStage):
 
     inputs_of: Callable[[int], dict[str, Any]]
     outputs: list[Any]
+    dtype: torch.dtype
 
     def forward_one_chunk(self, fwd_chunk_id: int, args: Any, kwargs: Any = None, *more: Any, **options: Any) -> Any:
-        output = super().forward_one_chunk(fwd_chunk_id, args, self.inputs_of(fwd_chunk_id), *more, **options)
-        if self.is_last and not self.has_backward:
-            self.outputs.append(output)
-        return output
+        return super().forward_one_chunk(fwd_chunk_id, args, self.inputs_of(fwd_chunk_id), *more, **options)
+
+    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
+        """What a forward alone gives can be of any kind and shape: torch gets a scalar instead, as in training."""
+        output = super().forward_maybe_with_nosync(*args, **kwargs)
+        if not self.is_last:
+            if output.dtype != self.dtype:  # torch's newer versions do not look, and the next stage would read noise
+                raise TypeError(f"hidden states of a stage are {output.dtype}, the next one expects {self.dtype}")
+            return output.contiguous()
+        if self.has_backward:
+            return output
+        self.outputs.append(output)
+        return torch.zeros((), device=self.device)
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         if self.has_backward:
@@ -352,18 +362,21 @@ class Pipeline:
         tokens = torch.empty(size, seq_len, dtype=torch.int64, device="meta")
         hidden = torch.empty(size, seq_len, hidden_size, dtype=self._dtype, device="meta", requires_grad=True)
         scalar = torch.empty((), device="meta", requires_grad=True)
-        return [
-            _Stage(
+        stages = []
+        for part in self.parts:
+            role = _stage(part)
+            stage = _Stage(
                 part,
-                _stage(part).index,
-                _stage(part).count,
+                role.index,
+                role.count,
                 self._device,
-                input_args=tokens if _stage(part).is_first else hidden,
-                output_args=scalar if _stage(part).is_last else hidden,
+                input_args=tokens if role.is_first else hidden,
+                output_args=scalar if role.is_last else hidden,
                 group=self.group,
             )
-            for part in self.parts
-        ]
+            stage.dtype = self._dtype
+            stages.append(stage)
+        return stages
 
 
 def _stage(part: HFCausalLM) -> Stage:
