@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
@@ -106,6 +107,6 @@ def sum_over_replicas(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> N
 
     Collective.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
+    grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
     for work in [dist.all_reduce(grad, group=mesh.get_group(), async_op=True) for grad in grads]:
         work.wait()

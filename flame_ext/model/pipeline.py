@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleSingle,
@@ -272,7 +273,7 @@ class Pipeline:
         """Global ranks with the first and the last stage."""
         training = config.training
         # FSDP computes, and hands on, in the dtype of its mixed precision; otherwise there is none under PP.
-        sharded = any(hasattr(part, "set_requires_gradient_sync") for part in parts)
+        sharded = isinstance(parts[0], FSDPModule)
         self._dtype = TORCH_DTYPE_MAP[training.mixed_precision_param if sharded else training.dtype]
         self._stages = self._build_stages(config.parallelism.pipeline_parallel_microbatch_size, training.seq_len)
         self._schedule = build_pipeline_schedule(config, self._stages, _as_it_is)

@@ -29,6 +29,16 @@ class SharedEmbedding:
         part = pipeline.parts[-1 if self.is_copy else 0]
         if (pipeline.has_first or pipeline.has_last) and shares_embedding(part.whole):
             self.weight = part.get_input_embeddings().weight
+        self._require_one_placement()
+
+    def _require_one_placement(self) -> None:
+        """Raise on all ranks if the ends have sharded it in different ways; shards of different rows would be added."""
+        weight = self.weight
+        mine = None if weight is None else (str(getattr(weight, "placements", None)), tuple(weight.shape), weight.dtype)
+        found: list[object] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(found, mine, group=self._group)
+        if len(ends := {placement for placement in found if placement is not None}) > 1:
+            raise RuntimeError(f"the first and the last stage hold the input embedding differently: {ends}")
 
     def copies(self) -> list[nn.Parameter]:
         """This rank's parameters that are counted on another rank."""
