@@ -24,7 +24,7 @@ from flame_ext.data.packing import PADDING
 from flame_ext.heads.converter import HEAD_BUILDERS
 from flame_ext.heads.future_encoder import AnticausalEncoder, FutureSummaries, MaskForm
 from flame_ext.model.hf_causal_lm import HFCausalLM
-from flame_ext.model.pipeline import Pipeline
+from flame_ext.model.pipeline import Pipeline, StageInputs
 from flame_ext.objective.action import action_losses, candidate_mask
 from flame_ext.objective.contrastive import info_nce
 from flame_ext.objective.cross_entropy import IGNORE_INDEX, cross_entropy_sum, token_log_probs
@@ -233,12 +233,20 @@ class FutureObjective:
 
     # -- the summaries -------------------------------------------------------------------------------------------
 
-    def teach(self, plan: StepPlan, index: int) -> None:
-        """Run the teacher for a micro-batch, where its keys are not known yet. Before the student's forward."""
+    def teach(self, plan: StepPlan, index: int, attention_of: StageInputs = lambda _rows: {}) -> None:
+        """Run the teacher for a micro-batch, where its keys are not known yet. Before the student's forward.
+
+        Args:
+            plan: of the step.
+            index: of the micro-batch.
+            attention_of: rows of it to what the student's attention goes by there.
+        """
         microbatch = plan.microbatches[index]
         if self.anticausal and microbatch.bank is None:
             summaries = self._taught(microbatch)
             microbatch.bank = _NO_KEYS if summaries is None else self._bank(summaries, microbatch, plan.shift)
+        elif not self.anticausal and self._pipeline is not None and self._pipeline.cuts(len(microbatch.input_ids)):
+            self._pool_before(self._pipeline, plan, microbatch, attention_of)
 
     def summaries(self, input_ids: Tensor, doc_ids: Tensor | None = None) -> FutureSummaries | None:
         """(B, T) tokens, and (B, T) document numbers or None, to anti-causal summaries. Collective.
@@ -288,6 +296,26 @@ class FutureObjective:
             summaries = self.model.future_encoder(hidden_states, microbatch.doc_ids)
             bank = self._bank(summaries, microbatch, shift)
         return self._gathered(bank) if self._encoder_config.negatives == "global" else (bank, 0)
+
+    def _pool_before(
+        self, pipeline: Pipeline, plan: StepPlan, microbatch: MicroBatch, attention_of: StageInputs
+    ) -> None:
+        """The bank of pooled summaries by a forward of its own, where the student's is of one part of them after the other."""
+
+        def inputs_of(rows: slice) -> dict[str, Any]:
+            documents = microbatch.doc_ids[rows]
+            return {
+                **attention_of(rows),
+                "compute": lambda _logits, hidden_states: self.model.future_encoder(hidden_states, documents),
+            }
+
+        with self._amp, self._without_dropout(), self.stopwatch.measure("teacher"):
+            parts = pipeline.forward(microbatch.input_ids, inputs_of)
+        microbatch.bank = _NO_KEYS
+        if parts is not None:
+            bank = self._bank(FutureSummaries(*map(torch.cat, zip(*parts, strict=True))), microbatch, plan.shift)
+            everywhere = self._encoder_config.negatives == "global"
+            microbatch.bank, microbatch.first_key = self._gathered(bank) if everywhere else (bank, 0)
 
     def _bank(self, summaries: FutureSummaries, microbatch: MicroBatch, shift: int) -> KeyBank:
         keys = F.normalize(summaries.states.float(), dim=-1).to(self._key_dtype)

@@ -410,7 +410,7 @@ class FutureTrainer(torchtitan.train.Trainer):
         self._microbatch += 1
         with self.train_context():
             if self.objective is not None and plan is not None:
-                self.objective.teach(plan, index)
+                self.objective.teach(plan, index, partial(self._attention_of, input_dict))
             losses = partial(self._losses, plan, index, inputs, labels, input_dict.get("doc_ids"), global_valid_tokens)
             with self.maybe_enable_amp, self._timed("student"):
                 if self.pipeline is None:
@@ -460,12 +460,14 @@ class FutureTrainer(torchtitan.train.Trainer):
                 found.append(parts)
                 return loss
 
-            own = {name: value[rows] for name, value in input_dict.items()}
-            return {**self._within_documents(own), "compute": compute}
+            return {**self._attention_of(input_dict, rows), "compute": compute}
 
         result = run(inputs, inputs_of)
         names = found[0] if found else {}
         return result, {name: torch.stack([parts[name].detach() for parts in found]).sum(0) for name in names}
+
+    def _attention_of(self, input_dict: dict[str, Tensor], rows: slice) -> dict[str, Any]:
+        return self._within_documents({name: value[rows] for name, value in input_dict.items()})
 
     def _timed(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self.objective is None else self.objective.stopwatch.measure(name)
@@ -492,7 +494,7 @@ class FutureTrainer(torchtitan.train.Trainer):
             plan = None
             if self.objective is not None:
                 plan = self.objective.plan_evaluation((inputs, labels, doc_ids))
-                self.objective.teach(plan, 0)
+                self.objective.teach(plan, 0, partial(self._attention_of, input_dict))
             losses = partial(self._losses, plan, 0, inputs, labels, doc_ids, tokens)
             if self.pipeline is None:
                 _, parts = self.model(inputs, **self._within_documents(input_dict), compute=losses(slice(None)))

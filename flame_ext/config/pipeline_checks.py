@@ -52,16 +52,14 @@ def check_pipeline(config: FlameJobConfig) -> Iterator[str]:
             "would have anything to train; use FSDP"
         )
     encoder = config.future_encoder
-    if encoder.enable and encoder.summary_method != "anticausal":
-        batches = {"training": training.local_batch_size}
-        batches |= {"validation": config.validation.local_batch_size} if config.validation.enable else {}
-        for section, batch in batches.items():
-            if batch > size if section == "validation" else batch != size:
-                yield (
-                    f"future_encoder.summary_method = {encoder.summary_method!r} takes its keys out of the student's forward of the "
-                    f"whole local batch, which a pipeline cuts: set parallelism.pipeline_parallel_microbatch_size ({size}) to "
-                    f"{section}.local_batch_size ({batch}), with pipeline_parallel_schedule = 'GPipe', or take 'anticausal'"
-                )
+    if encoder.enable and encoder.summary_method != "anticausal" and not encoder.detach_targets:
+        batch = training.local_batch_size
+        if batch != size:
+            yield (
+                f"future_encoder.detach_targets = false: the gradient of {encoder.summary_method!r} summaries goes through the whole "
+                f"local batch, which a pipeline cuts: set parallelism.pipeline_parallel_microbatch_size ({size}) to "
+                f"training.local_batch_size ({batch}), with pipeline_parallel_schedule = 'GPipe', or detach_targets = true"
+            )
 
 
 def _check_microbatches(schedule: str, degree: int, size: int, batch: int) -> Iterator[str]:

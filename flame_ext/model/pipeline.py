@@ -324,6 +324,10 @@ class Pipeline:
             stage.outputs = []
         return outputs if self.has_last else None
 
+    def cuts(self, batch: int) -> bool:
+        """Whether a batch of so many sequences goes through in several parts."""
+        return batch > self._config.parallelism.pipeline_parallel_microbatch_size
+
     def from_last(self, tensor: Tensor | None) -> Tensor:
         """A tensor of the last stage on every rank of the pipeline. Collective.
 
