@@ -113,7 +113,7 @@ class FutureTrainer(torchtitan.train.Trainer):
         self._trains_own_heads = trains_own_heads(job_config)
         self._own_heads = OwnHeadLosses(self.model, job_config, getattr(self.tokenizer, "eos_id", None))
         self._plan: StepPlan | None = None
-        self._microbatch = 0
+        self._microbatch = self._microbatches_left = 0
         self._parts: dict[str, Tensor] = {}
         self._part_names: list[str] = []
         self.metrics_processor.step_metrics = self._step_metrics
@@ -288,7 +288,7 @@ class FutureTrainer(torchtitan.train.Trainer):
             UserError: on all ranks, if a save in the background has failed, or gradients stay non-finite.
         """
         microbatches = self._microbatches_for_all(data_iterator)
-        self._parts, self._microbatch = {}, 0
+        self._parts, self._microbatch, self._microbatches_left = {}, 0, len(microbatches)
         if self.objective is not None:
             batches = [(inputs["input"], labels, inputs.get("doc_ids")) for inputs, labels in microbatches]
             self._plan = self.objective.plan(self.step, batches)
@@ -329,10 +329,9 @@ class FutureTrainer(torchtitan.train.Trainer):
         self, clip: Callable[..., Tensor], parameters: list[torch.nn.Parameter], *args: Any, **kwargs: Any
     ) -> Tensor:
         """The host's, and no gradients at all if their norm is not finite: optimizers then leave everything as it is."""
-        dims = self.parallel_dims
         if self._shared is not None:
-            if dims.dp_replicate_enabled and not dims.fsdp_enabled:
-                sum_over_replicas(parameters, dims.get_mesh("dp_replicate"))
+            if self.parallel_dims.dp_replicate_enabled and not self.parallel_dims.fsdp_enabled:
+                sum_over_replicas(parameters, self.parallel_dims.get_mesh("dp_replicate"))
             self._shared.sum_gradients()
         copies = self._copies
         norm = clip([p for p in parameters if id(p) not in copies], *args, **kwargs)
@@ -349,6 +348,12 @@ class FutureTrainer(torchtitan.train.Trainer):
                 f"Step {self.step}: the gradient norm is {self._grad_norm}: no update (skipped so far: {self.skipped_steps})"
             )
         return norm
+
+    @property
+    def _is_replicated(self) -> bool:
+        """Whether the model is under DDP."""
+        dims = self.parallel_dims
+        return dims.dp_replicate_enabled and not dims.fsdp_enabled and self.pipeline is None
 
     @property
     def _copies(self) -> set[int]:
@@ -399,6 +404,10 @@ class FutureTrainer(torchtitan.train.Trainer):
         Where no label of the whole step counts, the cross-entropy is 0.
         """
         global_valid_tokens = torch.as_tensor(global_valid_tokens).clamp_min(1)
+        self._microbatches_left -= 1
+        if self._is_replicated:
+            # Gradients add up over micro-batches; summed over ranks after each, what is summed already would be summed again.
+            self.model.set_requires_gradient_sync(self._microbatches_left == 0)
         if self.objective is None and not self._trains_own_heads and self.pipeline is None:
             loss = super().forward_backward_step(
                 input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens

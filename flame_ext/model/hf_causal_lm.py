@@ -124,6 +124,7 @@ class HFCausalLM(nn.Module):
     base_model_prefix: str
     get_input_embeddings: Callable[[], Any]
     get_output_embeddings: Callable[[], Any]
+    set_requires_gradient_sync: Callable[[bool], None]  # of torch's DDP and FSDP
 
     # Heads; those that there are stand in head_names.
     future_encoder: Any
