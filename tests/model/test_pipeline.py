@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -195,6 +196,11 @@ def resumed_from(source: Path, target: Path, step: int) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_losses_and_gradients_are_those_of_one_process(runs: Runs, name: str) -> None:
     assert_same_run(metrics_of(runs.pipeline / name), metrics_of(runs.single / name))
+
+
+def test_every_rank_knows_the_losses(runs: Runs) -> None:
+    first, last = (re.findall(r"step: +\d+  loss_ce: .*", rank.output) for rank in runs.pipeline_ranks)
+    assert first == last and len(first) == 2 * len(CASES) + 1, "two steps of each job, one of the resumed one"
 
 
 @pytest.mark.parametrize("name", ["untied", "plain"])
