@@ -40,6 +40,17 @@ EVERYTHING = (
 )  # fmt: skip
 
 
+DOCUMENTS = "documents.jsonl"
+
+
+def assets(name: str, folder: Path) -> Path:
+    """A tiny model, and documents of which several lie in a sequence."""
+    save_tiny(name, folder)
+    texts = (" ".join(str(number * step) for step in range(1, 2 + number % 9)) for number in range(1, 1200))
+    (folder / DOCUMENTS).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return folder
+
+
 class Job(NamedTuple):
     """One run of the command among others in the same processes."""
 
@@ -64,6 +75,7 @@ def run_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     for job in jobs:
         arguments = [f"--job.config_file={DEBUG_TOML}", f"--job.dump_folder={job.folder}", "--seed.verify=finite"]
         arguments += [f"--model.hf_assets_path={job.model}", f"--checkpoint.initial_load_path={job.model}"]
+        arguments += ["--training.dataset=json", f"--training.dataset_path={job.model / DOCUMENTS}"]
         arguments += ["--metrics.no-enable-tensorboard", "--checkpoint.interval=1", "--checkpoint.keep_latest_k=0"]
         arguments += [f"--training.seq_len={LENGTH}", f"--training.local_batch_size={BATCH}"]
         arguments += [
@@ -154,7 +166,7 @@ class Runs(NamedTuple):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("pipeline")
-    models = {name: save_tiny(name, folder / "models" / name) for name in MODELS}
+    models = {name: assets(name, folder / "models" / name) for name in MODELS}
     single, pipeline, both = (folder / name for name in ("single", "pipeline", "pipeline-fsdp"))
 
     def job(where: Path, name: str, *options: str) -> Job:
@@ -350,7 +362,7 @@ def test_layers_of_stages_are_the_hosts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("heads", [HEADS, PLAIN], ids=["heads", "plain"])
 @pytest.mark.parametrize("model", MODELS)
 def test_every_schedule_and_product_is_one_process(model: str, heads: tuple[str, ...], tmp_path: Path) -> None:
-    assets = save_tiny(model, tmp_path / "model")
+    folder = assets(model, tmp_path / "model")
     held = "--training.enable_cpu_offload"
     half = "--training.local_batch_size=2"
     pipelines = {
@@ -374,9 +386,9 @@ def test_every_schedule_and_product_is_one_process(model: str, heads: tuple[str,
         },
         8: {"hsdp": (PP2, REPLICATED, "--training.local_batch_size=1", schedule("GPipe"))},
     }
-    jobs_on(1, [Job(tmp_path / "single", assets, heads)], tmp_path / "logs")
+    jobs_on(1, [Job(tmp_path / "single", folder, heads)], tmp_path / "logs")
     for world_size, of_size in pipelines.items():
-        jobs = [Job(tmp_path / name, assets, (*heads, *options)) for name, options in of_size.items()]
+        jobs = [Job(tmp_path / name, folder, (*heads, *options)) for name, options in of_size.items()]
         jobs_on(world_size, jobs, tmp_path / "logs")
         for name in of_size:
             assert_same_run(metrics_of(tmp_path / name), metrics_of(tmp_path / "single"))
@@ -385,10 +397,10 @@ def test_every_schedule_and_product_is_one_process(model: str, heads: tuple[str,
 @pytest.mark.matrix
 @pytest.mark.parametrize("name", [n for n in CONFIGS if not n.startswith(("gpt2", "falcon"))])
 def test_every_architecture_in_stages_is_from_pretrained(name: str, tmp_path: Path) -> None:
-    assets = save_tiny(name, tmp_path / "model")
+    folder = assets(name, tmp_path / "model")
     options = ("--seed.verify=parity", "--data.document_attention", *HEADS)
-    jobs_on(1, [Job(tmp_path / "single", assets, options)], tmp_path / "logs")
-    jobs = [Job(tmp_path / layout, assets, (*options, PP2, schedule(layout))) for layout in ("1F1B", "Interleaved1F1B")]
+    jobs_on(1, [Job(tmp_path / "single", folder, options)], tmp_path / "logs")
+    jobs = [Job(tmp_path / layout, folder, (*options, PP2, schedule(layout))) for layout in ("1F1B", "Interleaved1F1B")]
     jobs_on(2, jobs, tmp_path / "logs")
     for job in jobs:
         assert json.loads((job.folder / "seed_report.json").read_text())["verification"]["max_abs_diff"] == 0
