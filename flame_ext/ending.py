@@ -51,12 +51,14 @@ class Circumstances(NamedTuple):
     """A stop signal has come: this step is the last one of this process."""
     data_ended: bool = False
     """There is not enough data for this step."""
+    data_failed: bool = False
+    """The data of this step can not be read."""
     save_failed: bool = False
     """A save in the background has failed."""
 
 
 def agree(circumstances: Circumstances, device: torch.device) -> Circumstances:
-    """The circumstances of all ranks. Collective: one all-reduce of three bytes."""
+    """The circumstances of all ranks. Collective: one all-reduce of four bytes."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return circumstances
     flags = torch.tensor(circumstances, dtype=torch.uint8, device=device)

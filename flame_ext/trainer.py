@@ -33,6 +33,7 @@ from flame_ext.checkpoint.manager import SeedingCheckpointManager
 from flame_ext.checkpoint.steps import CompleteStep
 from flame_ext.config.record import asset_digests, check_unchanged, config_digest, config_record
 from flame_ext.config.sections import FlameJobConfig
+from flame_ext.data.sources import sources_of
 from flame_ext.distributed import failing_together, is_main_rank
 from flame_ext.ending import Circumstances, StopSignals, agree
 from flame_ext.errors import CheckpointError, ConfigError, SeedError, UserError
@@ -116,6 +117,7 @@ class FutureTrainer(torchtitan.train.Trainer):
         self._microbatch = self._microbatches_left = 0
         self._parts: dict[str, Tensor] = {}
         self._part_names: list[str] = []
+        self._labels = [source.reported_as for _, source in sources_of(job_config)]
         self.metrics_processor.step_metrics = self._step_metrics
         if job_config.validation.enable:
             self.validator.evaluate, self.validator.reduce = self._evaluate, self._reduced
@@ -285,7 +287,8 @@ class FutureTrainer(torchtitan.train.Trainer):
 
         Raises:
             DataloaderExhaustedError: on all ranks, if the data of any do not suffice.
-            UserError: on all ranks, if a save in the background has failed, or gradients stay non-finite.
+            UserError: on all ranks, if the data can not be read on any, a save in the background has failed, or gradients stay
+                non-finite.
         """
         microbatches = self._microbatches_for_all(data_iterator)
         self._parts, self._microbatch, self._microbatches_left = {}, 0, len(microbatches)
@@ -309,14 +312,22 @@ class FutureTrainer(torchtitan.train.Trainer):
     ) -> list[tuple[dict[str, Tensor], Tensor]]:
         """This rank's micro-batches of the step, if all ranks have theirs. Collective."""
         tokens_before, microbatches, ended = self.ntokens_seen, [], False
+        unreadable: Exception | None = None
         self._data_position = self.dataloader.state_dict()
         try:
             for _ in range(self.gradient_accumulation_steps):
                 microbatches.append(next(data_iterator))
         except DataloaderExhaustedError:
             ended = True
+        except Exception as e:  # of whatever kind: the other ranks have to hear of it before it is raised
+            unreadable = e
         error = self.checkpointer.background_error() if self.checkpointer.enable else None
-        now = agree(Circumstances(self._signals.received is not None, ended, error is not None), self.device)
+        stop = self._signals.received is not None
+        now = agree(Circumstances(stop, ended, unreadable is not None, error is not None), self.device)
+        if now.data_failed:
+            with failing_together(ConfigError):
+                if unreadable is not None:
+                    raise unreadable
         if now.save_failed:
             raise CheckpointError(error or "a save in the background failed on another rank, which says why")
         if now.data_ended:
@@ -517,7 +528,11 @@ class FutureTrainer(torchtitan.train.Trainer):
             self._parts[name] = self._parts[name] + value if name in self._parts else value
 
     def _step_metrics(self, grad_norm: float) -> dict[str, float | None]:
-        parts = self._reduced(self._parts)
+        data_ranks, _ = self._data_ranks()
+        epochs = {
+            f"epochs/{label}": n / data_ranks for label, n in zip(self._labels, self.dataloader.epochs(), strict=True)
+        }
+        parts = self._reduced(self._parts | {name: torch.tensor(n, device=self.device) for name, n in epochs.items()})
         self._part_names = list(dict.fromkeys([*self._part_names, *parts]))
         metrics = {**dict.fromkeys(self._part_names), **parts, "skipped_steps": self.skipped_steps}
         if self.objective is not None or self._trains_own_heads:
@@ -609,6 +624,9 @@ class FutureTrainer(torchtitan.train.Trainer):
         training = self.job_config.training
         vocab_size = self.model_parts[0].config.get_text_config().vocab_size
         ids = self.tokenizer.encode(PROBE_TEXT)[: min(PROBE_LENGTH, training.seq_len)]
+        ids = ids[
+            : len(ids) // self.parallel_dims.tp * self.parallel_dims.tp
+        ]  # sequence parallelism shares positions out
         param_dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
         dtype = TORCH_DTYPE_MAP[training.dtype]
         return Probe(
@@ -628,9 +646,11 @@ class FutureTrainer(torchtitan.train.Trainer):
         try:
             with self.maybe_enable_amp:
                 if self.pipeline is None:
-                    return self.model(tokens.to(self.device))
-                logits = self.pipeline.forward(tokens.to(self.device), lambda _rows: {})
-                return self.pipeline.from_last(None if logits is None else torch.cat(logits))
+                    logits = self.model(tokens.to(self.device))
+                else:
+                    found = self.pipeline.forward(tokens.to(self.device), lambda _rows: {"compute": _whole_logits})
+                    logits = self.pipeline.from_last(None if found is None else torch.cat(found))
+                return _whole_logits(logits)
         finally:
             for part in self.model_parts:
                 part.train()
@@ -683,7 +703,7 @@ class FutureTrainer(torchtitan.train.Trainer):
         """What a step's manifest records of its run; the seed's identity, so that a step knows what it grew from."""
         dims = self.parallel_dims
         return {
-            "parallelism": {"dp_replicate": dims.dp_replicate, "dp_shard": dims.dp_shard, "pp": dims.pp},
+            "parallelism": {"dp_replicate": dims.dp_replicate, "dp_shard": dims.dp_shard, "tp": dims.tp, "pp": dims.pp},
             "versions": {
                 "flame_ext": flame_ext.__version__,
                 "torch": torch.__version__,
@@ -698,6 +718,11 @@ class FutureTrainer(torchtitan.train.Trainer):
             "config_sha256": config_digest(self._record),
             "finished": self._finishing or self.step >= self.job_config.training.steps,
         }
+
+
+def _whole_logits(logits: Tensor, _hidden_states: Tensor | None = None) -> Tensor:
+    """Of loss parallelism, each of whose ranks has a part of the vocabulary. Collective."""
+    return logits.full_tensor() if isinstance(logits, DTensor) else logits
 
 
 def _nothing(*_args: Any) -> None:

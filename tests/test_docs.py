@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,14 +21,16 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from flame_ext.cli.main import main as flame_ext
+from flame_ext.config.manager import table_in_list
 from flame_ext.config.reference import HOST_OPTIONS, HostOption, reference
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError
 from flame_ext.train import parse
 from tests.documents import DOCUMENTS, Block, blocks, prose
-from tests.ranks import DEBUG_TOML, REPOSITORY
+from tests.ranks import DEBUG_TOML, REPOSITORY, train
 
-NEEDS = ("cluster", "network", "time", "a run")  # what a marked command may ask for
+NEEDS = ("cluster", "network", "time", "a run", "an old checkpoint")  # what a marked command may ask for
 RUN = {"bash", "python"}
 TROUBLESHOOTING = REPOSITORY / "docs" / "troubleshooting.md"
 NOT_OPTIONS = (
@@ -67,14 +70,43 @@ def execute(block: Block, folder: Path) -> None:
     )
 
 
+def tool_calls(block: Block) -> list[list[str]]:
+    """The arguments of each ``flame-ext`` in a block that has nothing else; empty if it has."""
+    lines = block.text.replace("\\\n", "").splitlines() if block.language == "bash" else []
+    calls = [shlex.split(line, comments=True) for line in lines]
+    plain = all(call[:1] == ["flame-ext"] and not {"|", ">", "&&", "--import"} & set(call) for call in calls)
+    return [call[1:] for call in calls] if plain else []
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_commands_run(document: Path, copy: Path) -> None:
+def test_commands_run(document: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order: a later one may use what an earlier one has left."""
+    monkeypatch.chdir(copy)
     for block in blocks(document):
         if block.file is not None:
             (copy / block.file).write_text(block.text)
         elif block.language in RUN and block.needs is None:
-            execute(block, copy)
+            calls = tool_calls(block)
+            for call in calls:  # here: a process for each would import torch for seconds
+                assert flame_ext(call) == 0, f"{block}: {call}"
+            if not calls:
+                execute(block, copy)
+
+
+def test_commands_that_need_a_run_run(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said of the debug job's results, on those of its first step."""
+    run = train(copy / "outputs" / "debug", "--training.steps=1", "--training.seq_len=32", "--seed.verify=none")
+    (run.dump_folder / "hf" / "step-1").rename(run.dump_folder / "hf" / "step-60")
+    monkeypatch.chdir(copy)
+    needing = [block for document in DOCUMENTS for block in blocks(document) if block.needs == "a run"]
+    assert {block.language for block in needing} == RUN
+    for block in needing:
+        if block.language == "python":
+            exec(compile(block.text, str(block), "exec"), {})  # here: importing torch for each takes seconds
+        else:
+            calls = tool_calls(block)
+            assert calls and all(flame_ext(call) == 0 for call in calls), block
+    assert (run.dump_folder / "curves.png").stat().st_size > 10_000
 
 
 def test_marks_are_known() -> None:
@@ -112,8 +144,9 @@ def options(section: type = FlameJobConfig, prefix: str = "") -> set[str]:
     names = set()
     for name, hint in get_type_hints(section).items():
         names.add(prefix + name)
-        if is_dataclass(hint):
-            names |= options(hint, f"{prefix}{name}.")
+        table = hint if is_dataclass(hint) else table_in_list(hint)
+        if table is not None:
+            names |= options(table, f"{prefix}{name}.")
     return names
 
 

@@ -87,6 +87,29 @@ def test_arguments_pass_through_train_sh_unharmed(tmp_path: Path) -> None:
     assert arguments[-len(AWKWARD) :] == AWKWARD and "flame_ext.train" in arguments
 
 
+def test_the_environment_says_where_and_how_many(tmp_path: Path) -> None:
+    python = stub(tmp_path, "python", f'printf "%s\\0" "$@" > {shlex.quote(str(tmp_path / "arguments"))}')
+
+    def given(**variables: str) -> list[str]:
+        subprocess.run(["./train.sh"], cwd=REPOSITORY, env=environment(PYTHON=str(python), **variables), check=True)
+        return (tmp_path / "arguments").read_text().split("\0")[:-1]
+
+    def after(arguments: list[str], option: str) -> str:
+        return arguments[arguments.index(option) + 1]
+
+    alone = given(NGPU="3")
+    assert "--standalone" in alone and after(alone, "--nnodes") == "1" and after(alone, "--nproc_per_node") == "3"
+    assert after(alone, "--job.config_file") == "configs/debug.toml" and after(alone, "--local_ranks_filter") == "0"
+    second = given(NGPU="1", NNODE="2", NODE_RANK="1", MASTER_ADDR="first", MASTER_PORT="1234", RDZV_ID="job 7",
+                   CONFIG_FILE="my own.toml", LOG_RANK="0,1")  # fmt: skip
+    expected = {"--nnodes": "2", "--node_rank": "1", "--rdzv_endpoint": "first:1234", "--rdzv_id": "job 7",
+                "--rdzv_backend": "c10d", "--job.config_file": "my own.toml", "--local_ranks_filter": "0,1"}  # fmt: skip
+    assert {option: after(second, option) for option in expected} == expected and "--standalone" not in second
+    assert "--node_rank" not in given(NGPU="1", NNODE="2", MASTER_ADDR="first")
+    with pytest.raises(subprocess.CalledProcessError):
+        given(NGPU="1", NNODE="2", MASTER_ADDR="")
+
+
 @pytest.mark.parametrize(("code", "given"), [(0, "0"), (1, "1"), (2, "2"), (75, "1")])
 def test_exit_codes_are_kept(tmp_path: Path, code: int, given: str) -> None:
     """torchrun answers every failure with 1; what a rank has left in the file is what counts."""

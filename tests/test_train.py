@@ -20,13 +20,12 @@ from tests.ranks import DEBUG_TOML, TINY_OLMO, TrainRun, train
 
 def first_batch() -> tuple[torch.Tensor, torch.Tensor]:
     """(8, 256) inputs and labels of step 1 of the debug job."""
-    from torchtitan.components.tokenizer import build_hf_tokenizer
-
-    from flame_ext.data.packing import build_dataloader
+    from flame_ext.data.build import build_dataloader
+    from flame_ext.data.tokenizer import build_tokenizer
     from flame_ext.train import parse
 
     config = parse([f"--job.config_file={DEBUG_TOML}"])
-    inputs, labels = next(iter(build_dataloader(1, 0, build_hf_tokenizer(config), config)))
+    inputs, labels = next(iter(build_dataloader(1, 0, build_tokenizer(config), config)))
     return inputs["input"], labels
 
 
@@ -178,6 +177,8 @@ def test_an_epoch_of_a_mixture_is_the_same_on_any_ranks(tmp_path: Path) -> None:
     for one, two in zip(lines[1], lines[2], strict=True):
         for name in set(names) & set(one):
             assert two[name] == pytest.approx(one[name], rel=1e-5), (one["step"], name)
+    assert all(lines[ranks][-2]["epochs/a.jsonl"] == pytest.approx(1) for ranks in lines), "each document once"
+    assert lines[1][0]["epochs/a.jsonl"] < 0.5
     held_out = lines[1][-1]
     assert held_out["loss_ce"] == pytest.approx((held_out["held_out.jsonl/loss_ce"] + held_out["others/loss_ce"]) / 2)
 

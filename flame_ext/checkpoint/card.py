@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ _OPTIONS = (
     "future_encoder.loss_weight",
     "action_layer.loss_weight",
 )
+_HEAD_SECTIONS = ("future_encoder", "action_layer")
+_SOURCE = re.compile(r"data\.sources\.\d+\.(path|name|split|weight|max_samples)")
 
 
 def card_of_step(step: Path) -> str | None:
@@ -74,14 +77,13 @@ def model_card(manifest: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     lines.append(f"| continues from | `{source}`{revision}{digest} |")
     rows = {"run": manifest.get("run"), "step": manifest.get("step"), "tokens seen": metrics.get("tokens_seen")}
     rows |= {name: metrics.get(name) for name in ("loss", "loss_ce", "loss_future", "loss_action", "future_top1")}
-    rows |= {name: config.get(name) for name in _OPTIONS}
+    off = tuple(f"{name}." for name in _HEAD_SECTIONS if not config.get(f"{name}.enable"))
+    sources = [name for name in config if _SOURCE.fullmatch(name)]
+    if sources:
+        off += ("training.dataset",)  # is not read then
+    rows |= {name: config.get(name) for name in (*sources, *_OPTIONS) if not name.startswith(off)}
     rows["versions"] = ", ".join(f"{name} {version}" for name, version in (manifest.get("versions") or {}).items())
-    lines += [f"| {name} | {value:.6g} |" for name, value in rows.items() if isinstance(value, float)]
-    lines += [
-        f"| {name} | {value} |"
-        for name, value in rows.items()
-        if value not in (None, "") and not isinstance(value, float)
-    ]
+    lines += [f"| {name} | {_cell(value)} |" for name, value in rows.items() if value not in (None, "")]
     lines += ["", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += ['model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")']
     lines += ['tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")', "```"]
@@ -93,3 +95,7 @@ def model_card(manifest: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
         lines += ["", "```python", "from flame_ext.analysis import load_with_heads", ""]
         lines += ['model, heads = load_with_heads("path/of/this/folder")', "```"]
     return "\n".join([*lines, ""])
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value).replace("|", "\\|")

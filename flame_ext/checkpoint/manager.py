@@ -122,9 +122,9 @@ class SeedingCheckpointManager(CheckpointManager):
             )
         loaded = self._resumed(chosen.manifest, chosen.path)
         states = self._states_to_load(model_only=False)
-        if not self.states[RNG].fits(chosen.manifest["world_size"]):
+        if not self.states[RNG].fits(chosen.manifest["world_size"]) or not self._shares_models_as(chosen):
             del states[RNG]
-            logger.info(f"{chosen.path} has the random number generators of another number of ranks: they start anew")
+            logger.info(f"{chosen.path} has the random number generators of other ranks: they start anew")
         self.dcp_load(states, str(chosen.path), from_hf=False, from_quantized=False)
         GarbageCollection.collect("GC collection for checkpoint loading.")
         loaded()
@@ -134,6 +134,11 @@ class SeedingCheckpointManager(CheckpointManager):
                     self._exports.start(other.path, just_saved=False)
         logger.info(f"Resumed from {chosen.path} (complete: {', '.join(str(s.step) for s in steps)})")
         return True
+
+    def _shares_models_as(self, step: CompleteStep) -> bool:
+        """Whether as many ranks share one model out, and so draw the same numbers for it."""
+        then, now = step.manifest.get("parallelism", {}), self._facts().get("parallelism", {})
+        return all(then.get(name, 1) == now.get(name, 1) for name in ("tp", "pp"))
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
         """As the host's, but nothing is unpickled that is not plain data. Collective.

@@ -45,13 +45,13 @@ def run(options: argparse.Namespace) -> int:
 
     if options.values and not options.against:
         raise ConfigError("--values compares values; name what to compare with: --against PATH")
+    found = describe(options.path, options.allow_pickle)
     reason: str | None = None
     if options.config_file:
         from flame_ext.train import parse
 
         logging.getLogger().setLevel(logging.WARNING)
-        reason = why_not_seedable(parse([f"--job.config_file={options.config_file}"]), options.path)
-    found = describe(options.path, options.allow_pickle)
+        reason = why_not_seedable(parse([f"--job.config_file={options.config_file}"]), str(found.source.path))
     facts: dict[str, Any] = as_json(found)
     if options.config_file:
         facts["seedable"], facts["why_not_seedable"] = reason is None, reason

@@ -18,7 +18,8 @@ from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError, SeedError
 from flame_ext.heads.own import check_own_heads, enabled_heads
 from flame_ext.model.attention import not_anticausal, supports_flex_attention
-from flame_ext.model.hf_causal_lm import load_hf_config
+from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm, load_hf_config
+from flame_ext.model.tensor_parallel import tensor_parallel_problems
 from flame_ext.model.train_spec import MODEL_NAME
 from flame_ext.registration import CONVERTER_NAME
 from flame_ext.seeding.key_map import parse_key_map
@@ -75,17 +76,69 @@ def _check_model(config: FlameJobConfig) -> Iterator[str]:
 
 def _check_parallelism(config: FlameJobConfig) -> Iterator[str]:
     degrees = config.parallelism
-    for name in ("tensor", "context", "expert"):
+    for name in ("expert",):
         degree = getattr(degrees, f"{name}_parallel_degree")
         if degree != 1:
             yield (
                 f"parallelism.{name}_parallel_degree must be 1 for {MODEL_NAME!r}, got {degree}; scale with "
                 "data_parallel_shard_degree (FSDP), data_parallel_replicate_degree (DDP, HSDP) and pipeline_parallel_degree"
             )
+    if degrees.context_parallel_degree != 1:
+        yield (
+            f"parallelism.context_parallel_degree must be 1, got {degrees.context_parallel_degree}: the host's context parallelism "
+            "is causal attention only, which an anticausal teacher is not, and needs an accelerator to be tried without one; "
+            "scale with tensor_parallel_degree, whose sequence parallelism shares out activations, or with FSDP"
+        )
+    yield from _check_tensor_parallelism(config)
     if config.comm.mode != "default":
         yield f"comm.mode must be 'default', got {config.comm.mode!r}: without real communication there is nothing to seed"
     if config.fault_tolerance.enable:
         yield "fault_tolerance.enable is not supported: TorchFT replaces the checkpoint flow that seeding hooks into"
+
+
+def _check_tensor_parallelism(config: FlameJobConfig) -> Iterator[str]:
+    degrees = config.parallelism
+    degree, replicas = degrees.tensor_parallel_degree, degrees.data_parallel_replicate_degree
+    if degree < 1:
+        yield f"parallelism.tensor_parallel_degree must be >= 1, got {degree}"
+    if degree <= 1:
+        if degrees.enable_async_tensor_parallel:
+            yield "parallelism.enable_async_tensor_parallel needs parallelism.tensor_parallel_degree > 1"
+        return
+    ranks = _data_parallel_ranks(config)
+    if ranks is None:
+        yield (
+            f"parallelism.tensor_parallel_degree ({degree}) must divide the number of processes "
+            f"({os.environ.get('WORLD_SIZE', '1')})"
+        )
+    shards = degrees.data_parallel_shard_degree
+    if ranks is not None and replicas > 1 and (ranks == replicas if shards == -1 else shards == 1):
+        yield (
+            f"parallelism.data_parallel_replicate_degree = {replicas} with tensor_parallel_degree = {degree}: the host's DDP goes with "
+            "no other parallelism; set data_parallel_shard_degree to 2 or more (HSDP), or data_parallel_replicate_degree to 1 (FSDP)"
+        )
+    lengths = {"training": config.training.seq_len}
+    if config.validation.enable:
+        lengths["validation"] = config.validation.seq_len
+    for name, seq_len in lengths.items():
+        if seq_len % degree:
+            yield (
+                f"{name}.seq_len ({seq_len}) must be a multiple of parallelism.tensor_parallel_degree ({degree}): sequence "
+                "parallelism gives each rank as many positions"
+            )
+    if degrees.enable_async_tensor_parallel:
+        if not (config.compile.enable and "model" in config.compile.components):
+            yield "parallelism.enable_async_tensor_parallel needs compile.enable with 'model' in compile.components"
+        if not torch.accelerator.is_available():
+            yield "parallelism.enable_async_tensor_parallel overlaps kernels of an accelerator, and there is none; leave it out"
+
+
+def _data_parallel_ranks(config: FlameJobConfig) -> int | None:
+    """Processes that read different data; None if the degrees do not divide their number. Known under torchrun, else 1."""
+    degrees = config.parallelism
+    sharing = max(1, degrees.tensor_parallel_degree) * max(1, degrees.pipeline_parallel_degree)
+    ranks, rest = divmod(int(os.environ.get("WORLD_SIZE", "1")), sharing)
+    return None if rest else ranks
 
 
 def _check_seed(config: FlameJobConfig) -> Iterator[str]:
@@ -244,8 +297,12 @@ def _check_data(config: FlameJobConfig) -> Iterator[str]:
     if training.epochs < 0:
         yield f"training.epochs must be >= 0 (0 = training.steps), got {training.epochs}"
     for section in ("data", "validation"):
-        for i, source in enumerate(getattr(config, section).sources):
+        sources = getattr(config, section).sources
+        labels = [source.reported_as for source in sources]
+        for i, source in enumerate(sources):
             name = f"{section}.sources[{i}]"
+            if (first := labels.index(labels[i])) < i:
+                yield f"{name} is reported as {labels[i]!r}, as {section}.sources[{first}] is; give it a label of its own"
             if not source.path:
                 yield f"{name}.path is empty: a file, a glob, a folder, a dataset on the Hub or a registered name"
             if source.weight <= 0:
@@ -255,7 +312,7 @@ def _check_data(config: FlameJobConfig) -> Iterator[str]:
     if config.metrics.log_freq < 1:
         yield f"metrics.log_freq must be >= 1, got {config.metrics.log_freq}"
     # Known under torchrun; the host's own check of the same is an assertion deep in the trainer.
-    replicas = int(os.environ.get("WORLD_SIZE", "1")) // max(1, config.parallelism.pipeline_parallel_degree)
+    replicas = _data_parallel_ranks(config) or 1
     global_batch, local_batch = training.global_batch_size, training.local_batch_size
     if local_batch >= 1 and global_batch >= 0 and (global_batch == 0 or global_batch % (local_batch * replicas)):
         yield (
@@ -272,6 +329,12 @@ def _check_against_model(config: FlameJobConfig, hf_config: PreTrainedConfig) ->
             f"{Path(config.model.hf_assets_path) / 'config.json'}: architectures is {hf_config.architectures}; only decoder-only "
             "causal LMs (…ForCausalLM) can be trained"
         )
+    degree = config.parallelism.tensor_parallel_degree
+    if degree > 1:
+        model = build_hf_causal_lm(
+            HFModelArgs(hf_assets_path=config.model.hf_assets_path, trust_remote_code=config.seed.trust_remote_code)
+        )
+        yield from tensor_parallel_problems(model, degree)
     assets = Path(config.model.hf_assets_path)
     if not any((assets / name).is_file() for name in TOKENIZER_FILES):
         yield f"model.hf_assets_path {str(assets)!r}: no tokenizer ({' or '.join(TOKENIZER_FILES)}); copy the model's there"

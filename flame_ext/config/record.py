@@ -23,6 +23,7 @@ _HARMLESS = (
     "checkpoint",
     "comm",
     "compile",
+    "data.sources.label",
     "debug.deterministic",
     "debug.deterministic_warn_only",
     "export",
@@ -138,6 +139,7 @@ def _flat(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_harmless(name: str) -> bool:
+    name = re.sub(r"\.\d+\.", ".", name)  # a table in a list
     return any(name == harmless or name.startswith(f"{harmless}.") for harmless in _HARMLESS)
 
 

@@ -79,9 +79,19 @@ HOST_OPTIONS = (
         "refused beside a head with `lr_scale`, `weight_decay` or `warmup_steps`",
         ("--optimizer.early-step-in-backward", "--future-predictor.lr-scale=2"),
     ),
+    HostOption(
+        "parallelism.tensor_parallel_degree",
+        "divides heads, widths, vocabulary and `training.seq_len`; what it is right for: [parallelism_tensor.md](parallelism_tensor.md)",
+        ("--parallelism.tensor-parallel-degree=2",),
+    ),
+    HostOption(
+        "parallelism.enable_async_tensor_parallel",
+        "refused without an accelerator, and without a compiled model",
+        ("--parallelism.enable-async-tensor-parallel",),
+    ),
     *(
         HostOption(f"parallelism.{kind}_parallel_degree", "has to be 1", (f"--parallelism.{kind}-parallel-degree=2",))
-        for kind in ("tensor", "context", "expert")
+        for kind in ("context", "expert")
     ),
     HostOption(
         "parallelism.pipeline_parallel_schedule",

@@ -4,6 +4,7 @@ No ``from __future__ import annotations`` here: the host's ConfigManager reads `
 """
 
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Literal
 
 from torchtitan.config import JobConfig
@@ -223,7 +224,7 @@ class DataSource:
     """The column that holds a document. Where it is absent, `input_ids` is taken, which holds tokens."""
 
     label: str = ""
-    """Under which validation reports this source; by default the last part of its path."""
+    """Under which metrics report this source; by default the last part of its path."""
 
     weight: float = 1.0
     """Share of documents that are taken from this source, in proportion to the other weights."""
@@ -235,7 +236,7 @@ class DataSource:
     """
 
     max_samples: int | None = None
-    """Take only the first documents."""
+    """Take only the first documents. Of a source that is streamed, they are kept in memory."""
 
     when_exhausted: Literal["repeat", "drop"] = "repeat"
     """At its end: begin again, in another order, or go on with the other sources. Without any left, the run ends."""
@@ -245,6 +246,11 @@ class DataSource:
 
     tokens_dtype: Literal["uint16", "uint32", "int32", "int64"] = "uint16"
     """Of `.npy` files without a header, as OLMo's are."""
+
+    @property
+    def reported_as(self) -> str:
+        """See `label`."""
+        return self.label or PurePath(self.path).name or self.path
 
 
 @dataclass
@@ -277,7 +283,7 @@ class Training(HostTraining):
     epochs: int = 0
     """
     End when every source has been read this often, to the last token, instead of after `steps`: these are then counted before
-    step 1, by reading all of it once. 0 = `steps`.
+    step 1, for which each rank reads all of its own once. 0 = `steps`.
     """
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 import torch.distributed as dist
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
 
-from flame_ext.data.documents import Documents
 from flame_ext.data.loader import PackedDataloader
 from flame_ext.data.packing import PackedDocuments
 from flame_ext.data.sources import open_documents, sources_of
-from flame_ext.distributed import failing_together, is_main_rank
+from flame_ext.data.tokenizer import require_of_model
+from flame_ext.distributed import failing_together
 from flame_ext.errors import ConfigError
 from flame_ext.model.hf_causal_lm import load_hf_config
 
@@ -40,39 +39,36 @@ def build_dataloader(
         )
     vocab_size = _vocab_size(tokenizer, job_config)
     named = sources_of(job_config)
-    documents = [
-        open_documents(
-            where,
-            source,
-            tokenizer,
-            num_lanes=global_batch,
-            seq_len=training.seq_len,
-            vocab_size=vocab_size,
-            rng_seed=job_config.data.rng_seed + number if job_config.data.shuffle else None,
-            epochs=training.epochs or (None if source.when_exhausted == "repeat" else 1),
-            registered_path=None if job_config.data.sources else training.dataset_path,
-        )
-        for number, (where, source) in enumerate(named)
-    ]
+    with failing_together(ConfigError):
+        documents = [
+            open_documents(
+                where,
+                source,
+                tokenizer,
+                num_lanes=global_batch,
+                seq_len=training.seq_len,
+                vocab_size=vocab_size,
+                rng_seed=job_config.data.rng_seed + number if job_config.data.shuffle else None,
+                epochs=training.epochs or (None if source.when_exhausted == "repeat" else 1),
+                registered_path=None if job_config.data.sources else training.dataset_path,
+            )
+            for number, (where, source) in enumerate(named)
+        ]
 
-    def packed(lanes: range) -> PackedDocuments:
-        return PackedDocuments(
-            documents,
-            training.seq_len,
-            lanes,
-            global_batch,
-            weights=[source.weight for _, source in named],
-            rng_seed=job_config.data.rng_seed,
-            eos_id=getattr(tokenizer, "eos_id", None),
-            pad=training.epochs > 0,
-        )
-
-    if training.epochs:
-        training.steps = _steps_of(packed(range(global_batch)))
-        logger.info(f"training.epochs = {training.epochs}: {training.steps} steps")
-    return PackedDataloader(
-        packed(lanes), dp_rank, dp_world_size, batch_size=training.local_batch_size, **asdict(loading)
+    data = PackedDocuments(
+        documents,
+        training.seq_len,
+        lanes,
+        global_batch,
+        weights=[source.weight for _, source in named],
+        rng_seed=job_config.data.rng_seed,
+        eos_id=getattr(tokenizer, "eos_id", None),
+        pad=training.epochs > 0,
     )
+    if training.epochs:
+        training.steps = _steps_of(data)
+        logger.info(f"training.epochs = {training.epochs}: {training.steps} steps")
+    return PackedDataloader(data, dp_rank, dp_world_size, batch_size=training.local_batch_size, **asdict(loading))
 
 
 def build_validation_dataloaders(
@@ -83,67 +79,50 @@ def build_validation_dataloaders(
     Documents come in their order, each once; the last batches are filled up without labels, so ranks have as many.
 
     Raises:
-        ConfigError: as :func:`build_dataloader`; or two sources have one label.
+        ConfigError: as :func:`build_dataloader`.
     """
     validation = job_config.validation
     num_lanes = validation.local_batch_size * dp_world_size
+    lanes = range(dp_rank, num_lanes, dp_world_size)
     vocab_size = _vocab_size(tokenizer, job_config)
     found: dict[str, tuple[PackedDataloader, int]] = {}
     for number, source in enumerate(validation.sources):
         where = f"validation.sources[{number}]"
-        label = source.label or Path(source.path).name or source.path
-        if label in found:
-            raise ConfigError(f"{where}: another source is reported as {label!r}, too; give it a label of its own")
-        documents = open_documents(
-            where,
-            source,
-            tokenizer,
-            num_lanes=num_lanes,
-            seq_len=validation.seq_len,
-            vocab_size=vocab_size,
-            rng_seed=None,
-            epochs=1,
-        )
+        with failing_together(ConfigError):
+            documents = open_documents(
+                where,
+                source,
+                tokenizer,
+                num_lanes=num_lanes,
+                seq_len=validation.seq_len,
+                vocab_size=vocab_size,
+                rng_seed=None,
+                epochs=1,
+            )
 
-        def packed(lanes: range, documents: Documents = documents) -> PackedDocuments:
-            eos_id = getattr(tokenizer, "eos_id", None)
-            return PackedDocuments([documents], validation.seq_len, lanes, num_lanes, eos_id=eos_id, pad=True)
-
+        eos_id = getattr(tokenizer, "eos_id", None)
+        data = PackedDocuments([documents], validation.seq_len, lanes, num_lanes, eos_id=eos_id, pad=True)
         loader = PackedDataloader(
-            packed(range(dp_rank, num_lanes, dp_world_size)),
-            dp_rank,
-            dp_world_size,
-            batch_size=validation.local_batch_size,
-            **asdict(validation.dataloader),
+            data, dp_rank, dp_world_size, batch_size=validation.local_batch_size, **asdict(validation.dataloader)
         )
-        limit = None if validation.steps == -1 else validation.steps
-        found[label] = loader, _steps_of(packed(range(num_lanes)), limit)
+        found[source.reported_as] = loader, _steps_of(data, None if validation.steps == -1 else validation.steps)
     return found
 
 
 def _steps_of(data: PackedDocuments, limit: int | None = None) -> int:
-    """How many steps all lanes take to their ends, at most ``limit``. Collective: the main rank counts."""
-    counted = [0]
+    """How many steps the lanes of all ranks take to their ends, at most ``limit``. Collective: each rank reads its own."""
     with failing_together(ConfigError):
-        if is_main_rank():
-            counted[0] = data.steps(limit)
-    if dist.is_initialized():
-        dist.broadcast_object_list(counted, src=0)
-    return counted[0]
+        steps = data.steps(limit)
+    if not dist.is_initialized():
+        return steps
+    counted = [0] * dist.get_world_size()
+    dist.all_gather_object(counted, steps)
+    return max(counted)
 
 
 def _vocab_size(tokenizer: BaseTokenizer, job_config: JobConfig) -> int:
-    """Of the model.
-
-    Raises:
-        ConfigError: the tokenizer has ids beyond it.
-    """
-    config = load_hf_config(job_config.model.hf_assets_path, job_config.seed.trust_remote_code)
-    vocab_size: int = config.get_text_config().vocab_size
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if largest >= vocab_size:
-        raise ConfigError(
-            f"{job_config.model.hf_assets_path}: the tokenizer's id {largest} ({token!r}) is beyond the model's vocab_size "
-            f"{vocab_size}: it belongs to another model"
-        )
-    return vocab_size
+    """Of the model, which the tokenizer has to belong to."""
+    folder = job_config.model.hf_assets_path
+    config = load_hf_config(folder, job_config.seed.trust_remote_code)
+    require_of_model(tokenizer, config, folder)
+    return config.get_text_config().vocab_size

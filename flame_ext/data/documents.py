@@ -21,8 +21,8 @@ Encode = Callable[[Any], Tokens]
 """A sample to its tokens."""
 
 BLOCK = 1024  # documents that are permuted together where there is no random access
-BLOCKS_KEPT = 16
-FILES_OPEN = 64
+BLOCKS_KEPT = 16  # at least: two for each lane that this process reads
+FILES_OPEN = 64  # likewise: one for each lane
 READ_AT_ONCE = 64
 
 
@@ -38,7 +38,7 @@ class Documents(Protocol):
 
     name: str
     size: int
-    """What tells that the source is another one: documents, or files where these are not counted."""
+    """What tells that the source is another one: documents or, where these are not counted, bytes or number of files."""
 
     def start(self, lane: int) -> Cursor:
         """Where a lane begins."""
@@ -48,8 +48,8 @@ class Documents(Protocol):
         """A lane's next document and where the one after it is; None: the lane has had all its documents."""
         ...
 
-    def epoch(self, cursor: Cursor, lane: int) -> int:
-        """How often the lane has had all its documents."""
+    def epochs(self, cursor: Cursor, lane: int) -> float:
+        """How often the lane has had all its documents, the fraction of the present time by documents or files."""
         ...
 
 
@@ -90,8 +90,8 @@ class IndexedDocuments:
         index = self.index(cursor)
         return None if index is None else (self.tokens_of(index), Cursor(cursor.a + self.num_lanes, 0))
 
-    def epoch(self, cursor: Cursor, lane: int) -> int:
-        return cursor.a // self.size
+    def epochs(self, cursor: Cursor, lane: int) -> float:
+        return (cursor.a - lane) / self.size
 
 
 class StreamedDocuments:
@@ -110,6 +110,7 @@ class StreamedDocuments:
         num_lanes: L.
         rng_seed: determines each epoch's permutations; None = as they come.
         epochs: after which it ends; None = never.
+        nbytes: of all files, if that is known.
     """
 
     def __init__(
@@ -120,12 +121,14 @@ class StreamedDocuments:
         num_lanes: int,
         rng_seed: int | None,
         epochs: int | None = None,
+        nbytes: int | None = None,
     ) -> None:
-        self.name, self.size, self.num_lanes = name, data.num_shards, num_lanes
+        self.name, self.num_lanes, self._files = name, num_lanes, data.num_shards
+        self.size = self._files if nbytes is None else nbytes
         self._data, self._encode, self._rng_seed, self._epochs = data, encode, rng_seed, epochs
-        self.streams = next(n for n in range(min(num_lanes, self.size), 0, -1) if num_lanes % n == 0)
+        self.streams = next(n for n in range(min(num_lanes, self._files), 0, -1) if num_lanes % n == 0)
         self._lanes_each = num_lanes // self.streams
-        self._order = lru_cache(maxsize=2)(partial(permutation, self.size, rng_seed))
+        self._order = lru_cache(maxsize=2)(partial(permutation, self._files, rng_seed))
         self._blocks = _Blocks(data)
 
     def start(self, lane: int) -> Cursor:
@@ -133,6 +136,7 @@ class StreamedDocuments:
 
     def read(self, lane: int, cursor: Cursor) -> tuple[Tokens, Cursor] | None:
         (file, row), stream = cursor, lane % self.streams
+        self._blocks.lanes.add(lane)
         files = self._files_of(stream)
         while self._epochs is None or file < files * self._epochs:
             epoch, place = divmod(file, files)
@@ -147,15 +151,17 @@ class StreamedDocuments:
             file, row = file + 1, row - self._blocks.rows[shard]
         return None
 
-    def epoch(self, cursor: Cursor, lane: int) -> int:
-        return cursor.a // self._files_of(lane % self.streams)
+    def epochs(self, cursor: Cursor, lane: int) -> float:
+        return cursor.a / self._files_of(lane % self.streams)
 
     def _files_of(self, stream: int) -> int:
-        return len(range(stream, self.size, self.streams))
+        return len(range(stream, self._files, self.streams))
 
 
 class _Blocks:
-    """Blocks of the files' samples, the latest kept: lanes that share a file are near each other."""
+    """Blocks of the files' samples, the latest kept: each lane goes through its own, lanes that share a file are near each
+    other. A block that is evicted too early costs reading its file again from the beginning.
+    """
 
     def __init__(self, data: IterableDataset) -> None:
         self._data = data
@@ -163,6 +169,8 @@ class _Blocks:
         self._open: OrderedDict[int, tuple[int, Iterator[Any]]] = OrderedDict()  # file to its next block, and the rest
         self.rows: dict[int, int] = {}
         """Samples of each file that has been read to its end."""
+        self.lanes: set[int] = set()
+        """That this process reads."""
 
     def read(self, shard: int, number: int) -> list[Any]:
         """The samples of a block; fewer at the end of the file, none beyond it."""
@@ -170,13 +178,14 @@ class _Blocks:
             if shard in self.rows and number * BLOCK >= self.rows[shard]:
                 return []
             following, samples = self._open.pop(shard, (0, None))
-            if samples is None or following > number:
+            skips = samples is None or following > number
+            if samples is None or skips:
                 file = self._data.shard(num_shards=self._data.num_shards, index=shard)
                 following, samples = number, _samples(file.skip(number * BLOCK))
             block = list(islice(samples, BLOCK))
             if len(block) == BLOCK:
                 self._open[shard] = following + 1, samples
-            elif block or following == 0:
+            elif block or following == 0 or not skips:
                 self.rows[shard] = following * BLOCK + len(block)
             else:  # skipped to a place beyond the end: how far beyond is only known from reading it all
                 self.rows[shard] = sum(
@@ -188,9 +197,9 @@ class _Blocks:
 
     def _keep(self, shard: int, number: int, block: list[Any]) -> None:
         self._kept[shard, number] = block
-        while len(self._kept) > BLOCKS_KEPT:
+        while len(self._kept) > max(BLOCKS_KEPT, 2 * len(self.lanes)):
             self._kept.popitem(last=False)
-        while len(self._open) > FILES_OPEN:
+        while len(self._open) > max(FILES_OPEN, len(self.lanes)):
             self._open.popitem(last=False)
 
 

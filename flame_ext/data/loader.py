@@ -41,7 +41,9 @@ class PackedDataloader(ParallelAwareDataloader):
         # iteration more, would go on with other dropout masks than the unbroken one.
         generator = torch.Generator()
         # Workers give sequences, not batches: asked in turn they yield the lanes in turn, however many they are.
-        super().__init__(dataset, dp_rank, dp_world_size, generator=generator, batch_size=None, **kwargs)
+        super().__init__(
+            dataset, dp_rank, dp_world_size, generator=generator, batch_size=None, collate_fn=_as_it_is, **kwargs
+        )
 
     @property
     def layout(self) -> dict[str, int]:
@@ -105,8 +107,21 @@ class PackedDataloader(ParallelAwareDataloader):
         for number in sorted(self.dataset.lanes):
             self.dataset.move(number, state_dict[self._name(number)].tolist())
 
+    def epochs(self) -> list[float]:
+        """How often this rank's lanes have had all their documents of each source, on average."""
+        lanes = self.dataset.lanes
+        return [
+            sum(source.epochs(lane.cursors[i], number) for number, lane in lanes.items()) / len(lanes)
+            for i, source in enumerate(self.dataset.sources)
+        ]
+
     def _name(self, lane: int) -> str:
         return f"lane_{lane}_of_{self.dataset.num_lanes}"
+
+
+def _as_it_is(sequence: Any) -> Any:
+    """Instead of a collation, which would make tensors of the numbers in a position, one by one."""
+    return sequence
 
 
 def positions_in_documents(doc_ids: Tensor) -> Tensor:

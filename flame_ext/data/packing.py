@@ -135,7 +135,8 @@ class _LaneReader:
     def sequence(self) -> Tensor:
         """See :meth:`PackedDocuments.__iter__`."""
         length = self._data.seq_len + 1
-        tokens, starts = np.full(length, IGNORED, dtype=np.int64), np.zeros(length, dtype=bool)
+        result, starts = np.full((2, length), IGNORED, dtype=np.int64), np.zeros(length, dtype=bool)
+        tokens, doc_ids = result
         filled = 0
         while filled < length:
             current = self._document()
@@ -156,9 +157,10 @@ class _LaneReader:
                 lane.offset, lane.cursors[source], self._open = 0, following, None
                 lane.taken[source] += 1
         starts[1:] |= tokens[:-1] == self._data.eos_id
-        doc_ids = np.cumsum(starts) - 1
+        np.cumsum(starts, out=doc_ids)
+        doc_ids -= 1
         doc_ids[filled:] = PADDING + np.arange(length - filled)  # nothing follows anything there
-        return torch.from_numpy(np.stack([tokens, doc_ids]))
+        return torch.from_numpy(result)
 
     def finished(self) -> bool:
         """Whether there is no token left."""

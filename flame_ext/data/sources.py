@@ -10,7 +10,8 @@ import gzip
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from torchtitan.tools.logging import logger
 from flame_ext.config.sections import DataSource
 from flame_ext.data.documents import Documents, IndexedDocuments, StreamedDocuments, Tokens
 from flame_ext.data.python_stdlib import Split, read_stdlib
+from flame_ext.data.tokenizer import around_a_document
 from flame_ext.errors import ConfigError
 
 TOKENS_FIELD = "input_ids"
@@ -40,6 +42,7 @@ _ENDINGS = {
     "arrow": (".arrow",),
     "tokens": (".npy",),
 }
+LOOKED_AT = 32  # documents, before step 1
 LOCAL_FORMATS = ("text", "json", "parquet")
 """Names in the host's registry that stand for local files (``training.dataset_path``)."""
 
@@ -50,6 +53,8 @@ class OpenedData(NamedTuple):
     data: Dataset | IterableDataset
     text_of: Callable[[dict[str, Any]], Any]
     """A sample to its text, or to its tokens."""
+    nbytes: int | None = None
+    """Of the files, where these are local."""
 
 
 def register_local_sources() -> None:
@@ -102,7 +107,7 @@ def open_documents(
     epochs: int | None,
     registered_path: str | None = None,
 ) -> Documents:
-    """Open a source and look at its first document.
+    """Open a source and look at its first document, or at some throughout where there is random access.
 
     Args:
         where: the option, for messages.
@@ -121,14 +126,16 @@ def open_documents(
     try:
         if source.path.endswith(_ENDINGS["tokens"]):
             return _flat_tokens(source, num_lanes, seq_len + 1, vocab_size, rng_seed, epochs)
-        data, text_of_sample = _open(source, registered_path)
+        data, text_of_sample, nbytes = _open(source, registered_path)
         if source.max_samples is not None:
             data = _first(data, source.max_samples)
-        sample = next(iter(data), None)
-        if sample is None:
-            raise ConfigError(f"{source.path}: no documents in it")
         encode = _Encoder(source.path, tokenizer, text_of_sample, vocab_size)
-        encode(sample)
+        row = _row_reader(data, text_of_sample) if isinstance(data, Dataset) else None
+        samples = list(data.take(1)) if row is None else [row(i) for i in _spread(len(data))]
+        if not samples:
+            raise ConfigError(f"{source.path}: no documents in it")
+        for sample in samples:
+            encode.value_of(sample)
     except ConfigError as e:
         raise ConfigError(f"{where}: {e}") from e
     except (
@@ -143,9 +150,9 @@ def open_documents(
         raise ConfigError(
             f"{where}: " + ("" if isinstance(cause, ConfigError) else f"{source.path}: ") + message[0]
         ) from e
-    if isinstance(data, Dataset):
-        return IndexedDocuments(source.path, len(data), lambda index: encode(data[index]), num_lanes, rng_seed, epochs)
-    return StreamedDocuments(source.path, data, encode, num_lanes, rng_seed, epochs)
+    if row is not None:
+        return IndexedDocuments(source.path, len(data), lambda index: encode(row(index)), num_lanes, rng_seed, epochs)
+    return StreamedDocuments(source.path, data, encode, num_lanes, rng_seed, epochs, nbytes)
 
 
 def _flat_tokens(
@@ -157,6 +164,9 @@ def _flat_tokens(
     count = int(first[-1]) if source.max_samples is None else min(int(first[-1]), source.max_samples)
     if count == 0:
         raise ConfigError(f"{source.path}: no tokens in it")
+    for file in files:
+        for piece in _spread(file.pieces):
+            file.read(piece)
 
     def read(index: int) -> Tokens:
         number = int(np.searchsorted(first, index, side="right")) - 1
@@ -173,18 +183,28 @@ class _Encoder:
     ) -> None:
         self._name, self._tokenizer, self._text_of = name, tokenizer, text_of
         self._vocab_size = vocab_size
+        self._before, self._after = around_a_document(tokenizer)
 
     def __call__(self, sample: dict[str, Any]) -> Tokens:
+        value = self.value_of(sample)
+        return np.asarray(self._encode(value), dtype=np.int64) if isinstance(value, str) else value
+
+    def value_of(self, sample: dict[str, Any]) -> str | Tokens:
+        """Its text or its tokens.
+
+        Raises:
+            ConfigError: it has neither, or tokens beyond the model's vocabulary.
+        """
         value = self._text_of(sample)
         if isinstance(value, str):
-            return np.asarray(self._encode(value), dtype=np.int64)
+            return value
         try:
-            tokens = np.asarray(value, dtype=np.int64)
-        except (TypeError, ValueError):
-            tokens = np.empty((0, 0), dtype=np.int64)
-        if tokens.ndim != 1:
+            tokens = np.asarray(value)
+        except ValueError:  # lists of several lengths
+            tokens = np.empty((0, 0))
+        if tokens.ndim != 1 or not (tokens.dtype.kind in "iu" or len(tokens) == 0):
             raise ConfigError(f"{self._name}: a sample is neither text nor a list of token ids: {value!r:.80}")
-        return require_in_vocabulary(tokens, self._vocab_size, f"{self._name}")
+        return require_in_vocabulary(tokens.astype(np.int64, copy=False), self._vocab_size, f"{self._name}")
 
     def _encode(self, text: str) -> list[int]:
         tokenizer = self._tokenizer
@@ -192,9 +212,7 @@ class _Encoder:
             return tokenizer.encode(text, add_bos=True, add_eos=True)
         # As its encode() does, without working out where in the text each token lies.
         ids: list[int] = tokenizer.tokenizer.encode_batch_fast([text])[0].ids
-        before = [tokenizer.bos_id] if tokenizer.bos_id is not None and not tokenizer.hf_adds_bos else []
-        after = [tokenizer.eos_id] if tokenizer.eos_id is not None and not tokenizer.hf_adds_eos else []
-        return [*before, *ids, *after]
+        return [*self._before, *ids, *self._after]
 
 
 def require_in_vocabulary(tokens: Tokens, vocab_size: int, where: str) -> Tokens:
@@ -242,21 +260,36 @@ def _open(source: DataSource, registered_path: str | None) -> OpenedData:
         if registered.sample_processor is text_of:
             return OpenedData(data, partial(text_of, text_field=source.text_field))
         return OpenedData(data, registered.sample_processor)
-    field = partial(text_of, text_field=source.text_field, where=source.path)
+    data, nbytes = _open_unregistered(source)
+    field = next((name for name in (source.text_field, TOKENS_FIELD) if name in (data.column_names or ())), None)
+    if field is not None:
+        data = data.select_columns([field])
+    return OpenedData(data, partial(text_of, text_field=source.text_field, where=source.path), nbytes)
+
+
+def _open_unregistered(source: DataSource) -> tuple[Dataset | IterableDataset, int | None]:
+    """With the bytes of its files, where these are local."""
     place = Path(source.path)
     if (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():
         data = load_from_disk(source.path)
         if isinstance(data, datasets.DatasetDict):
+            if source.split not in data:
+                raise ConfigError(f"{source.path}: no split {source.split!r}, which has {', '.join(data)}")
             data = data[source.split]
-        return OpenedData(data.to_iterable_dataset() if source.streaming else data, field)
+        return (data.to_iterable_dataset() if source.streaming else data), None
     if place.exists() or place.is_absolute() or any(c in source.path for c in "*?["):
-        for kind in _ENDINGS:
-            if files := local_files(source.path, kind, strict=False):
-                return OpenedData(_load_files(source, kind, files), field)
-        local_files(source.path, "json")  # raises
+        found = {kind: files for kind in _ENDINGS if (files := local_files(source.path, kind, strict=False))}
+        if len(found) > 1:
+            kinds = ", ".join(f"{len(files)} of {kind}" for kind, files in found.items())
+            raise ConfigError(f"{source.path}: files of several kinds ({kinds}); name those that are meant with a glob")
+        if not found:
+            local_files(source.path, "json")  # raises
+        ((kind, files),) = found.items()
+        if kind == "tokens":
+            raise ConfigError(f"{source.path}: flat files of tokens; name them with a glob that ends in .npy")
+        return _load_files(source, kind, files), sum(Path(file).stat().st_size for file in files)
     options = {"name": source.name or None, "data_files": source.data_files or None}
-    data = load_dataset(source.path, split=source.split, streaming=source.streaming, **options)
-    return OpenedData(data, field)
+    return load_dataset(source.path, split=source.split, streaming=source.streaming, **options), None
 
 
 def local_files(path: str, kind: str, strict: bool = True) -> list[str]:
@@ -305,7 +338,7 @@ def _read_json_lines(files: list[tuple[str, int, int]], field: str, skip: bool) 
     for file, *_ in files:
         skipped = 0
         with _opened(file) as lines:
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(_whole(file, lines), start=1):
                 if not line.strip():
                     continue
                 try:
@@ -320,6 +353,22 @@ def _read_json_lines(files: list[tuple[str, int, int]], field: str, skip: bool) 
             logger.warning(f"{file}: skipped {skipped} unreadable lines")
 
 
+def _whole(file: str, lines: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines, to the end of the file.
+
+    Raises:
+        ConfigError: its compression ends before.
+    """
+    number = 0
+    try:
+        for number, line in enumerate(lines, start=1):  # noqa: B007
+            yield line
+    except (OSError, EOFError, zlib.error) as e:
+        raise ConfigError(
+            f"{file}, after line {number}: can not be read on ({e}); the file is cut off or damaged"
+        ) from e
+
+
 def _what(error: Exception, line: bytes, field: str) -> str:
     remedy = "; mend it, or set skip_unreadable"
     if not isinstance(error, KeyError):
@@ -331,6 +380,30 @@ def _opened(file: str) -> Any:
     if file.endswith(".zst"):
         return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"), 2**20)
     return gzip.open(file, "rb") if file.endswith(".gz") else Path(file).open("rb")
+
+
+def _spread(count: int) -> list[int]:
+    """At most ``LOOKED_AT`` numbers below ``count``, from the first to the last."""
+    return np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(int).tolist()
+
+
+def _row_reader(data: Dataset, text_of_sample: Callable[[dict[str, Any]], Any]) -> Callable[[int], dict[str, Any]]:
+    """Number of a row to its sample, tokens as an array: several times as fast as the library's way over Python's lists."""
+    if not (isinstance(text_of_sample, partial) and text_of_sample.func is text_of):
+        return data.__getitem__  # a registered dataset's own function, which expects what the library gives
+    rows = data.with_format("arrow")
+
+    def row(index: int) -> dict[str, Any]:
+        table = rows[index]
+        return {name: _value(table.column(name)[0]) for name in table.column_names}
+
+    return row
+
+
+def _value(scalar: pyarrow.Scalar) -> Any:
+    if isinstance(scalar, pyarrow.ListScalar) and scalar.is_valid:
+        return scalar.values.to_numpy(zero_copy_only=False)
+    return scalar.as_py()
 
 
 def _first(data: Dataset | IterableDataset, count: int) -> Dataset:

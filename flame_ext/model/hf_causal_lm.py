@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -75,13 +76,13 @@ def load_hf_config(path: str, trust_remote_code: bool = False) -> PreTrainedConf
     """
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as e:
         if "trust_remote_code" in str(e):
             raise ConfigError(
                 f"model.hf_assets_path {path!r}: config.json asks for modelling code from the folder; to run it, set "
                 "seed.trust_remote_code = true"
             ) from e
-        reason = str(e).strip().splitlines()[0]
+        reason = " ".join(line.strip() for line in str(e).strip().splitlines()[:2])
         raise ConfigError(
             f"model.hf_assets_path {path!r}: no usable config.json: {reason}; give the folder of a Hugging Face causal LM"
         ) from e
@@ -229,8 +230,12 @@ class HFCausalLM(nn.Module):
         device = buffer_device or next(self.parameters()).device
         for module, name, value in self._buffer_values:
             module._buffers[name] = value.to(device=device, copy=True)
+        self.restore_ties()
+
+    def restore_ties(self) -> None:
+        """Make tied parameters one again, after each was replaced by itself."""
         for module, name, owner, owner_name in self._ties:
-            setattr(module, name, getattr(owner, owner_name))
+            module._parameters[name] = owner._parameters[owner_name]
 
     def get_attention_masks(self, *args: Any, **kwargs: Any) -> Any:
         """The host's validator takes a TypeError for "this model makes its own masks"."""

@@ -1,4 +1,4 @@
-"""Activation checkpointing, per-layer compilation and data parallelism for :class:`HFCausalLM`, in the host's order.
+"""Tensor parallelism, activation checkpointing, per-layer compilation and data parallelism for :class:`HFCausalLM`, in the host's order.
 
 No ``from __future__ import annotations`` here: DDP looks at the types in its communication hook's signature.
 """
@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.distributed.tensor_parallel import maybe_enable_async_tp
 from torchtitan.models.llama3.infra.parallelize import (
     _op_sac_save_list,
     apply_compile,
@@ -23,7 +24,9 @@ from torchtitan.models.llama3.infra.parallelize import (
 )
 from torchtitan.tools.logging import logger
 
+from flame_ext.heads.own import enabled_heads
 from flame_ext.model.hf_causal_lm import HFCausalLM
+from flame_ext.model.tensor_parallel import apply_tensor_parallel
 
 
 def parallelize_hf_causal_lm(model: HFCausalLM, parallel_dims: ParallelDims, job_config: JobConfig) -> HFCausalLM:
@@ -32,6 +35,14 @@ def parallelize_hf_causal_lm(model: HFCausalLM, parallel_dims: ParallelDims, job
     Parallelisms that this model does not have are refused with the configuration (config/checks.py).
     """
     compile_model = job_config.compile.enable and "model" in job_config.compile.components
+    if parallel_dims.tp_enabled:
+        mesh = parallel_dims.get_mesh("tp")
+        # A head of the user's own is given logits as the plain tensor that it would be given anywhere.
+        loss_parallel = not job_config.parallelism.disable_loss_parallel and not enabled_heads(job_config)
+        apply_tensor_parallel(model, mesh, loss_parallel)
+        maybe_enable_async_tp(job_config, mesh)
+        # DTensors of unknown size can not always be split: each batch shape is compiled by itself.
+        torch._dynamo.config.automatic_dynamic_shapes &= not compile_model
     if job_config.activation_checkpoint.mode != "none":
         apply_ac(
             model,

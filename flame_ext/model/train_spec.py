@@ -6,12 +6,12 @@ from functools import partial
 from typing import Any
 
 from torchtitan.components.loss import LossFunction
-from torchtitan.components.tokenizer import build_hf_tokenizer
 from torchtitan.protocols import StateDictAdapter
 from torchtitan.protocols.train_spec import TrainSpec
 
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.data.build import build_dataloader
+from flame_ext.data.tokenizer import build_tokenizer
 from flame_ext.future_objective import loss_compile_backend
 from flame_ext.metrics import build_metrics_processor
 from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
@@ -48,7 +48,7 @@ def build_train_spec() -> TrainSpec:
         build_optimizers_fn=build_optimizers,
         build_lr_schedulers_fn=build_lr_schedulers,
         build_dataloader_fn=build_dataloader,
-        build_tokenizer_fn=build_hf_tokenizer,
+        build_tokenizer_fn=build_tokenizer,
         build_loss_fn=build_loss,
         build_validator_fn=build_validator,
         build_metrics_processor_fn=build_metrics_processor,

@@ -9,8 +9,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from flame_ext.objective.compilation import compiled
 
@@ -36,12 +39,15 @@ def token_log_probs(
     """log softmax(logits), in float32, of the label and of the ``top_k`` likeliest tokens of each row.
 
     Args:
-        logits: (N, V).
-        labels: (N,) int64, ``IGNORE_INDEX`` where there is none.
+        logits: (N, V); a DTensor whose ranks have a slice of the vocabulary each stays where it is (loss parallelism).
+        labels: (N,) int64, ``IGNORE_INDEX`` where there is none; the same on the ranks that share the logits out.
         top_k: K, in 0..V.
         compile_backend: of ``torch.compile``, for the arithmetic of a chunk; None = not compiled.
     """
     with torch.autocast(logits.device.type, enabled=False):
+        if isinstance(logits, DTensor):
+            shard = _VocabularyShard.of(logits)
+            return TokenLogProbs(*_ShardedTokenLogProbs.apply(logits.to_local(), labels, top_k, compile_backend, shard))
         return TokenLogProbs(*_TokenLogProbs.apply(logits, labels, top_k, compile_backend))
 
 
@@ -93,6 +99,97 @@ class _TokenLogProbs(torch.autograd.Function):
         for rows in _chunks(logits):
             logits_grad[rows] = spread(logits[rows], token_ids[rows], grad[rows])
         return logits_grad, None, None, None
+
+
+class _VocabularyShard(NamedTuple):
+    """The slice of the vocabulary that this rank has."""
+
+    group: dist.ProcessGroup
+    first: int
+    """Of its tokens."""
+
+    @classmethod
+    def of(cls, logits: DTensor) -> _VocabularyShard:
+        if logits.placements != (Shard(1),):
+            raise ValueError(f"logits must be split over the vocabulary (Shard(1)), got {logits.placements}")
+        _, (_, first) = compute_local_shape_and_global_offset(logits.shape, logits.device_mesh, logits.placements)
+        return cls(logits.device_mesh.get_group(), first)
+
+    def sum(self, values: Tensor) -> Tensor:
+        dist.all_reduce(values, group=self.group)
+        return values
+
+    def max(self, values: Tensor) -> Tensor:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
+        return values
+
+    def concatenated(self, values: Tensor) -> Tensor:
+        """(N, K) of each rank, side by side."""
+        parts = [torch.empty_like(values) for _ in range(self.group.size())]
+        dist.all_gather(parts, values.contiguous(), group=self.group)
+        return torch.cat(parts, dim=1)
+
+
+class _ShardedTokenLogProbs(torch.autograd.Function):
+    """As :class:`_TokenLogProbs`, of (N, V / ranks) logits. Collective in the forward; the results are the same everywhere."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, top_k: int, compile_backend: str | None, shard: _VocabularyShard
+    ) -> tuple[Tensor, Tensor]:
+        own = labels.masked_fill(labels == IGNORE_INDEX, 0)[:, None]
+        column, inside = _columns(own, logits, shard.first)
+        maximum = torch.empty(logits.shape[0], device=logits.device)
+        of_own = torch.empty(logits.shape[0], 1, device=logits.device)
+        for rows in _chunks(logits):
+            maximum[rows] = logits[rows].amax(dim=1).float()
+            of_own[rows] = logits[rows].gather(1, column[rows]).float().masked_fill(~inside[rows], 0.0)
+        maximum = shard.max(maximum)
+        total = torch.empty_like(maximum)
+        sum_up = compiled(_sum_of_exponentials, compile_backend)
+        for rows in _chunks(logits):
+            total[rows] = sum_up(logits[rows], maximum[rows])
+        log_total = (maximum + shard.sum(total).log())[:, None]
+        values, token_ids = shard.sum(of_own), own
+        if top_k > 0:
+            likeliest = logits.topk(min(top_k, logits.shape[1]), dim=1)
+            candidates = shard.concatenated(likeliest.values.float())
+            candidate_ids = shard.concatenated(likeliest.indices + shard.first)
+            found = candidates.topk(top_k, dim=1)
+            values = torch.cat([values, found.values], dim=1)
+            token_ids = torch.cat([own, candidate_ids.gather(1, found.indices)], dim=1)
+        ctx.save_for_backward(logits, token_ids, log_total)
+        ctx.compile_backend, ctx.first = compile_backend, shard.first
+        ctx.mark_non_differentiable(token_ids)
+        return values - log_total, token_ids
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _no_grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, token_ids, log_total = ctx.saved_tensors
+        column, inside = _columns(token_ids, logits, ctx.first)
+        of_tokens, of_row = grad.masked_fill(~inside, 0.0), grad.sum(dim=1, keepdim=True)
+        logits_grad = torch.empty_like(logits)
+        spread = compiled(_spread_shard, ctx.compile_backend)
+        for rows in _chunks(logits):
+            logits_grad[rows] = spread(logits[rows], column[rows], of_tokens[rows], of_row[rows], log_total[rows])
+        return logits_grad, None, None, None, None
+
+
+def _columns(token_ids: Tensor, logits: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Where tokens are in this rank's logits, and whether they are there."""
+    column = token_ids - first
+    inside = (column >= 0) & (column < logits.shape[1])
+    return column.clamp(0, logits.shape[1] - 1), inside
+
+
+def _sum_of_exponentials(logits: Tensor, maximum: Tensor) -> Tensor:
+    return (logits.float() - maximum[:, None]).exp().sum(dim=1)
+
+
+def _spread_shard(logits: Tensor, column: Tensor, of_tokens: Tensor, of_row: Tensor, log_total: Tensor) -> Tensor:
+    """The gradient of the logits: what the tokens are given, less each token's share of the row's sum."""
+    probabilities = (logits.float() - log_total).exp()
+    return (-probabilities * of_row).scatter_add(1, column, of_tokens).to(logits.dtype)
 
 
 def _look_up(logits: Tensor, own: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

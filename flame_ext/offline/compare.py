@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from flame_ext.seeding.source import Source, TensorEntry
 from flame_ext.seeding.tensors import read_tensor, same_bits
@@ -48,19 +49,25 @@ def compare_headers(first: Mapping[str, TensorEntry], second: Mapping[str, Tenso
 def compare_values(first: Source, second: Source, names: Iterable[str]) -> Iterator[Difference]:
     """Those of ``names`` whose values differ; both have them, in one shape. NaN equals NaN of the same bits alone."""
     for name in names:
-        a, b = read_tensor(first, name), read_tensor(second, name)
-        if a.dtype == b.dtype and same_bits(a, b):
-            continue
-        wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
-        largest, total, flat_a, flat_b = 0.0, 0.0, a.reshape(-1), b.reshape(-1)
-        for begin in range(0, len(flat_a), _CHUNK):  # so that the wide copies stay small
-            part = (flat_a[begin : begin + _CHUNK].to(wide) - flat_b[begin : begin + _CHUNK].to(wide)).abs()
-            maximum = part.max().item()
-            largest = maximum if maximum != maximum else max(largest, maximum)
-            total += part.sum().item()
-        if a.dtype == b.dtype or largest != 0.0:
-            mean = total / max(1, a.numel())
-            yield Difference(name, "values", _name(a.dtype), _name(b.dtype), largest, mean)
+        difference = _compare_tensors(name, read_tensor(first, name), read_tensor(second, name))
+        if difference is not None:
+            yield difference
+
+
+def _compare_tensors(name: str, a: Tensor, b: Tensor) -> Difference | None:
+    """Of one shape. A function of its own, so that both are gone before the next two are read."""
+    if a.dtype == b.dtype and same_bits(a, b):
+        return None
+    wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+    largest, total, flat_a, flat_b = 0.0, 0.0, a.reshape(-1), b.reshape(-1)
+    for begin in range(0, len(flat_a), _CHUNK):  # so that the wide copies stay small
+        part = (flat_a[begin : begin + _CHUNK].to(wide) - flat_b[begin : begin + _CHUNK].to(wide)).abs()
+        maximum = part.max().item()
+        largest = maximum if maximum != maximum else max(largest, maximum)
+        total += part.sum().item()
+    if a.dtype != b.dtype and largest == 0.0:
+        return None
+    return Difference(name, "values", _name(a.dtype), _name(b.dtype), largest, total / max(1, a.numel()))
 
 
 def described(entry: TensorEntry) -> str:

@@ -22,9 +22,8 @@ from flame_ext.heads.converter import build_head
 from flame_ext.model.hf_causal_lm import load_hf_config
 from flame_ext.offline.compare import compare_headers
 from flame_ext.offline.dcp_folder import write_dcp
-from flame_ext.offline.names import Architecture, is_heads, load_architecture, plain
+from flame_ext.offline.names import Architecture, folder_of, is_heads, load_architecture, plain
 from flame_ext.seeding.folders import parse_json
-from flame_ext.seeding.hub import locate
 from flame_ext.seeding.key_map import parse_key_map, renamed
 from flame_ext.seeding.key_names import in_model_names
 from flame_ext.seeding.layouts import open_source
@@ -91,7 +90,7 @@ def convert(
     begin = time.perf_counter()
     if to == "hf":
         _require_size(options.max_shard_size)
-    folder, _ = locate(path, options.allow_pickle)
+    folder = folder_of(path, options.allow_pickle)
     _require_free(destination, folder)
     opened = open_source(folder, options.allow_pickle)
     source = renamed(opened, parse_key_map(options.key_map, "--key-map"), "--key-map")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools.utils import set_default_dtype
@@ -13,16 +14,17 @@ from torchtitan.tools.utils import set_default_dtype
 from flame_ext.checkpoint.steps import MANIFEST_NAME, find_steps, read_manifest
 from flame_ext.config.checks import TOKENIZER_FILES
 from flame_ext.config.sections import FlameJobConfig
-from flame_ext.errors import CheckpointError, SeedError, UserError
+from flame_ext.errors import CheckpointError, ConfigError, SeedError, UserError
 from flame_ext.heads.converter import FuturePredictionConverter
-from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
+from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm, load_hf_config
 from flame_ext.offline.compare import Difference, compare_headers
-from flame_ext.offline.names import Architecture, is_heads, load_architecture, plain
+from flame_ext.offline.names import Architecture, folder_of, is_heads, load_architecture, plain
 from flame_ext.registration import CONVERTER_NAME
 from flame_ext.seeding.folders import parse_json
 from flame_ext.seeding.hub import locate
 from flame_ext.seeding.key_names import in_model_names
 from flame_ext.seeding.layouts import open_source
+from flame_ext.seeding.layouts.dcp import DcpSource
 from flame_ext.seeding.seed import match
 from flame_ext.seeding.source import Source, TensorEntry
 from flame_ext.seeding.target import seed_target
@@ -58,12 +60,11 @@ def describe(path: str, allow_pickle: bool = False) -> Description:
     Raises:
         UserError: nothing that is known lies there, or it can not be read.
     """
-    folder, _ = locate(path, allow_pickle)
-    folder, problems, facts = _newest_step(folder)
+    folder, problems, facts = _newest_step(folder_of(path, allow_pickle))
     source = open_source(folder, allow_pickle)
     facts += [f"passed over: {name}" for name in source.passed_over]
     if source.objects:
-        facts.append(f"not tensors: {', '.join(sorted(source.objects))}")
+        facts.append(f"not tensors: {_by_first_part(source.objects)}")
     step: int | None = None
     if (folder / MANIFEST_NAME).exists():
         try:
@@ -72,12 +73,12 @@ def describe(path: str, allow_pickle: bool = False) -> Description:
             facts.append(f"a complete step {step} of {manifest.get('world_size')} ranks, run {manifest.get('run')}")
         except CheckpointError as e:
             problems.append(f"not a complete step: {e}")
-    elif folder.name.startswith("step-"):
+    elif folder.name.startswith("step-") and isinstance(source, DcpSource):
         facts.append(f"no {MANIFEST_NAME}: not a step of this trainer, which would not resume it")
     config = folder / "config.json"
     fields = parse_json(config.read_bytes(), config, "file") if config.is_file() else {}
     names = plain(source).entries
-    tied = fields.get("tie_word_embeddings", True) if fields else None  # transformers' own default
+    tied = _ties(folder, fields) if fields else None
     if tied and "lm_head.weight" in names:
         facts.append("lm_head.weight is there though config.json ties it; it has to equal the input embedding")
     if fields and not tied and not any("lm_head" in name or "embed_out" in name for name in names):
@@ -92,6 +93,23 @@ def describe(path: str, allow_pickle: bool = False) -> Description:
         tied,
         step,
     )
+
+
+def _ties(folder: Path, fields: Mapping[str, Any]) -> bool:
+    """What a ``config.json`` says of the embeddings; where it says nothing, its model type's default."""
+    try:
+        config = load_hf_config(str(folder))
+    except ConfigError:  # a model that is not known here
+        return bool(fields.get("tie_word_embeddings", True))
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", True))
+
+
+def _by_first_part(keys: Iterable[str]) -> str:
+    """``optimizer.* (391), step``: a training step has hundreds of them, one for each option of each parameter."""
+    parts: dict[str, list[str]] = defaultdict(list)
+    for key in sorted(keys):
+        parts[key.split(".")[0]].append(key)
+    return ", ".join(held[0] if len(held) == 1 else f"{part}.* ({len(held)})" for part, held in parts.items())
 
 
 def _newest_step(folder: Path) -> tuple[Path, list[str], list[str]]:

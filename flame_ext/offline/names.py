@@ -5,13 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from flame_ext.errors import SeedError
 from flame_ext.heads.converter import HEAD_BUILDERS
 from flame_ext.heads.own import own_head
 from flame_ext.model.hf_causal_lm import HFCausalLM, HFModelArgs, build_hf_causal_lm
+from flame_ext.seeding.hub import locate
 from flame_ext.seeding.key_names import KeyNames
 from flame_ext.seeding.layouts.dcp import DcpSource, in_noted_layout
 from flame_ext.seeding.source import Source
 from flame_ext.seeding.target import key_names
+
+
+def folder_of(path: str, allow_pickle: bool = False) -> Path:
+    """The local folder of a path, as the trainer locates a source.
+
+    Raises:
+        SeedError: there is none.
+    """
+    folder, _ = locate(path, allow_pickle)
+    if not folder.is_dir():
+        found = f"is a file; name its folder, {folder.parent}" if folder.exists() else "does not exist"
+        raise SeedError(f"{path}: {found}")
+    return folder
 
 
 def plain(source: Source) -> Source:

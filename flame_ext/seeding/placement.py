@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 # A box of a full tensor: one (begin, end) for each dimension. Of a scalar: ().
@@ -72,3 +72,15 @@ def local_part(tensor: Tensor) -> tuple[Tensor, Box]:
     if tuple(local.shape) != tuple(shape) and local.numel() > 0:
         raise RuntimeError(f"shard of shape {tuple(local.shape)} is described as {tuple(shape)} ({tensor.placements})")
     return local, box_at(offset, shape)
+
+
+def whole_rows(tensor: Tensor) -> Tensor:
+    """A tensor of which every rank has whole rows: itself, unless ranks have some of the columns. Collective if so.
+
+    Then this gathers the columns of the rank's rows.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # Replicas have no dimension; the shards of FSDP within tensor parallelism are of dimension 0.
+    placements = [Replicate() if getattr(p, "dim", 0) else p for p in tensor.placements]
+    return tensor if placements == list(tensor.placements) else tensor.redistribute(placements=placements)

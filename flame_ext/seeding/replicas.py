@@ -2,6 +2,7 @@
 
 A tensor's digest is a sum over its rows, each hashed with its place in the full tensor. So it does not depend on how the
 rows are spread over ranks: two runs on different numbers of processes started from the same weights if it is the same.
+Where ranks have columns (tensor parallelism), a rank gathers those of its rows, of one tensor at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import xxhash
 from torch import Tensor
 
 from flame_ext.errors import SeedError
-from flame_ext.seeding.placement import Box, full_box, local_part, tiles_exactly, volume
+from flame_ext.seeding.placement import Box, full_box, local_part, tiles_exactly, volume, whole_rows
 
 _MODULUS = 2**128
 
@@ -38,7 +39,7 @@ def compare_replicas(
     """
     mine = {}
     for key, tensor in state.items():
-        local, box = local_part(tensor)
+        local, box = local_part(whole_rows(tensor))
         mine[key] = (box, local_digest(local, box, tuple(tensor.shape)))
     held = [(part, mine)]
     if dist.is_initialized() and dist.get_world_size() > 1:

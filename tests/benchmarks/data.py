@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,11 +18,15 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import flame_ext  # noqa: F401  (before torchtitan)
+
+if TYPE_CHECKING:
+    from flame_ext.data.loader import PackedDataloader
 
 SEQ_LEN, LANES = 2048, 8
 
@@ -56,19 +59,22 @@ def write_text(file: Path, megabytes: int) -> None:
                     break
 
 
-def ours(folder: Path, path: Path, streaming: bool, workers: int = 0) -> Iterator[int]:
-    """Tokens of each batch."""
-    from torchtitan.components.tokenizer import build_hf_tokenizer
-
+def dataloader(folder: Path, path: Path, streaming: bool) -> PackedDataloader:
+    """Of one source."""
     from flame_ext.config.sections import DataSource, FlameJobConfig
     from flame_ext.data.build import build_dataloader
+    from flame_ext.data.tokenizer import build_tokenizer
 
     config = FlameJobConfig()
     config.model.hf_assets_path = str(folder)
     config.training.seq_len, config.training.local_batch_size = SEQ_LEN, LANES
-    config.training.dataloader.num_workers = workers
     config.data.sources = [DataSource(str(path), streaming=streaming)]
-    for _, labels in build_dataloader(1, 0, build_hf_tokenizer(config), config):
+    return build_dataloader(1, 0, build_tokenizer(config), config)
+
+
+def ours(folder: Path, path: Path, streaming: bool) -> Iterator[int]:
+    """Tokens of each batch."""
+    for _, labels in dataloader(folder, path, streaming):
         yield labels.numel()
 
 
@@ -94,16 +100,61 @@ def rate(batches: Iterator[int], seconds: float) -> float:
     return tokens / (time.perf_counter() - begin)
 
 
-def memory_of(folder: Path, path: Path, streaming: bool, batches: int) -> tuple[float, float]:
-    """Memory of one's own (MiB, without what is mapped) of a fresh process after a tenth of the batches, and after all."""
-    code = (
-        "import sys; from pathlib import Path; from itertools import islice; from tests.benchmarks.data import ours, own_memory\n"
-        f"data = ours(Path({str(folder)!r}), Path({str(path)!r}), {streaming})\n"
-        f"sum(islice(data, {batches // 10})); first = own_memory(); sum(islice(data, {batches})); print(first, own_memory())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    first, last = map(float, done.stdout.split()[-2:])
-    return first, last
+def memory_of(folder: Path, path: Path, streaming: bool) -> tuple[float, float, float]:
+    """Memory of its own (MiB, without what is mapped) of a fresh process: after a tenth of the documents, after half, after all.
+
+    Of each document the beginning alone is tokenised: all of it would take an hour, in the same memory.
+    """
+    code = f"""
+from pathlib import Path
+from flame_ext.data import sources
+from tests.benchmarks.data import documents_of, own_memory
+encode = sources._Encoder._encode
+sources._Encoder._encode = lambda self, text: encode(self, text[:200])
+total = sum(1 for _ in Path({str(path)!r}).open())
+marks, seen = [total // 10, total // 2, total - 1], []
+for count in documents_of(Path({str(folder)!r}), Path({str(path)!r}), {streaming}):
+    if count == marks[len(seen)]:
+        seen.append(own_memory())
+        if len(seen) == len(marks):
+            break
+print(*seen)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    first, half, last = map(float, done.stdout.split()[-3:])
+    return first, half, last
+
+
+def documents_of(folder: Path, path: Path, streaming: bool) -> Iterator[int]:
+    """Reads documents, a lane at a time, and counts them."""
+    loader = dataloader(folder, path, streaming)
+    (source,) = loader.dataset.sources
+    cursors = {number: lane.cursors[0] for number, lane in loader.dataset.lanes.items()}
+    count = 0
+    while True:
+        for lane, cursor in cursors.items():
+            found = source.read(lane, cursor)
+            assert found is not None
+            cursors[lane], count = found[1], count + 1
+            yield count
+
+
+def share_of_debug_step() -> float:
+    """What the host says that the dataloader takes of a step of the debug job, median, in percent."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = [f"--job.dump_folder={folder}", "--seed.verify=none", "--training.steps=40"]
+        command = [sys.executable, "-m", "flame_ext.train", "--job.config_file=configs/debug.toml", *options]
+        env = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+        subprocess.run(command, env={**env, "MASTER_PORT": "29517"}, capture_output=True, check=True)
+        (events,) = Path(folder).rglob("events.out.*")
+        accumulator = EventAccumulator(str(events))
+        accumulator.Reload()
+        shares = accumulator.Scalars("time_metrics/data_loading(%)")
+        return statistics.median(event.value for event in shares[2:])
 
 
 def own_memory() -> float:
@@ -118,7 +169,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="of each row in each round")
     parser.add_argument("--megabytes", type=int, default=20, help="of text")
     parser.add_argument(
-        "--memory", action="store_true", help="also measure memory over all of the text (with 2048: over 2 GB)"
+        "--memory",
+        action="store_true",
+        help="also measure memory over all of the text (with 2048 megabytes: over 2 GB)",
     )
     options = parser.parse_args()
     os.sched_setaffinity(0, {0})
@@ -154,14 +207,11 @@ def main() -> None:
         for name, values in rates.items():
             ratio = statistics.median(v / p for v, p in zip(values, peer, strict=True))
             print(f"| {name} | {statistics.median(values) / 1e6:.2f} M | {ratio:.2f}x |")
+        print(f"\nThe dataloader takes {share_of_debug_step():.2f} % of a step of the debug job (median).")
         if options.memory:
-            bytes_each = text.stat().st_size / sum(1 for _ in text.open())
-            batches = int(text.stat().st_size / bytes_each * 2500 / (LANES * SEQ_LEN))
-            print("\n| memory of the process | after a tenth | after all |\n|---|---|---|")
+            print("\n| memory of the process, MiB | after a tenth | after half | after all |\n|---|---|---|---|")
             for label, streaming in (("text", False), ("text, streamed", True)):
-                first, last = memory_of(folder, text, streaming, batches)
-                print(f"| {label} | {first:.0f} MiB | {last:.0f} MiB |")
-        print(f"\npeak of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+                print(f"| {label} | " + " | ".join(f"{m:.0f}" for m in memory_of(folder, text, streaming)) + " |")
 
 
 if __name__ == "__main__":

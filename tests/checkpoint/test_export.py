@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 import shutil
 import sys
 import time
@@ -14,11 +15,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from flame_ext.analysis import load_future_heads, load_with_heads, predict_future
 from flame_ext.checkpoint.background_export import BackgroundExports
+from flame_ext.checkpoint.card import card_of_step, model_card
 from flame_ext.checkpoint.manager import SeedingCheckpointManager
 from flame_ext.errors import SeedError
 from flame_ext.seeding.tensors import same_bits
@@ -68,11 +70,41 @@ def test_the_card_says_where_the_weights_come_from(run: TrainRun, step: int) -> 
     assert "| continues from | `tests/assets/tiny_olmo`" in card.text and "load_with_heads" in card.text
 
 
+def test_the_card_of_a_mixture_from_the_hub() -> None:
+    manifest = {
+        "step": 7,
+        "seed": {"source": "hf://org/model@v1", "revision": "abc123", "source_digest": "0123456789abcdef0123"},
+        "config": {
+            "training.dataset": "c4", "optimizer.lr": 1e-3, "data.sources.0.path": "a|b.jsonl", "data.sources.0.name": "",
+            "data.sources.0.weight": 0.25, "data.sources.0.streaming": False, "data.sources.1.path": "other",
+            "action_layer.enable": False, "action_layer.loss_weight": 0.1, "future_encoder.enable": True,
+            "future_encoder.loss_weight": 0.5,
+        },
+    }  # fmt: skip
+    card = ModelCard(model_card(manifest, {"loss": 1.25}))
+    assert card.data.base_model == "org/model"
+    rows = dict(re.findall(r"^\| (\S[^|]*) \| (.*) \|$", card.text, re.MULTILINE))
+    assert rows == {
+        "continues from": "`hf://org/model@v1`, revision abc123, digest of its headers 0123456789abcdef", "step": "7", "loss": "1.25",
+        "data.sources.0.path": r"a\|b.jsonl", "data.sources.0.weight": "0.25", "data.sources.1.path": "other", "optimizer.lr": "0.001",
+        "future_encoder.loss_weight": "0.5",
+    }, "what is off, or is not read, is not said"  # fmt: skip
+
+
+def test_the_card_of_a_step_takes_its_line_alone(tmp_path: Path) -> None:
+    step = tmp_path / "checkpoint" / "step-2"
+    step.mkdir(parents=True)
+    assert card_of_step(step) is None
+    (step / "manifest.json").write_text('{"step": 2}')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "loss": 2.5}\n{"step": 3, "loss": 9.5}\n{"step": 4, "lo')
+    assert "| loss | 2.5 |" in card_of_step(step), "of step 2; the last line was cut off by a kill"
+
+
 def test_exports_that_were_cut_off_are_made_up_for(run: TrainRun, dump_folder: Path) -> None:
     for step in (2, 3):
         shutil.copytree(run.dump_folder / "checkpoint" / f"step-{step}", dump_folder / "checkpoint" / f"step-{step}")
     (dump_folder / "hf" / ".incomplete-step-2").mkdir(parents=True)
-    again = train(dump_folder, *FAST, "--checkpoint.keep_latest_k=0", world_size=2)
+    again = train(dump_folder, *FAST, "--checkpoint.keep_latest_k=0", "--training.local_batch_size=4")  # on one rank
     assert "step-3" in again.ranks[0].output
     found, expected = (weights(folder / "hf" / "step-2") for folder in (dump_folder, run.dump_folder))
     assert found.keys() == expected.keys() and all(same_bits(found[key], expected[key]) for key in found)
@@ -150,12 +182,32 @@ def test_a_signal_to_the_whole_job_is_no_failure_of_the_export(tmp_path: Path, m
     exports.cancel()
 
 
+def test_an_export_that_is_cancelled_ends_at_once_and_never_sees_an_accelerator(tmp_path: Path, monkeypatch) -> None:
+    python, seen = tmp_path / "python", tmp_path / "seen"
+    python.write_text(
+        f'#!/bin/sh\necho "devices:$CUDA_VISIBLE_DEVICES" > {seen}.part\nmv {seen}.part {seen}\nexec sleep 60\n'
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    exports = BackgroundExports(tmp_path / "hf", [], due=lambda step: True)
+    for number in (2, 4):
+        exports.start(tmp_path / f"step-{number}", just_saved=True)
+    while not seen.exists():
+        time.sleep(0.01)
+    begin = time.monotonic()
+    exports.cancel()
+    assert time.monotonic() - begin < 30
+    assert seen.read_text() == "devices:\n"
+
+
 def test_backbone_and_heads_for_analysis(run: TrainRun) -> None:
     folder = run.dump_folder / "hf" / "step-4"
     model, heads = load_with_heads(folder, dtype=torch.float32)
     assert not any(module.training for part in (model, heads) for module in part.modules()), "no dropout"
     tokens = torch.randint(0, 264, (2, 24), generator=torch.Generator().manual_seed(0))
     prediction = predict_future(model, heads, tokens)
+    assert not model.base_model._forward_hooks, "the model is left as it was"
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = stock(tokens, output_hidden_states=True)
@@ -177,6 +229,11 @@ def test_what_has_no_heads_or_damaged_ones_is_refused(run: TrainRun, tmp_path: P
         load_with_heads(TINY_OLMO)
     damaged = tmp_path / "damaged"
     shutil.copytree(run.dump_folder / "hf" / "step-4", damaged)
+    tensors = load_file(damaged / "future_heads" / "model.safetensors")
+    tensors.pop("future_predictor.proj.2.bias")
+    save_file(tensors, damaged / "future_heads" / "model.safetensors")
+    with pytest.raises(SeedError, match="proj.2.bias"):
+        load_future_heads(damaged)
     config = damaged / "future_heads" / "config.json"
     content = json.loads(config.read_text())
     content["future_predictor"]["hidden_size"] = 64

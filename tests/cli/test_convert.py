@@ -176,6 +176,11 @@ def test_what_the_old_scripts_wrote(tmp_path: Path, capsys: pytest.CaptureFixtur
     convert(capsys, folder, tmp_path / "flat", "--to", "dcp", "--key-map", *rules)
     every = {**backbone, "lm_head.weight": state["lm_head.weight"], **ours}
     assert equal(load_dcp(tmp_path / "flat", every), every)
+    convert(capsys, folder, tmp_path / "nested", "--to", "dcp-nested", "--key-map", *rules)
+    for written in ("hf", "flat", "nested"):
+        assert main(["inspect", str(tmp_path / written), "--job.config_file", str(toml)]) == 0, (
+            "by the trainer's account"
+        )
 
     options = [f"--model.hf_assets_path={original}", f"--checkpoint.initial_load_path={folder}", "--seed.verify=parity"]
     options += ["--seed.dry_run", "--future_predictor.head_type=linear", f"--seed.key_map={','.join(rules)}"]
@@ -239,6 +244,46 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(
         assert sorted(p.name for p in tmp_path.iterdir()) == ["original", "plain", "there"]
 
 
+def test_a_pickle_is_read_where_it_is_allowed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    original = save_tiny("olmo-untied", tmp_path / "original")
+    weights = load_file(original / "model.safetensors")
+    (original / "model.safetensors").unlink()
+    torch.save(weights, original / "pytorch_model.bin")
+    error = convert(capsys, original, tmp_path / "hf", "--to", "hf", code=2)
+    assert "--allow-pickle" in error or "allow_pickle" in error
+    convert(capsys, original, tmp_path / "hf", "--to", "hf", "--allow-pickle")
+    assert equal(load_file(tmp_path / "hf" / "model.safetensors"), weights)
+
+
+def test_code_of_a_folder_runs_only_where_it_is_trusted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The check alone: what trusted code then does is tested with the trainer, in a process of its own."""
+    original = save_tiny("olmo-tied", tmp_path / "original")
+    config = json.loads((original / "config.json").read_text()) | {
+        "model_type": "brings_its_code",
+        "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
+    }
+    (original / "config.json").write_text(json.dumps(config))
+    (original / "code.py").write_text("raise ValueError('it ran')")
+    error = convert(capsys, original, tmp_path / "hf", "--to", "hf", code=2)
+    assert "asks for modelling code" in error
+    error = convert(capsys, original, tmp_path / "hf", "--to", "hf", "--trust-remote-code", code=2)
+    assert "it ran" in error
+
+
+def test_progress_ends_with_all_that_is_written(tmp_path: Path) -> None:
+    original = save_tiny("olmo-tied", tmp_path / "original")
+    for layout, options in (
+        ("hf", offline_convert.Conversion(dtype=torch.bfloat16)),
+        ("dcp", offline_convert.Conversion()),
+    ):
+        seen: list[tuple[int, int]] = []
+        converted = offline_convert.convert(
+            str(original), tmp_path / layout, layout, options, lambda done, total, seen=seen: seen.append((done, total))
+        )
+        assert [done for done, _ in seen] == sorted({done for done, _ in seen}) and len(seen) == converted.tensors
+        assert {total for _, total in seen} == {converted.nbytes} and seen[-1][0] == converted.nbytes
+
+
 def test_integers_stay_integers(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     count = torch.tensor([2**40 + 1, 3])
     folder = save_dcp({"count": count, "weight": torch.randn(3)}, tmp_path / "flat")
@@ -260,6 +305,14 @@ def test_integers_stay_integers(tmp_path: Path, capsys: pytest.CaptureFixture) -
         (["original", "out", "--to", "dcp", "--key-map", "ln=norm", "nothing.=x."], "no key begins with 'ln'"),
         (["original", "out", "--to", "dcp", "--key-map", "model."], "is not 'old=new'"),
         (["damaged", "out", "--to", "dcp"], "truncated"),
+        (["objects", "out", "--to", "dcp"], "holds what is not a tensor ('note')"),
+        (["optimizer", "out", "--to", "dcp"], "holds no tensor of a model"),
+        (["mistyped", "out", "--to", "dcp"], "Field 'hidden_size' expected int, got NoneType"),
+        (["original", "dangling", "--to", "dcp"], "is not overwritten"),
+        (
+            ["original", "out", "--to", "dcp", "--import", "no_such_module"],
+            "--import: No module named 'no_such_module'",
+        ),
         (["heads", "out", "--to", "hf", "--assets", "original"], "--job.config_file"),
         (
             ["untied", "out", "--to", "hf", "--assets", "original"],
@@ -283,6 +336,11 @@ def test_bad_input_gets_one_line(
     heads = add_heads(save_tiny("olmo-tied", Path("export")))
     heads["future_predictor.proj.weight"] = torch.ones(16, 32)
     save_file(heads, "export/future_heads/model.safetensors")
+    save_dcp({**tensors, "note": "text"}, Path("objects"))
+    save_dcp({"optimizer": {"state": {"model.norm.weight.exp_avg": torch.ones(32)}}}, Path("optimizer"))
+    mistyped = save_tiny("olmo-tied", Path("mistyped")) / "config.json"
+    mistyped.write_text(json.dumps(json.loads(mistyped.read_text()) | {"hidden_size": None}))
+    Path("dangling").symlink_to("nowhere")
     damaged = save_tiny("olmo-tied", Path("damaged")) / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-100])
     before = sorted(p.name for p in tmp_path.iterdir())

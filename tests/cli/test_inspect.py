@@ -5,19 +5,27 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from flame_ext.cli.main import main
+from flame_ext.heads.future_predictor import FuturePredictor
 from flame_ext.offline import compare
-from tests.ranks import DEBUG_TOML, REPOSITORY, TINY_OLMO, train
+from flame_ext.seeding.source import Source
+from flame_ext.seeding.tensors import read_tensor
+from tests.benchmarks.seeding import OLMO_1B
+from tests.ranks import DEBUG_TOML, REPOSITORY, TINY_OLMO
 from tests.sources import save_all_sources, save_dcp
 from tests.tiny_models import save_tiny
 
@@ -55,6 +63,8 @@ def test_every_layout_is_recognised_and_the_same_model(sources: dict, capsys: py
     layouts = {"hf-bin": "hf-bin", "dcp-flat": "dcp-flat", "dcp-nested": "dcp-nested", "step-nested": "dcp-nested"}
     for name, (path, held) in sources.items():
         facts = inspect(capsys, path, "--allow-pickle")
+        if name == "export":
+            assert not any("not a step" in fact for fact in facts["facts"]), "though it is called step-N as well"
         groups = facts["groups"]
         heads = sum(key.startswith("future_predictor.") for key in held)
         assert groups["backbone"]["tensors"] == len(held) - heads, name
@@ -73,22 +83,56 @@ def test_every_layout_is_recognised_and_the_same_model(sources: dict, capsys: py
     assert trained["differences"] == [] and trained["same"] == len(sources["step"][1])
 
 
-def test_a_dump_folder_is_its_newest_complete_step(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run = train(tmp_path / "run", "--training.steps=2", "--checkpoint.interval=1", "--training.seq_len=32",
-                "--training.local_batch_size=2", "--seed.verify=none")  # fmt: skip
-    facts = inspect(capsys, run.dump_folder)
+def test_headers_alone_are_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A checkpoint of 1.2 billion parameters, as a file without blocks on the disk."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(OLMO_1B, dtype=torch.float32)
+    header, begin = {}, 0
+    for name, parameter in model.named_parameters():
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(parameter.shape),
+            "data_offsets": [begin, begin + parameter.nbytes],
+        }
+        begin += parameter.nbytes
+    raw = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as stream:
+        stream.write(len(raw).to_bytes(8, "little") + raw)
+        stream.truncate(8 + len(raw) + begin)
+    model.config.save_pretrained(tmp_path)
+    started = time.perf_counter()
+    facts = inspect(capsys, tmp_path)
+    assert time.perf_counter() - started < 2
+    assert facts["parameters"] == sum(parameter.numel() for parameter in model.parameters()) > 1.1e9
+
+
+def test_a_dump_folder_is_its_newest_complete_step(
+    sources: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    step = Path(sources["step"][0])
+    dump_folder = shutil.copytree(step.parents[1], tmp_path / "run")
+    manifest = shutil.copytree(step, dump_folder / "checkpoint" / "step-2") / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"step": 2}))
+    facts = inspect(capsys, dump_folder)
     assert facts["path"].endswith("step-2") and facts["step"] == 2 and not facts["problems"]
-    manifest = run.dump_folder / "checkpoint" / "step-2" / "manifest.json"
     manifest.write_text(manifest.read_text()[:50])
-    facts = inspect(capsys, run.dump_folder, code=1)
+    facts = inspect(capsys, dump_folder, code=1)
     assert facts["path"].endswith("step-1") and "step-2: unreadable manifest.json" in facts["problems"][0]
-    assert main(["inspect", str(run.dump_folder)]) == 1
+    assert main(["inspect", str(dump_folder)]) == 1
     lines = capsys.readouterr().out.splitlines()
     damaged = inspect(capsys, manifest.parent, code=1)
     assert damaged["step"] is None and damaged["problems"][0].startswith(
         "not a complete step: unreadable manifest.json"
     )
+    seedable = inspect(capsys, dump_folder, f"--job.config_file={DEBUG_TOML}", code=1)["why_not_seedable"]
+    assert "step-1" in seedable and "[264, 128]" in seedable, "it is the step that is asked about"
     assert "step-1: dcp-flat" in lines[0] and lines[1].startswith("problem: passed over"), "problems come first"
+    (objects,) = [line for line in lines if line.startswith("not tensors: ")]
+    assert "lr_scheduler.* (" in objects and "optimizer.param_groups" not in objects, "counted, not one by one"
+    assert "lr_scheduler.last_epoch" in damaged["objects"], "which is what --json is for"
+    shutil.rmtree(dump_folder / "checkpoint" / "step-1")
+    assert main(["inspect", str(dump_folder)]) == 2
+    assert "no complete step: step-2: unreadable manifest.json" in capsys.readouterr().err
 
 
 def test_each_kind_of_difference(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
@@ -124,6 +168,36 @@ def test_each_kind_of_difference(tmp_path: Path, capsys: pytest.CaptureFixture, 
     assert "missing" in capsys.readouterr().out
 
 
+def test_a_cast_that_loses_nothing_is_a_difference_of_dtypes_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    wide = save_dcp({"weight": torch.tensor([1.0, 0.5])}, tmp_path / "wide")
+    narrow = save_dcp({"weight": torch.tensor([1.0, 0.5], dtype=torch.bfloat16)}, tmp_path / "narrow")
+    against = inspect(capsys, wide, "--against", narrow, "--values", code=1)["against"]
+    assert [d["kind"] for d in against["differences"]] == ["dtype"] and against["same"] == 0
+
+
+def test_one_tensor_of_each_side_is_in_memory_at_a_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {f"weight{number}": torch.randn(64) for number in range(6)}
+    one = save_dcp(tensors, tmp_path / "one")
+    two = save_dcp(
+        {name: tensor + number % 2 for number, (name, tensor) in enumerate(tensors.items())}, tmp_path / "two"
+    )
+    handed_out: list[weakref.ref[torch.Tensor]] = []
+
+    def watched(source: Source, name: str) -> torch.Tensor:
+        tensor = read_tensor(source, name)
+        handed_out.append(weakref.ref(tensor))
+        assert sum(reference() is not None for reference in handed_out) <= 2
+        return tensor
+
+    monkeypatch.setattr(compare, "read_tensor", watched)
+    assert len(inspect(capsys, one, "--against", two, "--values", code=1)["against"]["differences"]) == 3
+    assert len(handed_out) == 12
+
+
 def test_names_and_ties_of_an_architecture_do_not_count_as_differences(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -140,6 +214,11 @@ def test_names_and_ties_of_an_architecture_do_not_count_as_differences(
     assert not inspect(capsys, original)["problems"]
     save_file(tensors, original / "model.safetensors")
     assert "there is no output embedding" in inspect(capsys, original, code=1)["problems"][0]
+    del untied["tie_word_embeddings"]
+    (original / "config.json").write_text(json.dumps(untied))
+    assert inspect(capsys, original, code=1)["tie_word_embeddings"] is False, "OLMo's default"
+    (original / "config.json").write_text(json.dumps({**untied, "model_type": "gpt2"}))
+    assert inspect(capsys, original)["tie_word_embeddings"] is True, "GPT-2's default"
 
 
 def test_whether_a_job_could_be_seeded(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
@@ -161,10 +240,40 @@ def test_whether_a_job_could_be_seeded(tmp_path: Path, capsys: pytest.CaptureFix
     assert "can not seed this job" in capsys.readouterr().out
 
 
+def test_whether_heads_could_be_seeded(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    monkeypatch.chdir(DEBUG_TOML.parent.parent)
+    config = f"--job.config_file={DEBUG_TOML}"
+    export = shutil.copytree(TINY_OLMO, tmp_path / "export")
+    (export / "future_heads").mkdir()
+    head = FuturePredictor(hidden_size=128, head_type="mlp", dropout=0.0)
+    heads = {f"future_predictor.{name}": tensor for name, tensor in head.state_dict().items()}
+    save_file(heads, export / "future_heads" / "model.safetensors")
+    assert inspect(capsys, export, config)["seedable"]
+    heads["future_predictor.proj.0.weight"] = torch.zeros(7, 128)
+    save_file(heads, export / "future_heads" / "model.safetensors")
+    reason = inspect(capsys, export, config, code=1)["why_not_seedable"]
+    assert "'future_predictor.proj.0.weight'" in reason and "[7, 128]" in reason and "[256, 128]" in reason
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_bytes((TINY_OLMO / "config.json").read_bytes())
+    torch.save(load_file(TINY_OLMO / "model.safetensors"), pickled / "pytorch_model.bin")
+    reason = inspect(capsys, pickled, "--allow-pickle", config, code=1)["why_not_seedable"]
+    assert "seed.allow_pickle" in reason, "the job's own setting is what counts"
+
+
+def test_what_is_not_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = save_tiny("olmo-tied", tmp_path / "model", max_shard_size="30KB")
+    save_file({"model.norm.weight": torch.ones(1)}, folder / "stray.safetensors")
+    assert any("passed over: stray.safetensors" in fact for fact in inspect(capsys, folder)["facts"])
+    step = save_dcp({"model.norm.weight": torch.ones(1)}, tmp_path / "step-5")
+    assert any("not a step of this trainer" in fact for fact in inspect(capsys, step)["facts"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "does not exist"),
+        (["nowhere"], "nowhere: does not exist"),
+        (["good/model.safetensors"], "is a file; name its folder, good"),
         (["empty"], "no weights"),
         (["damaged"], "truncated"),
         (["good", "--against", "nowhere"], "does not exist"),

@@ -48,12 +48,22 @@ def test_a_picture_is_written(tmp_path: Path, capsys: pytest.CaptureFixture, nam
     assert (tmp_path / name).read_bytes().startswith(begin) and "Drew run to" in capsys.readouterr().out
 
 
+def test_a_run_is_called_as_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = (write(tmp_path / name, LINES) for name in "ab")
+    monkeypatch.chdir(a)
+    assert main(["plot", ".", str(b / "metrics.jsonl")]) == 0
+    assert "Drew a, b to curves.png" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nowhere"], "name the dump folder of a run"),
         (["empty"], "holds no step with a number"),
         (["broken"], "line 1: not a step of a run"),
+        (["cut"], "line 2: not a step of a run"),
         (["run", "--metrics", "loss_ce", "loss_x"], "no run has loss_x; there are: future_top1, loss_ce, loss_future"),
         (["run", "--labels", "a", "b"], "--labels names 2, for 1 runs"),
         (["run", "--output", "curves.gif"], "expected a name that ends in .png"),
@@ -66,6 +76,7 @@ def test_bad_input_gets_one_line(
     write(Path("run"), LINES)
     write(Path("empty"), [])
     write(Path("broken"), [{"loss": 1.0}, {"step": 2}])
+    write(Path("cut"), LINES[:1], rest='{"step": 2, "lo\n{"step": 3, "loss_ce": 1.0}\n')
     assert main(["plot", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1

@@ -110,7 +110,7 @@ def test_a_missing_file_is_named() -> None:
         (["--checkpoint.create_seed_checkpoint"], "create_seed_checkpoint has no use here"),
         (["--checkpoint.keep_latest_k=1"], "keep_latest_k must be 0 (keep all) or at least 2"),
         (["--checkpoint.async_mode=async_with_pinned_mem"], "needs an accelerator"),
-        (["--parallelism.tensor_parallel_degree=2"], "parallelism.tensor_parallel_degree must be 1"),
+        (["--parallelism.expert_parallel_degree=2"], "parallelism.expert_parallel_degree must be 1"),
         (["--training.seq_len=513"], "beyond the model's max_position_embeddings (512)"),
         (["--training.dataloader.num_workers=-1"], "num_workers must be >= 0"),
         (["--training.epochs=-1"], "training.epochs must be >= 0"),
@@ -298,6 +298,10 @@ def test_tables_of_a_toml_are_checked_and_typed(tmp_path: Path) -> None:
         ("wieght = 2", "unknown key 'data.sources[0].wieght' (did you mean 'data.sources[0].weight'?)"),
         ('weight = "2"', "'data.sources[0].weight' must be a number, got '2'"),
         ("weight = 0.0", "data.sources[0].weight must be > 0"),
+        (
+            'label = "a"\n[[data.sources]]\npath = "x/a"',
+            "data.sources[1] is reported as 'a', as data.sources[0] is; give it a label",
+        ),
         ("max_samples = 0", "data.sources[0].max_samples must be >= 1"),
     ):
         toml.write_text(text + f'\n[[data.sources]]\npath = "a"\n{line}\n')

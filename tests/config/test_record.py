@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flame_ext.config.record import asset_digests, check_unchanged, config_digest, config_record
-from flame_ext.config.sections import FlameJobConfig
+from flame_ext.config.sections import DataSource, FlameJobConfig
 from flame_ext.errors import ConfigError
 from flame_ext.train import parse
 from tests.ranks import DEBUG_TOML, TINY_OLMO
@@ -216,3 +217,22 @@ def test_the_options_are_read_from_the_command_line() -> None:
     config = parse([f"--job.config_file={DEBUG_TOML}", allowed, "--checkpoint.max_nonfinite_steps=3"])
     assert config.checkpoint.allow_config_change == ["optimizer.lr", "optimizer.eps"]
     assert config.checkpoint.max_nonfinite_steps == 3 and config.checkpoint.interval == 20
+
+
+def test_another_list_of_sources_is_another_run() -> None:
+    def of(*sources: DataSource) -> dict[str, Any]:
+        config = FlameJobConfig()
+        config.data.sources = list(sources)
+        return config_record(config, data_parallel_degree=1, assets={})
+
+    then = of(DataSource("a"), DataSource("b", weight=2.0))
+    assert check_unchanged(then, of(DataSource("a", label="other"), DataSource("b", weight=2.0)), [], "step-1") == []
+    for changed, name in (
+        (of(DataSource("a"), DataSource("c", weight=2.0)), 'data.sources.1.path: then "b", now "c"'),
+        (of(DataSource("a"), DataSource("b")), "data.sources.1.weight: then 2.0, now 1.0"),
+        (of(DataSource("b", weight=2.0), DataSource("a")), 'data.sources.0.path: then "a", now "b"'),
+        (of(DataSource("a")), 'data.sources.1.path: then "b", now absent'),
+        (of(), 'data.sources.0.path: then "a", now absent'),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(name)):
+            check_unchanged(then, changed, [], "step-1")

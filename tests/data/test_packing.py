@@ -146,10 +146,10 @@ def test_a_source_that_ends_is_dropped_and_the_others_go_on() -> None:
 
 
 def loader(tmp_path: Path, *options: str):
-    from torchtitan.components.tokenizer import build_hf_tokenizer
+    from flame_ext.data.tokenizer import build_tokenizer
 
     config = parse([f"--job.config_file={DEBUG_TOML}", f"--job.dump_folder={tmp_path}", *options])
-    return build_dataloader(1, 0, build_hf_tokenizer(config), config)
+    return build_dataloader(1, 0, build_tokenizer(config), config)
 
 
 def test_documents_are_the_tokenizers_with_eos(tmp_path: Path) -> None:

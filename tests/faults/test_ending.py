@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing as mp
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -142,5 +143,27 @@ def test_an_error_on_one_rank_ends_the_others_and_leaves_the_last_step(dump_fold
         dump_folder, *FAST, "--training.steps=9", "--checkpoint.interval=2", raises,
         "--comm.train_timeout_seconds=20", "--comm.init_timeout_seconds=20", world_size=2, check=False, timeout=90,
     )  # fmt: skip
-    assert all(run.exit_codes) and "this sequence can not be read" in run.ranks[1].output
+    assert all(run.exit_codes) and "this rank has failed" in run.ranks[1].output
     assert steps_of(dump_folder) == [2]
+
+
+@pytest.mark.parametrize("where", ["everywhere", "on one rank"])
+def test_data_that_are_not_there_are_said_by_all_before_anything_is_written(dump_folder: Path, where: str) -> None:
+    absent = "--experimental.custom_import=tests.faults.plugins.data_absent"
+    options = (
+        [absent] if where == "on one rank" else ["--training.dataset=json", "--training.dataset_path=nowhere/*.jsonl"]
+    )
+    run = train(dump_folder, *FAST, *options, world_size=2, check=False)
+    assert run.exit_codes == [1, 1] and not (dump_folder / "checkpoint").exists()
+    for rank in run.ranks:
+        assert re.match(r"error: (\[rank 1\] )?training.dataset: '.*': no file matches", rank.output.splitlines()[-1])
+
+
+def test_data_that_can_not_be_read_on_one_rank_are_said_by_all(dump_folder: Path) -> None:
+    unreadable = "--experimental.custom_import=tests.faults.plugins.data_unreadable"
+    run = train(
+        dump_folder, *FAST, "--training.steps=9", "--checkpoint.interval=2", unreadable, world_size=2, check=False
+    )
+    assert run.exit_codes == [1, 1] and steps_of(dump_folder) == [2]
+    for rank in run.ranks:
+        assert rank.output.splitlines()[-1] == "error: [rank 1] RuntimeError: this sequence can not be read"

@@ -95,6 +95,12 @@ def test_losses_are_added_with_their_weight(registered: HeadSpec) -> None:
     torch.testing.assert_close(parts["loss_mine"], expected.detach())
     assert before.keys() == {"loss_ce"} and not parts["loss_mine"].requires_grad
     assert seen[0].doc_ids.tolist() == [[0, 0, 1, 1], [0, 0, 0, 1]]
+    of_the_data = torch.tensor([[0, 0, 0, 1], [0, 1, 1, 1]])
+    losses = OwnHeadLosses(model, config, eos_id=0)
+    losses.beside(lambda _l, _h: (torch.tensor(2.0), before), ids, labels, 8, of_the_data)(logits, hidden)
+    assert seen[1].doc_ids is of_the_data
+    config.mine.loss_weight = 0.0
+    assert OwnHeadLosses(model, config, eos_id=0).beside(compute, ids, labels, 8) is compute, "nothing is computed"
 
 
 def test_a_loss_that_is_no_sum_is_refused(registered: HeadSpec) -> None:

@@ -3,8 +3,8 @@
 import os
 from itertools import islice
 
-from flame_ext.data.packing import PackedDocuments
+from flame_ext.data.loader import PackedDataloader
 
 if os.environ["RANK"] == "1":
-    endless = PackedDocuments.__iter__
-    PackedDocuments.__iter__ = lambda self: islice(endless(self), 7)
+    endless = PackedDataloader.__iter__
+    PackedDataloader.__iter__ = lambda self: islice(endless(self), 7)

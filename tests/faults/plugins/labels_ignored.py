@@ -1,16 +1,16 @@
-"""For ``experimental.custom_import``: the labels of the third and fourth sequence of each rank do not count."""
+"""For ``experimental.custom_import``: the labels of the second batch of each rank do not count."""
 
 import torch
 from torchtitan.components.loss import IGNORE_INDEX
 
-from flame_ext.data.packing import PackedDocuments
+from flame_ext.data.loader import PackedDataloader
 
-sequences = PackedDocuments.__iter__
+batches = PackedDataloader.__iter__
 
 
 def without_labels(self):
-    for number, (inputs, labels, position) in enumerate(sequences(self)):
-        yield inputs, torch.full_like(labels, IGNORE_INDEX) if number in (2, 3) else labels, position
+    for number, (inputs, labels) in enumerate(batches(self)):
+        yield inputs, torch.full_like(labels, IGNORE_INDEX) if number == 1 else labels
 
 
-PackedDocuments.__iter__ = without_labels
+PackedDataloader.__iter__ = without_labels

@@ -1,17 +1,16 @@
-"""For ``experimental.custom_import``: rank 1 meets a sequence that it can not read, in its third step."""
+"""For ``experimental.custom_import``: rank 1 fails in the forward of its third step."""
 
 import os
 
-from flame_ext.data.packing import PackedDocuments
+from flame_ext.trainer import FutureTrainer
 
-sequences = PackedDocuments.__iter__
-
-
-def unreadable(self):
-    for number, sequence in enumerate(sequences(self)):
-        if number == 4 and os.environ["RANK"] == "1":
-            raise RuntimeError("this sequence can not be read")
-        yield sequence
+forward_backward_step = FutureTrainer.forward_backward_step
 
 
-PackedDocuments.__iter__ = unreadable
+def failing(self, **kwargs):
+    if self.step == 3 and os.environ["RANK"] == "1":
+        raise RuntimeError("this rank has failed")
+    return forward_backward_step(self, **kwargs)
+
+
+FutureTrainer.forward_backward_step = failing

@@ -1,0 +1,17 @@
+"""For ``experimental.custom_import``: rank 1 meets a sequence that it can not read, in its third step."""
+
+import os
+
+from flame_ext.data.packing import PackedDocuments
+
+sequences = PackedDocuments.__iter__
+
+
+def unreadable(self):
+    for number, sequence in enumerate(sequences(self)):
+        if number == 4 and os.environ["RANK"] == "1":
+            raise RuntimeError("this sequence can not be read")
+        yield sequence
+
+
+PackedDocuments.__iter__ = unreadable
