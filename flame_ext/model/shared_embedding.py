@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -52,7 +54,11 @@ class SharedEmbedding:
             return
         if weight.grad is None:  # the last stage only looks embeddings up
             weight.grad = torch.zeros_like(weight)
-        local: Tensor = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
+        local: Tensor = weight.grad
+        if isinstance(local, DTensor):  # under tensor parallelism it is placed as the operation before has left it
+            placed: Any = weight
+            weight.grad = local.redistribute(placed.device_mesh, placed.placements)
+            local = weight.grad.to_local()
         other = torch.empty_like(local)
         exchange = [
             dist.P2POp(dist.isend, local, self._peer, self._group),

@@ -154,7 +154,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 
 
 class Runs(NamedTuple):
-    """Dump folders of the same jobs on one process, on two stages, and on two stages of two shards each."""
+    """Dump folders of the same jobs on one process, on two stages, and on two stages of two ranks each."""
 
     single: Path
     pipeline: Path
@@ -186,6 +186,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     half = ("--training.local_batch_size=2", PP2)
     four = [job(both, "untied", *half), Job(both / "plain", models["llama-scaled-rope"], (*PLAIN, *half, REPLICATED))]
     four.append(Job(both / "resumed", models["olmo-tied"], (*EVERYTHING, *half)))
+    four.append(
+        Job(both / "everything", models["olmo-tied"], (*EVERYTHING, PP2, "--parallelism.tensor_parallel_degree=2"))
+    )
     on_four = jobs_on(4, four, folder / "logs-4")
     # And back.
     for source, target in ((pipeline, single / "from-pipeline"), (both, single / "from-both")):
@@ -215,8 +218,8 @@ def test_every_rank_knows_the_losses(runs: Runs) -> None:
     assert first == last and len(first) == 2 * len(CASES) + 1, "two steps of each job, one of the resumed one"
 
 
-@pytest.mark.parametrize("name", ["untied", "plain"])
-def test_products_with_data_parallelism_are_those_of_one_process(runs: Runs, name: str) -> None:
+@pytest.mark.parametrize("name", ["untied", "plain", "everything"], ids=["fsdp", "replicated", "tensor"])
+def test_products_with_other_parallelisms_are_those_of_one_process(runs: Runs, name: str) -> None:
     assert_same_run(metrics_of(runs.pipeline_fsdp / name), metrics_of(runs.single / name))
 
 
