@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from flame_ext.data.packing import PADDING
 from flame_ext.heads.converter import HEAD_BUILDERS
 from flame_ext.heads.future_encoder import AnticausalEncoder, FutureSummaries, MaskForm
 from flame_ext.model.hf_causal_lm import HFCausalLM
+from flame_ext.model.pipeline import Pipeline, StageInputs
 from flame_ext.objective.action import action_losses, candidate_mask
 from flame_ext.objective.contrastive import info_nce
 from flame_ext.objective.cross_entropy import IGNORE_INDEX, cross_entropy_sum, token_log_probs
@@ -72,6 +73,24 @@ class MicroBatch:
         """(B, …) to (b, …)."""
         return values if self.selection is None else values[self.selection]
 
+    def rows(self, rows: slice) -> MicroBatch:
+        """A part of the sequences, which are compared with the same keys."""
+        if rows == slice(None):
+            return self
+        begin, end, _ = rows.indices(len(self.input_ids))
+        selection, own = None, slice(begin, end)
+        if self.selection is not None:
+            first, last = torch.searchsorted(self.selection, torch.tensor([begin, end]).to(self.selection)).tolist()
+            selection, own = self.selection[first:last] - begin, slice(first, last)
+        return MicroBatch(
+            self.input_ids[rows],
+            selection,
+            self.doc_ids[own],
+            self.pairs[own],
+            self.bank,
+            self.first_key + own.start * self.doc_ids.shape[1],
+        )
+
 
 @dataclass
 class StepPlan:
@@ -85,6 +104,9 @@ class StepPlan:
     """Global number of positions with a future and a next token, which the action losses are divided by."""
     microbatches: list[MicroBatch]
 
+
+_NO_KEYS = KeyBank(torch.empty(0), torch.empty(0), torch.empty(0))
+"""Of a stage of a pipeline that is not the last one."""
 
 Batch = tuple[Tensor, Tensor, Tensor | None]
 """(B, T) inputs, labels, and document numbers if the data have them."""
@@ -101,6 +123,7 @@ class FutureObjective:
         amp: autocast for forwards, where the host uses it.
         key_dtype: of the summaries as keys, and so of the contrastive loss's matrix products on an accelerator.
         device: of the model.
+        pipeline: what runs the model, where ``model`` is its last stage on this rank; the heads are on the last of all.
     """
 
     def __init__(
@@ -112,16 +135,18 @@ class FutureObjective:
         amp: AbstractContextManager[None],
         key_dtype: torch.dtype,
         device: torch.device,
+        pipeline: Pipeline | None = None,
     ) -> None:
-        self.model, self.config, self._mesh, self._amp = model, config, mesh, amp
+        self.model, self.config, self._mesh, self._amp, self._pipeline = model, config, mesh, amp, pipeline
+        self._parts = [model] if pipeline is None else pipeline.parts
         self._encoder_config, self._action = config.future_encoder, config.action_layer
         self._respects_documents = self._encoder_config.respect_doc_boundaries
         self._eos_id = eos_id if self._respects_documents else None
         self._key_dtype, self._device = key_dtype, device
         self._compile_backend = loss_compile_backend(config)
-        self.anticausal = isinstance(model.future_encoder, AnticausalEncoder)
+        self.anticausal = isinstance(model.whole.future_encoder, AnticausalEncoder)
         self._mask_form = mask_form(self._encoder_config.teacher_attention, model, device)
-        self._dropout = _has_dropout(model)
+        self._dropout = _has_dropout(model.whole)
         self._full_weights = LossWeights(
             self._encoder_config.loss_weight,
             self._action.loss_weight if self._action.enable else 0.0,
@@ -208,26 +233,58 @@ class FutureObjective:
 
     # -- the summaries -------------------------------------------------------------------------------------------
 
-    def teach(self, plan: StepPlan, index: int) -> None:
-        """Run the teacher for a micro-batch, where its keys are not known yet. Before the student's forward."""
+    def teach(self, plan: StepPlan, index: int, attention_of: StageInputs = lambda _rows: {}) -> None:
+        """Run the teacher for a micro-batch, where its keys are not known yet. Before the student's forward.
+
+        Args:
+            plan: of the step.
+            index: of the micro-batch.
+            attention_of: rows of it to what the student's attention goes by there.
+        """
         microbatch = plan.microbatches[index]
         if self.anticausal and microbatch.bank is None:
-            microbatch.bank = self._bank(self._taught(microbatch), microbatch, plan.shift)
+            summaries = self._taught(microbatch)
+            microbatch.bank = _NO_KEYS if summaries is None else self._bank(summaries, microbatch, plan.shift)
+        elif not self.anticausal and self._pipeline is not None and self._pipeline.cuts(len(microbatch.input_ids)):
+            self._pool_before(self._pipeline, plan, microbatch, attention_of)
 
-    def summaries(self, input_ids: Tensor, doc_ids: Tensor | None = None) -> FutureSummaries:
-        """(B, T) tokens, and (B, T) document numbers or None, to anti-causal summaries. Collective."""
+    def summaries(self, input_ids: Tensor, doc_ids: Tensor | None = None) -> FutureSummaries | None:
+        """(B, T) tokens, and (B, T) document numbers or None, to anti-causal summaries. Collective.
+
+        None on ranks of a pipeline that do not have its last stage.
+        """
+        input_ids = input_ids.to(self._device)
         with self._amp, self._without_dropout():
-            return self.model.future_encoder(self.model, input_ids.to(self._device), doc_ids, form=self._mask_form)
+            if self._pipeline is None:
+                return self.model.future_encoder(self.model, input_ids, doc_ids, form=self._mask_form)
+            encoder = self.model.whole.future_encoder  # without parameters, so it need not be on a stage
+
+            def inputs_of(rows: slice) -> dict[str, Any]:
+                documents = None if doc_ids is None else doc_ids[rows]
+                mask = encoder.attention_mask(input_ids[rows], documents, self._mask_form)
+                return {"attention_mask": mask, "output": "hidden_states"}
+
+            states = self._pipeline.forward(input_ids, inputs_of)
+        return None if states is None else encoder.summaries(torch.cat(states), input_ids, doc_ids)
 
     def _fill_banks(self, plan: StepPlan) -> None:
         """All keys of the step, of all ranks: rank by rank, micro-batch by micro-batch."""
-        banks = [self._bank(self._taught(m), m, plan.shift) for m in plan.microbatches]
+        taught = [self._taught(m) for m in plan.microbatches]
+        banks = [
+            self._bank(summaries, m, plan.shift)
+            for summaries, m in zip(taught, plan.microbatches, strict=True)
+            if summaries is not None
+        ]
+        if not banks:  # not the last stage of a pipeline
+            for microbatch in plan.microbatches:
+                microbatch.bank = _NO_KEYS
+            return
         bank, first = self._gathered(KeyBank(*(torch.cat(parts) for parts in zip(*banks, strict=True))))
         for microbatch in plan.microbatches:
             microbatch.bank, microbatch.first_key = bank, first
             first += microbatch.doc_ids.numel()
 
-    def _taught(self, microbatch: MicroBatch) -> FutureSummaries:
+    def _taught(self, microbatch: MicroBatch) -> FutureSummaries | None:
         doc_ids = None if self._eos_id is None else microbatch.doc_ids
         with self.stopwatch.measure("teacher"):
             return self.summaries(microbatch.select(microbatch.input_ids), doc_ids)
@@ -239,6 +296,26 @@ class FutureObjective:
             summaries = self.model.future_encoder(hidden_states, microbatch.doc_ids)
             bank = self._bank(summaries, microbatch, shift)
         return self._gathered(bank) if self._encoder_config.negatives == "global" else (bank, 0)
+
+    def _pool_before(
+        self, pipeline: Pipeline, plan: StepPlan, microbatch: MicroBatch, attention_of: StageInputs
+    ) -> None:
+        """The bank of pooled summaries by a forward of its own, where the student's is of one part of them after the other."""
+
+        def inputs_of(rows: slice) -> dict[str, Any]:
+            documents = microbatch.doc_ids[rows]
+            return {
+                **attention_of(rows),
+                "compute": lambda _logits, hidden_states: self.model.future_encoder(hidden_states, documents),
+            }
+
+        with self._amp, self._without_dropout(), self.stopwatch.measure("teacher"):
+            parts = pipeline.forward(microbatch.input_ids, inputs_of)
+        microbatch.bank = _NO_KEYS
+        if parts is not None:
+            bank = self._bank(FutureSummaries(*map(torch.cat, zip(*parts, strict=True))), microbatch, plan.shift)
+            everywhere = self._encoder_config.negatives == "global"
+            microbatch.bank, microbatch.first_key = self._gathered(bank) if everywhere else (bank, 0)
 
     def _bank(self, summaries: FutureSummaries, microbatch: MicroBatch, shift: int) -> KeyBank:
         keys = F.normalize(summaries.states.float(), dim=-1).to(self._key_dtype)
@@ -261,19 +338,24 @@ class FutureObjective:
     @contextmanager
     def _without_dropout(self) -> Iterator[None]:
         """A target is not to be noisy; most language models have no dropout, and nothing to switch."""
-        switch = self._dropout and self.model.training
-        if switch:
-            self.model.eval()
+        switch = self._parts if self._dropout and self.model.training else []
+        for part in switch:
+            part.eval()
         try:
             yield
         finally:
-            if switch:
-                self.model.train()
+            for part in switch:
+                part.train()
 
     # -- the losses ----------------------------------------------------------------------------------------------
 
     def losses(
-        self, plan: StepPlan, index: int, labels: Tensor, global_valid_tokens: Tensor | float
+        self,
+        plan: StepPlan,
+        index: int,
+        labels: Tensor,
+        global_valid_tokens: Tensor | float,
+        rows: slice = slice(None),
     ) -> Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]:
         """What the student's forward is to compute: logits and hidden states to the total loss and its parts.
 
@@ -282,8 +364,9 @@ class FutureObjective:
         Args:
             plan: of the step.
             index: of the micro-batch.
-            labels: (B, T).
+            labels: (B, T), of these rows.
             global_valid_tokens: of the step, which the cross-entropy is divided by.
+            rows: of the micro-batch that the forward is of: a pipeline cuts it further.
         """
 
         def compute(logits: Tensor, hidden_states: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -293,7 +376,7 @@ class FutureObjective:
             )
             loss = cross_entropy_sum(log_probs.values[:, 0], labels.flatten()) / global_valid_tokens
             parts = {"loss_ce": loss}
-            microbatch = plan.microbatches[index]
+            microbatch = plan.microbatches[index].rows(rows)
             hidden_states = microbatch.select(hidden_states)
             bank, first_key = microbatch.bank, microbatch.first_key
             if bank is None:

@@ -55,14 +55,38 @@ def build_lr_schedulers(
     optimizers: OptimizersContainer, config: LRSchedulerConfig, training_steps: int
 ) -> LRSchedulersContainer:
     """The host's schedule for each group, with the group's own warm-up where it has one."""
-    if not any(own_groups(model) for model in optimizers.model_parts):
+    if not any(own_groups(model.whole) for model in optimizers.model_parts):
         return build_host_lr_schedulers(optimizers, config, training_steps)
-    # One model part: pipelining, where parts would have different groups, is refused by config/checks.py.
-    (model,), (optimizer,) = optimizers.model_parts, optimizers
-    warmups = [options.warmup_steps for _, options in own_groups(model)]
-    if len(optimizer.param_groups) > len(warmups):  # what is in no group of its own comes first
-        warmups.insert(0, None)
-    return LRSchedulersContainer(optimizers, [_schedule(config, training_steps, warmup) for warmup in warmups])
+    schedules = []
+    for model, optimizer in zip(optimizers.model_parts, optimizers, strict=True):
+        warmups = [options.warmup_steps for _, options in own_groups(model)]
+        if len(optimizer.param_groups) > len(warmups):  # what is in no group of its own comes first
+            warmups.insert(0, None)
+        schedules.append([_schedule(config, training_steps, warmup) for warmup in warmups])
+    return GroupedLRSchedulers(optimizers, schedules)
+
+
+class GroupedLRSchedulers(LRSchedulersContainer):
+    """The host's, where the stages of a pipeline have different groups: a step brings the time alone, the rates are at hand.
+
+    Args:
+        optimizers: of this rank's parts of the model.
+        schedules: of each of their groups.
+    """
+
+    def __init__(self, optimizers: OptimizersContainer, schedules: list[list[Any]]) -> None:
+        self.schedulers = [
+            torch.optim.lr_scheduler.LambdaLR(optimizer, of_groups)
+            for optimizer, of_groups in zip(optimizers, schedules, strict=True)
+        ]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for scheduler in self.schedulers:
+            scheduler.last_epoch, scheduler._step_count = state_dict["last_epoch"], state_dict["_step_count"]
+            scheduler._last_lr = [
+                rate * schedule(scheduler.last_epoch)
+                for rate, schedule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            ]
 
 
 def configured_again(optimizers: OptimizersContainer, lr_schedulers: LRSchedulersContainer) -> Callable[[], None]:

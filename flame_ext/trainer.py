@@ -27,7 +27,7 @@ from torchtitan.tools.logging import logger
 import flame_ext
 from flame_ext.checkpoint.background_export import BackgroundExports
 from flame_ext.checkpoint.card import card_of_step
-from flame_ext.checkpoint.export import ExportSpec, export_hf
+from flame_ext.checkpoint.export import ExportSpec, StagedReader, export_hf
 from flame_ext.checkpoint.lock import FolderLock
 from flame_ext.checkpoint.manager import SeedingCheckpointManager
 from flame_ext.checkpoint.steps import CompleteStep
@@ -39,9 +39,12 @@ from flame_ext.ending import Circumstances, StopSignals, agree
 from flame_ext.errors import CheckpointError, ConfigError, SeedError, UserError
 from flame_ext.future_objective import FutureObjective, StepPlan, mask_form, trains_future
 from flame_ext.heads.converter import head_arguments
-from flame_ext.heads.own import OwnHeadLosses, trains_own_heads
+from flame_ext.heads.own import Losses, OwnHeadLosses, trains_own_heads
 from flame_ext.model.attention import attention_windows
 from flame_ext.model.hf_causal_lm import HFCausalLM
+from flame_ext.model.parallelize import sum_over_replicas
+from flame_ext.model.pipeline import Pipeline
+from flame_ext.model.shared_embedding import SharedEmbedding
 from flame_ext.objective.cross_entropy import IGNORE_INDEX
 from flame_ext.objective.masks import causal_document_block_mask, causal_document_mask
 from flame_ext.optimization import configured_again
@@ -49,7 +52,7 @@ from flame_ext.seeding.anticausal import prove_anticausal
 from flame_ext.seeding.identity import changed_source
 from flame_ext.seeding.layouts import open_source
 from flame_ext.seeding.seed import seed
-from flame_ext.seeding.target import seed_target
+from flame_ext.seeding.target import seed_target, whole_state
 from flame_ext.seeding.verify import Probe
 
 # What the seeded model is measured on: plain text and a little code, long enough for any tokenizer.
@@ -95,15 +98,23 @@ class FutureTrainer(torchtitan.train.Trainer):
             resumed=self._resumed_from,
         )
         # The host's __init__ builds its CheckpointManager by this name and offers no other place to exchange it.
-        with mock.patch.object(torchtitan.train, "CheckpointManager", manager), self._lock.released_on_error():
+        # Nor one to drop its warning that the losses of a pipeline are known on one rank alone: here all have them.
+        with (
+            mock.patch.object(torchtitan.train, "CheckpointManager", manager),
+            mock.patch.object(torchtitan.train, "ensure_pp_loss_visible", _nothing),
+            self._lock.released_on_error(),
+        ):
             super().__init__(job_config)
-        self.model: HFCausalLM = self.model_parts[0]
+        self.model: HFCausalLM = self.model_parts[-1]
+        """On a pipeline this rank's last stage; the heads are on the last of all."""
+        self.pipeline: Pipeline | None = getattr(self, "pp_schedule", None)
+        self._shared = None if self.pipeline is None else SharedEmbedding(self.pipeline)
         # At weight 0 neither the teacher nor the losses are run: the step is the host's own, number for number.
         self.objective = self._build_objective() if trains_future(job_config) else None
         self._trains_own_heads = trains_own_heads(job_config)
         self._own_heads = OwnHeadLosses(self.model, job_config, getattr(self.tokenizer, "eos_id", None))
         self._plan: StepPlan | None = None
-        self._microbatch = 0
+        self._microbatch = self._microbatches_left = 0
         self._parts: dict[str, Tensor] = {}
         self._part_names: list[str] = []
         self._labels = [source.reported_as for _, source in sources_of(job_config)]
@@ -140,6 +151,7 @@ class FutureTrainer(torchtitan.train.Trainer):
             self.maybe_enable_amp,
             TORCH_DTYPE_MAP[config.training.mixed_precision_param],
             self.device,
+            self.pipeline,
         )
 
     def init_distributed(self) -> ParallelDims:
@@ -279,7 +291,7 @@ class FutureTrainer(torchtitan.train.Trainer):
                 non-finite.
         """
         microbatches = self._microbatches_for_all(data_iterator)
-        self._parts, self._microbatch = {}, 0
+        self._parts, self._microbatch, self._microbatches_left = {}, 0, len(microbatches)
         if self.objective is not None:
             batches = [(inputs["input"], labels, inputs.get("doc_ids")) for inputs, labels in microbatches]
             self._plan = self.objective.plan(self.step, batches)
@@ -328,7 +340,16 @@ class FutureTrainer(torchtitan.train.Trainer):
         self, clip: Callable[..., Tensor], parameters: list[torch.nn.Parameter], *args: Any, **kwargs: Any
     ) -> Tensor:
         """The host's, and no gradients at all if their norm is not finite: optimizers then leave everything as it is."""
-        norm = clip(parameters, *args, **kwargs)
+        if self._shared is not None:
+            if self.parallel_dims.dp_replicate_enabled and not self.parallel_dims.fsdp_enabled:
+                sum_over_replicas(parameters, self.parallel_dims.get_mesh("dp_replicate"))
+            self._shared.sum_gradients()
+        copies = self._copies
+        norm = clip([p for p in parameters if id(p) not in copies], *args, **kwargs)
+        if copies:
+            torch.nn.utils.clip_grads_with_norm_(
+                [p for p in parameters if id(p) in copies], self.job_config.training.max_norm, norm
+            )
         self._grad_norm = norm.item()  # of all ranks: they decide alike
         if not math.isfinite(self._grad_norm):
             for parameter in parameters:
@@ -339,9 +360,21 @@ class FutureTrainer(torchtitan.train.Trainer):
             )
         return norm
 
+    @property
+    def _is_replicated(self) -> bool:
+        """Whether the model is under DDP."""
+        dims = self.parallel_dims
+        return dims.dp_replicate_enabled and not dims.fsdp_enabled and self.pipeline is None
+
+    @property
+    def _copies(self) -> set[int]:
+        """Ids of the parameters on this rank that are counted on another one."""
+        return set() if self._shared is None else {id(p) for p in self._shared.copies()}
+
     def _finite(self, step: int) -> bool:
         """Whether a step may be saved: gradient norm, losses and weights are finite on every rank. Collective."""
-        weights = [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters()]
+        parameters = [p for part in self.model_parts for p in part.parameters()]
+        weights = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
         weights = [p.detach() for p in weights if p.numel()]
         finite = torch.tensor(math.isfinite(self._grad_norm), dtype=torch.uint8, device=self.device)
         for value in (*self._parts.values(), torch.nn.utils.get_total_norm(weights, math.inf, foreach=True)):
@@ -359,7 +392,8 @@ class FutureTrainer(torchtitan.train.Trainer):
         inputs, labels, extra_inputs, extra_kwargs = super().post_dataloading_process(
             {"input": input_dict["input"]}, labels
         )
-        return inputs, labels, extra_inputs, {**extra_kwargs, **self._within_documents(input_dict)}
+        within = {} if self.pipeline is not None else self._within_documents(input_dict)  # which has smaller ones
+        return inputs, labels, extra_inputs, {**extra_kwargs, **within}
 
     def _within_documents(self, input_dict: dict[str, Tensor]) -> dict[str, Any]:
         """What keeps the backbone's causal attention within documents; empty if it may go across."""
@@ -381,7 +415,11 @@ class FutureTrainer(torchtitan.train.Trainer):
         Where no label of the whole step counts, the cross-entropy is 0.
         """
         global_valid_tokens = torch.as_tensor(global_valid_tokens).clamp_min(1)
-        if self.objective is None and not self._trains_own_heads:
+        self._microbatches_left -= 1
+        if self._is_replicated:
+            # Gradients add up over micro-batches; summed over ranks after each, what is summed already would be summed again.
+            self.model.set_requires_gradient_sync(self._microbatches_left == 0)
+        if self.objective is None and not self._trains_own_heads and self.pipeline is None:
             loss = super().forward_backward_step(
                 input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens
             )
@@ -391,19 +429,65 @@ class FutureTrainer(torchtitan.train.Trainer):
         plan, index = self._plan, self._microbatch
         self._microbatch += 1
         with self.train_context():
-            if self.objective is None or plan is None:
-                compute = self._idle_losses(labels, global_valid_tokens)
-            else:
-                self.objective.teach(plan, index)
-                compute = self.objective.losses(plan, index, labels, global_valid_tokens)
-            compute = self._own_heads.beside(compute, inputs, labels, global_valid_tokens, input_dict.get("doc_ids"))
+            if self.objective is not None and plan is not None:
+                self.objective.teach(plan, index, partial(self._attention_of, input_dict))
+            losses = partial(self._losses, plan, index, inputs, labels, input_dict.get("doc_ids"), global_valid_tokens)
             with self.maybe_enable_amp, self._timed("student"):
-                loss, parts = self.model(inputs, **extra_inputs, **extra_kwargs, compute=compute)
-            loss.backward()
+                if self.pipeline is None:
+                    loss, parts = self.model(inputs, **extra_inputs, **extra_kwargs, compute=losses(slice(None)))
+                else:
+                    loss, parts = self._pipelined(self.pipeline.step, inputs, input_dict, losses)
+            if self.pipeline is None:
+                loss.backward()
         if self.objective is not None and plan is None:
             self.objective.drop_idle_gradients()
         self._add_parts(parts)
         return loss
+
+    def _losses(
+        self,
+        plan: StepPlan | None,
+        index: int,
+        inputs: Tensor,
+        labels: Tensor,
+        doc_ids: Tensor | None,
+        global_valid_tokens: Tensor | float,
+        rows: slice,
+    ) -> Losses:
+        """What the student's forward of these rows of a micro-batch is to compute."""
+        inputs, labels = inputs[rows], labels[rows]
+        if self.objective is None or plan is None:
+            compute = self._idle_losses(labels, global_valid_tokens)
+        else:
+            compute = self.objective.losses(plan, index, labels, global_valid_tokens, rows)
+        return self._own_heads.beside(
+            compute, inputs, labels, global_valid_tokens, None if doc_ids is None else doc_ids[rows]
+        )
+
+    def _pipelined(
+        self,
+        run: Callable[[Tensor, Callable[[slice], dict[str, Any]]], Any],
+        inputs: Tensor,
+        input_dict: dict[str, Tensor],
+        losses: Callable[[slice], Losses],
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """A micro-batch through the pipeline: what ``run`` gives, and the parts of the losses on ranks with the last stage."""
+        found: list[dict[str, Tensor]] = []
+
+        def inputs_of(rows: slice) -> dict[str, Any]:
+            def compute(logits: Tensor, hidden_states: Tensor) -> Tensor:
+                loss, parts = losses(rows)(logits, hidden_states)
+                found.append(parts)
+                return loss
+
+            return {**self._attention_of(input_dict, rows), "compute": compute}
+
+        result = run(inputs, inputs_of)
+        names = found[0] if found else {}
+        return result, {name: torch.stack([parts[name].detach() for parts in found]).sum(0) for name in names}
+
+    def _attention_of(self, input_dict: dict[str, Tensor], rows: slice) -> dict[str, Any]:
+        return self._within_documents({name: value[rows] for name, value in input_dict.items()})
 
     def _timed(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self.objective is None else self.objective.stopwatch.measure(name)
@@ -427,14 +511,15 @@ class FutureTrainer(torchtitan.train.Trainer):
         mesh = self.parallel_dims.get_optional_mesh("batch")
         tokens = max(1.0, labelled.item() if mesh is None else dist_utils.dist_sum(labelled, mesh))
         with self.train_context(), self.maybe_enable_amp:
-            if self.objective is None:
-                compute = self._idle_losses(labels, tokens)
-            else:
+            plan = None
+            if self.objective is not None:
                 plan = self.objective.plan_evaluation((inputs, labels, doc_ids))
-                self.objective.teach(plan, 0)
-                compute = self.objective.losses(plan, 0, labels, tokens)
-            compute = self._own_heads.beside(compute, inputs, labels, tokens, doc_ids)
-            _, parts = self.model(inputs, **self._within_documents(input_dict), compute=compute)
+                self.objective.teach(plan, 0, partial(self._attention_of, input_dict))
+            losses = partial(self._losses, plan, 0, inputs, labels, doc_ids, tokens)
+            if self.pipeline is None:
+                _, parts = self.model(inputs, **self._within_documents(input_dict), compute=losses(slice(None)))
+            else:
+                _, parts = self._pipelined(self.pipeline.forward, inputs, input_dict, losses)
             return parts
 
     def _add_parts(self, parts: dict[str, Tensor]) -> None:
@@ -454,13 +539,20 @@ class FutureTrainer(torchtitan.train.Trainer):
             # Gradients are clipped by now, all by one factor.
             unclipped = max(1.0, (grad_norm + 1e-6) / self.job_config.training.max_norm)
             for name, parameters in self._backbone_and_heads().items():
-                metrics[f"grad_norm_{name}"] = _norm_of_gradients(parameters) * unclipped
+                metrics[f"grad_norm_{name}"] = self._norm_of_gradients(parameters) * unclipped
         if self.objective is not None:
             metrics |= {f"time_{name}": value for name, value in self.objective.stopwatch.seconds().items()}
         return metrics
 
     def _reduced(self, parts: dict[str, Tensor]) -> dict[str, float]:
-        """Sums over data-parallel ranks, in one collective."""
+        """Sums over data-parallel ranks, in one collective; of a pipeline, whose last stage has them, on all ranks."""
+        if self.pipeline is None:
+            return self._summed(parts)
+        found = [self._summed(parts) if self.pipeline.has_last else {}]
+        dist.broadcast_object_list(found, src=self.pipeline.last_rank, group=self.pipeline.group)
+        return found[0]
+
+    def _summed(self, parts: dict[str, Tensor]) -> dict[str, float]:
         values = torch.stack([value.float() for value in parts.values()])
         mesh = self.parallel_dims.get_optional_mesh("loss")
         if mesh is not None:
@@ -469,8 +561,20 @@ class FutureTrainer(torchtitan.train.Trainer):
 
     def _backbone_and_heads(self) -> dict[str, list[torch.nn.Parameter]]:
         heads = [p for name in self.model.head_names for p in self.model.get_submodule(name).parameters()]
-        owned = {id(p) for p in heads}
-        return {"backbone": [p for p in self.model.parameters() if id(p) not in owned], "heads": heads}
+        owned = {id(p) for p in heads} | self._copies
+        parameters = [p for part in self.model_parts for p in part.parameters()]
+        return {"backbone": [p for p in parameters if id(p) not in owned], "heads": heads}
+
+    def _norm_of_gradients(self, parameters: list[torch.nn.Parameter]) -> float:
+        """L2 norm of the gradients that there are. Collective."""
+        grads = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(self.device)
+        if self.pipeline is not None:
+            square = norm**2
+            dist.all_reduce(square, group=self.pipeline.group)
+            norm = square.sqrt()
+        return norm.item()
 
     # -- what the checkpoint manager calls -----------------------------------------------------------------------
 
@@ -480,7 +584,7 @@ class FutureTrainer(torchtitan.train.Trainer):
 
     def _seed_from(self, path: str) -> None:
         state = self.checkpointer.states[MODEL].state_dict()
-        target = seed_target(self.model_parts[0], state, self.model_args.load())
+        target = seed_target(self.model, state, self.model_args.load())
         probe = self._probe()
         report = seed(target, path, self.job_config.seed, probe, self._dump_folder)
         objective = self.objective
@@ -488,7 +592,7 @@ class FutureTrainer(torchtitan.train.Trainer):
             # As long as those of the training: how masks are made and attended by depends on it.
             seq_len = self.job_config.training.seq_len
             tokens = probe.tokens.repeat(1, -(-seq_len // probe.tokens.shape[1]))[:, :seq_len]
-            prove_anticausal(lambda tokens: objective.summaries(tokens).states, tokens)
+            prove_anticausal(partial(self._summaries, objective), tokens)
             logger.info("Verified that no summary of the future depends on its past")
         self.seed_identity = report.identity
         run_id = [uuid.uuid4().hex]
@@ -537,14 +641,28 @@ class FutureTrainer(torchtitan.train.Trainer):
         )
 
     def _probe_forward(self, tokens: Tensor) -> Tensor:
-        model = self.model_parts[0]
-        model.eval()
+        for part in self.model_parts:
+            part.eval()
         try:
             with self.maybe_enable_amp:
-                logits = model(tokens.to(self.device))
-                return logits.full_tensor() if isinstance(logits, DTensor) else logits
+                if self.pipeline is None:
+                    logits = self.model(tokens.to(self.device))
+                else:
+                    found = self.pipeline.forward(tokens.to(self.device), lambda _rows: {"compute": _whole_logits})
+                    logits = self.pipeline.from_last(None if found is None else torch.cat(found))
+                return _whole_logits(logits)
         finally:
-            model.train()
+            for part in self.model_parts:
+                part.train()
+
+    def _summaries(self, objective: FutureObjective, tokens: Tensor) -> Tensor:
+        """(1, T) tokens to (1, T, D) summaries, on every rank. Collective."""
+        summaries = objective.summaries(tokens)
+        states = None if summaries is None else summaries.states
+        if self.pipeline is not None:
+            states = self.pipeline.from_last(states)
+        assert states is not None
+        return states
 
     def _export_step(self, step: int) -> None:
         config = self.job_config
@@ -556,14 +674,24 @@ class FutureTrainer(torchtitan.train.Trainer):
             max_shard_size=config.export.max_shard_size,
             card=card_of_step(self._dump_folder / "checkpoint" / f"step-{step}") if is_main_rank() else None,
         )
-        state = self.checkpointer.states[MODEL].state_dict()
-        file_keys = self.model.file_keys(state)
-        state = {file_keys[key]: tensor for key, tensor in state.items()}
-        export_hf(state, self.model.head_names, self._dump_folder / "hf" / f"step-{step}", spec)
+        state, whole = self.checkpointer.states[MODEL].state_dict(), self.model.whole
+        full = whole_state(self.model, state)
+        file_keys = whole.file_keys(full)
+        read = None
+        if self.pipeline is not None:
+            read = StagedReader({file_keys[key]: tensor for key, tensor in state.items()}, self.pipeline.group)
+        export_hf(
+            {file_keys[key]: tensor for key, tensor in full.items()},
+            whole.head_names,
+            self._dump_folder / "hf" / f"step-{step}",
+            spec,
+            read,
+        )
 
     @cached_property
     def _head_arguments(self) -> dict[str, dict[str, Any]] | None:
-        return head_arguments(self.job_config, self.model.config, self.model) if self.model.head_names else None
+        whole = self.model.whole
+        return head_arguments(self.job_config, whole.config, whole) if whole.head_names else None
 
     @cached_property
     def _record(self) -> dict[str, Any]:
@@ -575,7 +703,7 @@ class FutureTrainer(torchtitan.train.Trainer):
         """What a step's manifest records of its run; the seed's identity, so that a step knows what it grew from."""
         dims = self.parallel_dims
         return {
-            "parallelism": {"dp_replicate": dims.dp_replicate, "dp_shard": dims.dp_shard, "tp": dims.tp},
+            "parallelism": {"dp_replicate": dims.dp_replicate, "dp_shard": dims.dp_shard, "tp": dims.tp, "pp": dims.pp},
             "versions": {
                 "flame_ext": flame_ext.__version__,
                 "torch": torch.__version__,
@@ -592,8 +720,10 @@ class FutureTrainer(torchtitan.train.Trainer):
         }
 
 
-def _norm_of_gradients(parameters: list[torch.nn.Parameter]) -> float:
-    """L2 norm of the gradients that there are. Collective where parameters are sharded."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+def _whole_logits(logits: Tensor, _hidden_states: Tensor | None = None) -> Tensor:
+    """Of loss parallelism, each of whose ranks has a part of the vocabulary. Collective."""
+    return logits.full_tensor() if isinstance(logits, DTensor) else logits
+
+
+def _nothing(*_args: Any) -> None:
+    """In the place of a function of the host's."""

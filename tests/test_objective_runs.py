@@ -52,10 +52,20 @@ def three_steps(tmp_path_factory: pytest.TempPathFactory) -> TrainRun:
         (4, ["--training.local_batch_size=2", DDP2]),
         (1, ["--training.local_batch_size=2", "--training.global_batch_size=8"]),
         (2, ["--training.local_batch_size=2", "--training.global_batch_size=8"]),
+        (2, ["--training.local_batch_size=2", "--training.global_batch_size=8", DDP2]),
         (1, ["--future_encoder.negatives=local"]),
         (1, ["--future_encoder.teacher_attention=flex"]),
     ],
-    ids=["fsdp2", "ddp2", "hsdp4", "accumulation4", "fsdp2-accumulation2", "local-on-one-rank", "flex"],
+    ids=[
+        "fsdp2",
+        "ddp2",
+        "hsdp4",
+        "accumulation4",
+        "fsdp2-accumulation2",
+        "ddp2-accumulation2",
+        "local-on-one-rank",
+        "flex",
+    ],
 )
 def test_losses_and_gradients_do_not_depend_on_the_layout(
     three_steps: TrainRun, dump_folder: Path, world_size: int, options: list[str]

@@ -32,6 +32,10 @@ class Model(nn.Module):
         self.action = nn.Linear(3, 1, bias=False)
         self.head_optimization = head_optimization
 
+    @property
+    def whole(self) -> Model:
+        return self
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.backbone(x)
         return self.predictor(x).sum() + self.action(x).sum()

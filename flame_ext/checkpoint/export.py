@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -60,7 +61,13 @@ class ExportSpec:
     """``README.md``."""
 
 
-def export_hf(state: Mapping[str, Tensor], head_names: list[str], folder: Path, spec: ExportSpec) -> None:
+Read = Callable[[torch.dtype, str], "Tensor | None"]
+"""Dtype of the file and key to the full tensor on the main rank's CPU, None on the others. Collective."""
+
+
+def export_hf(
+    state: Mapping[str, Tensor], head_names: list[str], folder: Path, spec: ExportSpec, read: Read | None = None
+) -> None:
     """Write ``folder``, atomically. Collective: tensors are gathered one by one, the main rank holds one file at a time.
 
     Args:
@@ -69,6 +76,7 @@ def export_hf(state: Mapping[str, Tensor], head_names: list[str], folder: Path, 
         head_names: names of the heads.
         folder: ``hf/step-N``.
         spec: the rest.
+        read: where ``state``, then for shapes and dtypes alone, is spread over the stages of a pipeline.
 
     Raises:
         CheckpointError: on every rank, if a file can not be written.
@@ -88,7 +96,8 @@ def export_hf(state: Mapping[str, Tensor], head_names: list[str], folder: Path, 
             described = {
                 key: torch.empty(t.shape, dtype=_file_dtype(t, spec.dtype), device="meta") for key, t in tensors.items()
             }
-            write_tensors(described, partial(_gathered, tensors, spec.dtype), place, size)
+            take = read or partial(_gathered, tensors)
+            write_tensors(described, partial(take, spec.dtype), place, size)
     with failing_together(CheckpointError):
         if is_main_rank():
             put_in_place(folder)
@@ -166,10 +175,49 @@ def _require_written(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 @torch.no_grad()
 def _gathered(tensors: Mapping[str, Tensor], dtype: torch.dtype, key: str) -> Tensor | None:
-    """The full tensor on the main rank's CPU, None on the others. Collective."""
-    tensor = tensors[key]
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().to(device="cpu", dtype=_file_dtype(full, dtype)).contiguous() if is_main_rank() else None
+    """See :data:`Read`."""
+    full = _full(tensors[key])
+    return full.to(device="cpu", dtype=_file_dtype(full, dtype)).contiguous() if is_main_rank() else None
+
+
+class StagedReader:
+    """A :data:`Read` of what the stages of a pipeline hold: whichever has a tensor sends it to the first rank. Collective.
+
+    Args:
+        state: this rank's part of the tensors.
+        group: the ranks of this rank's pipeline.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
+        self._state, self._group = state, group
+        held: list[Mapping[str, tuple[torch.Size, torch.dtype, str]]] = [{}] * dist.get_world_size(group)
+        mine = {key: (tensor.shape, tensor.dtype, tensor.device.type) for key, tensor in state.items()}
+        dist.all_gather_object(held, mine, group=group)
+        self._held = held
+
+    @torch.no_grad()
+    def __call__(self, dtype: torch.dtype, key: str) -> Tensor | None:
+        owner = next(rank for rank, tensors in enumerate(self._held) if key in tensors)
+        rank = dist.get_rank(self._group)
+        full = _full(self._state[key]).contiguous() if rank == owner else None
+        source, first = (dist.get_global_rank(self._group, r) for r in (owner, 0))
+        # One pipeline has the main rank; its siblings have the same tensors.
+        if owner != 0 and first == 0:
+            if full is not None:
+                dist.send(full, dst=first, group=self._group)
+            elif rank == 0:
+                shape, held_dtype, device = self._held[owner][key]
+                full = torch.empty(shape, dtype=held_dtype, device=device)
+                dist.recv(full, src=source, group=self._group)
+        if not is_main_rank():
+            return None
+        assert full is not None
+        return full.to(device="cpu", dtype=_file_dtype(full, dtype)).contiguous()
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """Collective over the ranks that a DTensor is spread over."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _file_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:

@@ -13,6 +13,7 @@ from torchtitan.protocols.model_converter import _registry_model_converter_cls
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from flame_ext.config.pipeline_checks import check_pipeline, check_pipeline_of_model
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError, SeedError
 from flame_ext.heads.own import check_own_heads, enabled_heads
@@ -44,6 +45,7 @@ def check_config(config: FlameJobConfig) -> None:
     problems = [
         *_check_model(config),
         *_check_parallelism(config),
+        *check_pipeline(config),
         *_check_checkpoint(config),
         *_check_seed(config),
         *_check_export(config),
@@ -73,12 +75,12 @@ def _check_model(config: FlameJobConfig) -> Iterator[str]:
 
 def _check_parallelism(config: FlameJobConfig) -> Iterator[str]:
     degrees = config.parallelism
-    for name in ("pipeline", "expert"):
+    for name in ("expert",):
         degree = getattr(degrees, f"{name}_parallel_degree")
         if degree != 1:
             yield (
                 f"parallelism.{name}_parallel_degree must be 1 for {MODEL_NAME!r}, got {degree}; scale with "
-                "data_parallel_shard_degree (FSDP) and data_parallel_replicate_degree (DDP, HSDP)"
+                "data_parallel_shard_degree (FSDP), data_parallel_replicate_degree (DDP, HSDP) and pipeline_parallel_degree"
             )
     if degrees.context_parallel_degree != 1:
         yield (
@@ -355,6 +357,7 @@ def _check_against_model(config: FlameJobConfig, hf_config: PreTrainedConfig) ->
             f"future_encoder.teacher_attention = 'flex': transformers has no FlexAttention for {hf_config.model_type!r}; take "
             "'auto' or 'sdpa'"
         )
+    yield from check_pipeline_of_model(config)
     limit = getattr(text, "max_position_embeddings", None)
     if limit is not None and config.training.seq_len > limit:
         yield (

@@ -91,7 +91,21 @@ HOST_OPTIONS = (
     ),
     *(
         HostOption(f"parallelism.{kind}_parallel_degree", "has to be 1", (f"--parallelism.{kind}-parallel-degree=2",))
-        for kind in ("pipeline", "context", "expert")
+        for kind in ("context", "expert")
+    ),
+    HostOption(
+        "parallelism.pipeline_parallel_schedule",
+        '`"GPipe"`, `"1F1B"` or `"Interleaved1F1B"` ([parallelism.md](parallelism.md#pipeline))',
+        ("--parallelism.pipeline-parallel-degree=2", "--parallelism.pipeline-parallel-schedule=ZBVZeroBubble"),
+    ),
+    HostOption(
+        "parallelism.pipeline_parallel_schedule_csv",
+        "refused",
+        ("--parallelism.pipeline-parallel-degree=2", "--parallelism.pipeline-parallel-schedule-csv=schedule.csv"),
+    ),
+    HostOption(
+        "parallelism.module_fqns_per_model_part",
+        "layers by the host's names, `layers.0`, whatever the architecture calls them",
     ),
     HostOption("fault_tolerance.enable", "refused", ("--fault-tolerance.enable",)),
     HostOption("comm.mode", '`"default"`', ("--comm.mode=fake_backend",)),

@@ -67,9 +67,20 @@ class AnticausalEncoder(nn.Module):
             doc_ids: (B, T) if summaries stop at the end of their document, else None.
             form: of the masks, one that the backbone understands.
         """
+        states = backbone(
+            input_ids, attention_mask=self.attention_mask(input_ids, doc_ids, form), output="hidden_states"
+        )
+        return self.summaries(states, input_ids, doc_ids)
+
+    def attention_mask(
+        self, input_ids: Tensor, doc_ids: Tensor | None, form: MaskForm
+    ) -> AttentionMask | dict[str, AttentionMask]:
+        """What the backbone's second forward attends by, see :meth:`forward`."""
         masks = {kind: self._mask(input_ids, doc_ids, window, form) for kind, window in self.windows.items()}
-        mask = masks if len(masks) > 1 else next(iter(masks.values()))
-        states = backbone(input_ids, attention_mask=mask, output="hidden_states")
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def summaries(self, states: Tensor, input_ids: Tensor, doc_ids: Tensor | None) -> FutureSummaries:
+        """From the (B, T, D) last hidden states of that forward."""
         return FutureSummaries(states, has_future(torch.zeros_like(input_ids) if doc_ids is None else doc_ids))
 
     def _mask(self, input_ids: Tensor, doc_ids: Tensor | None, window: int, form: MaskForm) -> AttentionMask:

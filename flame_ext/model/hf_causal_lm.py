@@ -68,6 +68,22 @@ class HFModelArgs(BaseModelArgs):
         return nparams, 6 * multiplying + 12 * config.num_hidden_layers * heads * head_dim * seq_len
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Which stage of a pipeline a model is."""
+
+    index: int
+    count: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.count - 1
+
+
 class HFCausalLM(nn.Module):
     """Mixin over a transformers ``...ForCausalLM``; see :func:`build_hf_causal_lm`.
 
@@ -79,6 +95,8 @@ class HFCausalLM(nn.Module):
         tied_keys: name of a tied parameter to the name that the state dict keeps, e.g. lm_head to the embedding.
         computed_buffers: names of the buffers that are in no state dict (RoPE frequencies and the like).
         weight_transforms: what transformers does to the keys of this architecture's files while loading.
+        stage: of a pipeline; None = the whole model.
+        of_whole: the model, on meta, that this is a stage of, in a tuple, since it is no child.
     """
 
     # Of the class that this one is mixed into.
@@ -87,6 +105,7 @@ class HFCausalLM(nn.Module):
     base_model_prefix: str
     get_input_embeddings: Callable[[], Any]
     get_output_embeddings: Callable[[], Any]
+    set_requires_gradient_sync: Callable[[bool], None]  # of torch's DDP and FSDP
 
     # Heads; those that there are stand in head_names.
     future_encoder: Any
@@ -100,6 +119,13 @@ class HFCausalLM(nn.Module):
     parameter_inits: dict[str, ParameterInit]
     tied_keys: dict[str, str]
     computed_buffers: list[str]
+    stage: Stage | None = None
+    of_whole: tuple[HFCausalLM, ...] = ()
+
+    @property
+    def whole(self) -> HFCausalLM:
+        """All of the model, for names, shapes and configuration: itself, or on a pipeline's stage the model on meta."""
+        return self.of_whole[0] if self.of_whole else self
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -209,23 +235,25 @@ class HFCausalLM(nn.Module):
         them has to run in here.
 
         Args:
-            input_ids: (B, T).
+            input_ids: (B, T); on a later stage of a pipeline (B, T, D), what the stage before gave.
             attention_mask: None = causal; or (B or 1, 1, T, T), true where attention is allowed, as a bool tensor or a
                 ``BlockMask``; or (B or 1, n, C, K) bool, see :func:`flame_ext.model.attention.boolean_attention`; or a
                 dict of them by layer type, no ``BlockMask`` beside a tensor.
             position_ids: (B, T); None = 0..T-1.
             output: "logits" (B, T, V), or "hidden_states" (B, T, D), after the final norm, without running the output
                 embedding.
-            compute: called with logits and hidden states; what it returns is returned.
+            compute: called with logits and hidden states; what it returns is returned. A stage that is not the last one
+                gives hidden states (B, T, D), whatever is asked of the whole.
         """
+        stage = self.stage
         inputs = {
-            "input_ids": input_ids,
+            "input_ids" if stage is None or stage.is_first else "inputs_embeds": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "use_cache": False,
         }
         with self._attention_for(attention_mask):
-            if output == "hidden_states":
+            if output == "hidden_states" or (stage is not None and not stage.is_last):
                 return self.base_model(**inputs).last_hidden_state
             if compute is None:
                 return super().forward(**inputs).logits

@@ -3,6 +3,7 @@
 No ``from __future__ import annotations`` here: DDP looks at the types in its communication hook's signature.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
@@ -55,7 +57,7 @@ def parallelize_hf_causal_lm(model: HFCausalLM, parallel_dims: ParallelDims, job
         hybrid = parallel_dims.dp_replicate_enabled
         apply_fsdp(model, parallel_dims.get_mesh(["dp_replicate", "fsdp"] if hybrid else ["fsdp"]), job_config)
         logger.info(f"Applied {'HSDP' if hybrid else 'FSDP'} to the model")
-    elif parallel_dims.dp_replicate_enabled:
+    elif parallel_dims.dp_replicate_enabled and not parallel_dims.pp_enabled:  # see sum_over_replicas
         mesh = parallel_dims.get_mesh("dp_replicate")
         apply_ddp(model, mesh, enable_compile=compile_model)
         # The loss is already divided by the global number of tokens: gradients are summed. DDP alone would average.
@@ -88,9 +90,9 @@ def apply_fsdp(model: HFCausalLM, mesh: DeviceMesh, job_config: JobConfig) -> No
 
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     tied = model.tied_modules
-    if embedding not in tied:
+    if embedding not in tied and any(True for _ in embedding.parameters()):  # a later stage has none
         shard(embedding, policy != "never")
-    for layer in model.layers:
+    for layer in model.layers.children():
         shard(layer, policy != "never")
     # What runs last is needed first in the backward: keep it gathered unless told otherwise (as the host does).
     for module in (output, *(model.get_submodule(name) for name in model.head_names)):
@@ -109,3 +111,13 @@ def sum_gradients(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.fu
     """DDP communication hook: all-reduce a bucket of gradients without DDP's division by the number of ranks."""
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
+
+
+def sum_over_replicas(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
+    """All-reduce the gradients of a step once, where a pipeline runs many forwards before a backward, which DDP can not follow.
+
+    Collective.
+    """
+    grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
+    for work in [dist.all_reduce(grad, group=mesh.get_group(), async_op=True) for grad in grads]:
+        work.wait()

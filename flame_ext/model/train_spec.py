@@ -16,6 +16,7 @@ from flame_ext.future_objective import loss_compile_backend
 from flame_ext.metrics import build_metrics_processor
 from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
 from flame_ext.model.parallelize import parallelize_hf_causal_lm
+from flame_ext.model.pipeline import pipeline_hf_causal_lm
 from flame_ext.objective.cross_entropy import cross_entropy_loss
 from flame_ext.optimization import build_lr_schedulers, build_optimizers
 from flame_ext.validation import build_validator
@@ -43,7 +44,7 @@ def build_train_spec() -> TrainSpec:
         model_cls=build_hf_causal_lm,
         model_args={"auto": HFModelArgs()},
         parallelize_fn=parallelize_hf_causal_lm,
-        pipelining_fn=None,
+        pipelining_fn=pipeline_hf_causal_lm,
         build_optimizers_fn=build_optimizers,
         build_lr_schedulers_fn=build_lr_schedulers,
         build_dataloader_fn=build_dataloader,

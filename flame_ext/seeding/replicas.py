@@ -23,11 +23,15 @@ from flame_ext.seeding.placement import Box, full_box, local_part, tiles_exactly
 _MODULUS = 2**128
 
 
-def compare_replicas(state: Mapping[str, Tensor]) -> dict[str, int]:
+def compare_replicas(
+    state: Mapping[str, Tensor], whole: Mapping[str, Tensor] | None = None, part: int = 0
+) -> dict[str, int]:
     """The digest of every full tensor, from what all ranks hold. Collective.
 
     Args:
         state: key to parameter or buffer, DTensor or plain.
+        whole: the same of all ranks together, for the shapes; None = ``state`` has every key.
+        part: ranks of one part have the same keys; another part has others, or some of them as well.
 
     Raises:
         SeedError: on all ranks: two ranks hold different values for the same elements, or all ranks' parts together are
@@ -37,19 +41,28 @@ def compare_replicas(state: Mapping[str, Tensor]) -> dict[str, int]:
     for key, tensor in state.items():
         local, box = local_part(whole_rows(tensor))
         mine[key] = (box, local_digest(local, box, tuple(tensor.shape)))
-    held = [mine]
+    held = [(part, mine)]
     if dist.is_initialized() and dist.get_world_size() > 1:
-        held = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(held, mine)
-    return {key: _agreed(key, tuple(tensor.shape), [parts.get(key) for parts in held]) for key, tensor in state.items()}
+        held = [(0, {}) for _ in range(dist.get_world_size())]
+        dist.all_gather_object(held, (part, mine))
+    return {
+        key: _agreed(key, tuple(tensor.shape), _expected(key, held))
+        for key, tensor in (state if whole is None else whole).items()
+    }
 
 
-def _agreed(key: str, shape: tuple[int, ...], parts: list[tuple[Box, int] | None]) -> int:
+def _expected(key: str, held: list[tuple[int, dict[str, tuple[Box, int]]]]) -> dict[int, tuple[Box, int] | None]:
+    """What each rank holds of a tensor, of those whose part has it."""
+    parts = {part for part, boxes in held if key in boxes}
+    return {rank: boxes.get(key) for rank, (part, boxes) in enumerate(held) if part in parts}
+
+
+def _agreed(key: str, shape: tuple[int, ...], parts: Mapping[int, tuple[Box, int] | None]) -> int:
     digests: dict[Box, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for rank, part in enumerate(parts):
+    for rank, part in parts.items():
         if part is None:
             raise SeedError(
-                f"rank {rank} does not have {key!r}, which rank 0 has: the ranks have built different models"
+                f"rank {rank} does not have {key!r}, which rank {_first_with(parts)} has: the ranks have built different models"
             )
         box, digest = part
         if volume(box) > 0:
@@ -64,6 +77,10 @@ def _agreed(key: str, shape: tuple[int, ...], parts: list[tuple[Box, int] | None
     if not tiles_exactly(full_box(shape), digests) and math.prod(shape) > 0:
         raise SeedError(f"{key!r}: the ranks together hold {sorted(digests)}, which is not its shape {list(shape)}")
     return sum(next(iter(ranks_of)) for ranks_of in digests.values()) % _MODULUS
+
+
+def _first_with(parts: Mapping[int, tuple[Box, int] | None]) -> int:
+    return next(rank for rank, part in parts.items() if part is not None)
 
 
 @torch.no_grad()

@@ -51,17 +51,18 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
     with failing_together(SeedError):
         check_finite = options.verify != "none"
         nbytes = read_weights(source, target.state, target.tied, check_finite, ReadProgress())
-        initialise({key: target.state[key] for key in keys.initialised}, target.inits, options.rng_seed)
+        new = {key: target.state[key] for key in keys.initialised if key in target.state}
+        initialise(new, target.inits, options.rng_seed)
     seconds, slowest, total_bytes = _slowest_and_sum(time.perf_counter() - begin, nbytes)
-    elements = sum(target.state[key].numel() for key in keys.loaded)
+    elements = sum(target.whole[key].numel() for key in keys.loaded)
     logger.info(
         f"Seeded from {path} ({source.layout}): {len(keys.loaded)} tensors ({elements:,} elements) loaded, "
         f"{len(keys.initialised)} initialised from rng_seed {options.rng_seed}, {len(keys.tied)} tied, "
         f"{len(keys.buffers)} buffers computed, {len(keys.ignored)} source keys ignored; "
         f"{total_bytes / 2**20:,.1f} MiB in {seconds:.2f} s ({total_bytes / 2**20 / seconds:,.0f} MiB/s, slowest: rank {slowest})"
     )
-    digest = weights_digest(compare_replicas(target.state), target.state, keys.loaded)
-    backbone = {key for key in (*target.state, *target.tied) if key not in target.inits}
+    digest = weights_digest(compare_replicas(target.state, target.whole, target.part), target.whole, keys.loaded)
+    backbone = {key for key in (*target.whole, *target.tied) if key not in target.inits}
     load_stock = partial(
         load_stock_model,
         source,
@@ -97,7 +98,7 @@ def match(target: SeedTarget, folder: Path, options: Seed) -> tuple[Source, Acco
         require_same_function(source, target.config, options.trust_remote_code)
     model = {
         key: ModelKey(tuple(tensor.shape), tensor.dtype, key in target.vocabulary)
-        for key, tensor in target.state.items()
+        for key, tensor in target.whole.items()
     }
     return source, account(
         model,
@@ -139,8 +140,8 @@ def _log_casts(target: SeedTarget, source: Source, keys: Account) -> None:
     casts: Counter[tuple[torch.dtype, torch.dtype]] = Counter()
     for name, entry in source.entries.items():
         key = target.tied.get(name, name)
-        if key in loaded and entry.dtype != target.state[key].dtype:
-            casts[entry.dtype, target.state[key].dtype] += 1
+        if key in loaded and entry.dtype != target.whole[key].dtype:
+            casts[entry.dtype, target.whole[key].dtype] += 1
     for (found, needed), n in sorted(casts.items(), key=str):
         logger.info(f"Casting {n} tensors while reading: {_name(found)} in the files, {_name(needed)} in the model")
 

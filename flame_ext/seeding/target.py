@@ -19,6 +19,10 @@ class SeedTarget:
 
     state: Mapping[str, Tensor]
     """Key to parameter or persistent buffer, DTensor or plain, each tied parameter once. Written in place."""
+    whole: Mapping[str, Tensor]
+    """The same of all of the model, for shapes and dtypes; a stage of a pipeline has but a part of it in ``state``."""
+    part: int
+    """Which part ``state`` is of: ranks of one part have the same keys."""
     tied: Mapping[str, str]
     """Other name of a tied parameter to its key in ``state``."""
     computed_buffers: list[str]
@@ -37,20 +41,31 @@ def seed_target(model: HFCausalLM, state: Mapping[str, Tensor], config: PreTrain
     """What of a model is to be seeded.
 
     Args:
-        model: with its heads; parallelised, or on meta.
+        model: with its heads; parallelised, or on meta; or the last of a rank's stages of it.
         state: its state dict, each tied parameter once.
         config: the configuration that it was built from.
     """
-    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    whole, full = model.whole, whole_state(model, state)
+    shapes = {key: tuple(tensor.shape) for key, tensor in full.items()}
     return SeedTarget(
         state=state,
-        tied=model.tied_keys,
-        computed_buffers=model.computed_buffers,
-        inits=model.parameter_inits,
-        vocabulary=frozenset(model.vocabulary_keys),
-        names=key_names(model, shapes | {name: shapes[key] for name, key in model.tied_keys.items()}),
+        whole=full,
+        part=0 if model.stage is None else model.stage.index,
+        tied=whole.tied_keys,
+        computed_buffers=whole.computed_buffers,
+        inits=whole.parameter_inits,
+        vocabulary=frozenset(whole.vocabulary_keys),
+        names=key_names(whole, shapes | {name: shapes[key] for name, key in whole.tied_keys.items()}),
         config=config,
     )
+
+
+def whole_state(model: HFCausalLM, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """``state``, or if it is a pipeline stage's that of the whole model, on meta; each tied parameter once."""
+    whole = model.whole
+    if whole is model:
+        return state
+    return {key: tensor for key, tensor in whole.state_dict().items() if key not in whole.tied_keys}
 
 
 def key_names(model: HFCausalLM, shapes: dict[str, tuple[int, ...]]) -> KeyNames:
