@@ -81,7 +81,7 @@ HOST_OPTIONS = (
     ),
     HostOption(
         "parallelism.tensor_parallel_degree",
-        "divides heads, widths, vocabulary and `training.seq_len`; what it is right for: [parallelism_tensor.md](parallelism_tensor.md)",
+        "divides heads, widths, vocabulary and `training.seq_len`; what it is right for: [parallelism.md](parallelism.md#tensor)",
         ("--parallelism.tensor-parallel-degree=2",),
     ),
     HostOption(
