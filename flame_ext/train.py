@@ -8,6 +8,7 @@ which has saved: start the same command again.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import logging
@@ -80,6 +81,7 @@ def main(args: list[str] | None = None) -> None:
     """Run the command; ends the process with the exit codes above."""
     args = sys.argv[1:] if args is None else args
     gc.freeze()  # what was imported stays: no collection has to look at it again
+    atexit.register(gc.unfreeze)  # but the last one, or extensions print what they take for leaks
     init_logger()
     # The host's logger is the root logger at INFO, and transformers would print every configuration that it reads.
     transformers.logging.set_verbosity(logging.WARNING)

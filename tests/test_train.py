@@ -63,6 +63,7 @@ def test_metrics_have_the_contract_fields(ten_steps: TrainRun) -> None:
         "tokens_seen",
         "tokens_per_second",
         "skipped_steps",
+        "epochs/python_stdlib",
     }
     for step, line in enumerate(ten_steps.metrics, start=1):
         assert set(line) == fields

@@ -304,7 +304,9 @@ def test_a_registered_dataset_that_is_streamed(tmp_path: Path, monkeypatch: pyte
     )  # fmt: skip
     monkeypatch.setitem(DATASETS, "streamed", registered)
     config = job(dataset="streamed", dataset_path=str(tmp_path), epochs=1)
-    assert documents_in(read(loaders(config, 2, 0), config.training.steps)) == expected
+    loaders(config, 1, 0)
+    steps = config.training.steps
+    assert documents_in(read(loaders(config, 2, 0), steps)) == expected
 
 
 def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
