@@ -77,7 +77,12 @@ def test_two_nodes_compute_what_one_process_does(tmp_path: Path) -> None:
     for name in ("loss", "loss_ce", "loss_future", "grad_norm"):
         assert [line[name] for line in two] == pytest.approx(one.values(name), rel=1e-5), name
     manifest = json.loads((dump_folder / "checkpoint" / "step-2" / "manifest.json").read_text())
-    assert manifest["world_size"] == 2 and manifest["parallelism"] == {"dp_replicate": 1, "dp_shard": 2, "tp": 1, "pp": 1}
+    assert manifest["world_size"] == 2 and manifest["parallelism"] == {
+        "dp_replicate": 1,
+        "dp_shard": 2,
+        "tp": 1,
+        "pp": 1,
+    }
 
 
 def test_arguments_pass_through_train_sh_unharmed(tmp_path: Path) -> None:
