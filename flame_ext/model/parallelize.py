@@ -41,8 +41,11 @@ def parallelize_hf_causal_lm(model: HFCausalLM, parallel_dims: ParallelDims, job
         loss_parallel = not job_config.parallelism.disable_loss_parallel and not enabled_heads(job_config)
         apply_tensor_parallel(model, mesh, loss_parallel)
         maybe_enable_async_tp(job_config, mesh)
-        # DTensors of unknown size can not always be split: each batch shape is compiled by itself.
-        torch._dynamo.config.automatic_dynamic_shapes &= not compile_model
+        if compile_model:
+            # DTensors of unknown size can not always be split: each batch shape is compiled by itself. Probe, teacher, student and
+            # validation have five to seven, which all layers count as recompilations of one function.
+            torch._dynamo.config.automatic_dynamic_shapes = False
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     if job_config.activation_checkpoint.mode != "none":
         apply_ac(
             model,
