@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +40,9 @@ class PackedDataloader(ParallelAwareDataloader):
         # Every iteration draws a seed for its workers. Not from the default generator: a resumed run, which has one
         # iteration more, would go on with other dropout masks than the unbroken one.
         generator = torch.Generator()
-        # Workers give sequences, not batches: asked in turn they yield the lanes in turn, however many they are.
+        # Workers give sequences, not batches: asked in turn they yield the lanes in turn, however many they are. Without workers
+        # a batch comes in one piece, which costs less.
+        dataset.together = 1 if kwargs.get("num_workers") else batch_size
         super().__init__(
             dataset, dp_rank, dp_world_size, generator=generator, batch_size=None, collate_fn=_as_it_is, **kwargs
         )
@@ -76,7 +78,7 @@ class PackedDataloader(ParallelAwareDataloader):
         one, as the host's dataset has them, -100 after the end of a lane's data; positions count from the beginning of a document.
         """
         self._iterator = None  # a worker of an earlier iteration has a dataset of its own, which stands elsewhere
-        items = super().__iter__()
+        items = chain.from_iterable(super().__iter__())
         going_on = set(self.dataset.lanes)
         while going_on or self.dataset.pad:
             try:
@@ -119,9 +121,9 @@ class PackedDataloader(ParallelAwareDataloader):
         return f"lane_{lane}_of_{self.dataset.num_lanes}"
 
 
-def _as_it_is(sequence: Any) -> Any:
+def _as_it_is(sequences: Any) -> Any:
     """Instead of a collation, which would make tensors of the numbers in a position, one by one."""
-    return sequence
+    return sequences
 
 
 def positions_in_documents(doc_ids: Tensor) -> Tensor:

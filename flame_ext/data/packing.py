@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, islice
 
 import numpy as np
 import torch
@@ -52,7 +52,11 @@ class Lane:
         return cls(numbers[0], [s[0] for s in sources], [Cursor(s[1], s[2]) for s in sources])
 
 
-class PackedDocuments(IterableDataset[tuple[Tensor, list[int], bool]]):
+Packed = tuple[Tensor, list[int], bool]
+"""A sequence, see :meth:`PackedDocuments.sequences`."""
+
+
+class PackedDocuments(IterableDataset[list[Packed]]):
     """Sequences of ``seq_len + 1`` tokens from this rank's lanes, in turn.
 
     A lane ends when its sources have; from then on its sequences are empty, and the others go on.
@@ -82,6 +86,8 @@ class PackedDocuments(IterableDataset[tuple[Tensor, list[int], bool]]):
     ) -> None:
         self.sources, self.seq_len, self.eos_id, self.pad = sources, seq_len, eos_id, pad
         self.num_lanes = num_lanes
+        self.together = 1
+        """How many sequences an iteration yields at once."""
         self.weights = [1.0] * len(sources) if weights is None else list(weights)
         self._rng_seed = rng_seed or 0
         self.lanes = {n: Lane(0, [0] * len(sources), [source.start(n) for source in sources]) for n in lanes}
@@ -93,7 +99,13 @@ class PackedDocuments(IterableDataset[tuple[Tensor, list[int], bool]]):
         self.lanes.pop(lane)
         self.lanes[lane] = Lane.of(numbers)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, list[int], bool]]:
+    def __iter__(self) -> Iterator[list[Packed]]:
+        """:meth:`sequences`, several at once."""
+        sequences = self.sequences()
+        while True:
+            yield list(islice(sequences, self.together))
+
+    def sequences(self) -> Iterator[Packed]:
         """Yields without end a sequence, (2, T + 1): tokens, ``IGNORED`` after a lane's end, and document numbers from 0; the
         number of its lane with that one's position after it; and whether the lane has ended. A worker yields those of every
         n-th lane, so that all of them together, asked in turn, yield the same as one process.
@@ -133,7 +145,7 @@ class _LaneReader:
         )
 
     def sequence(self) -> Tensor:
-        """See :meth:`PackedDocuments.__iter__`."""
+        """See :meth:`PackedDocuments.sequences`."""
         length = self._data.seq_len + 1
         result, starts = np.full((2, length), IGNORED, dtype=np.int64), np.zeros(length, dtype=bool)
         tokens, doc_ids = result

@@ -42,7 +42,7 @@ def dataset(ranks: int, rank: int, num_lanes: int, rng_seed: int | None = 5, seq
 def take(data: PackedDocuments, count: int) -> list[list[int]]:
     """Whole samples: the inputs and the last label."""
     samples = []
-    for (tokens, _), (lane, *numbers), _ in itertools.islice(iter(data), count):
+    for (tokens, _), (lane, *numbers), _ in itertools.islice(data.sequences(), count):
         data.move(lane, numbers)
         samples.append(tokens.tolist())
     return samples
@@ -101,7 +101,9 @@ def test_document_numbers_against_a_walk_through_the_tokens(documents: list, seq
     data = PackedDocuments([indexed(documents, 1, None, epochs=1)], seq_len, range(1), 1, eos_id=eos_id)
     stream = [(d, token) for d, document in enumerate(documents) for token in document]
     length = seq_len + 1
-    for number, ((tokens, doc_ids), _, ended) in enumerate(itertools.islice(iter(data), len(stream) // length + 2)):
+    for number, ((tokens, doc_ids), _, ended) in enumerate(
+        itertools.islice(data.sequences(), len(stream) // length + 2)
+    ):
         part = stream[number * length : (number + 1) * length]
         expected, current = [], 0
         for i, (d, _) in enumerate(part):

@@ -4,7 +4,7 @@ import os
 
 from flame_ext.data.packing import PackedDocuments
 
-sequences = PackedDocuments.__iter__
+sequences = PackedDocuments.sequences
 
 
 def unreadable(self):
@@ -14,4 +14,4 @@ def unreadable(self):
         yield sequence
 
 
-PackedDocuments.__iter__ = unreadable
+PackedDocuments.sequences = unreadable
