@@ -164,6 +164,8 @@ def rank_main(folder: Path, dump_folder: str) -> None:
     if dist.get_rank() == 0:
         (Path(dump_folder) / "digest").write_text(str(time.perf_counter() - begin))
     trainer.close()
+    dist.barrier()
+    dist.destroy_process_group()  # its threads, if they are still there, abort the process at its end
 
 
 def launch(processes: int, *command: str) -> Peak:
