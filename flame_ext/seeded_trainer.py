@@ -106,9 +106,8 @@ class SeededTrainer(torchtitan.train.Trainer):
         training = self.job_config.training
         vocab_size = self.model_parts[0].config.get_text_config().vocab_size
         ids = self.tokenizer.encode(PROBE_TEXT)[: min(PROBE_LENGTH, training.seq_len)]
-        ids = ids[
-            : len(ids) // self.parallel_dims.tp * self.parallel_dims.tp
-        ]  # sequence parallelism shares positions out
+        tp = self.parallel_dims.tp
+        ids = ids[: len(ids) // tp * tp]  # sequence parallelism shares positions out
         param_dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
         dtype = TORCH_DTYPE_MAP[training.dtype]
         return Probe(

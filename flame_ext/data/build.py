@@ -54,7 +54,6 @@ def build_dataloader(
             )
             for number, (where, source) in enumerate(named)
         ]
-
     data = PackedDocuments(
         documents,
         training.seq_len,
@@ -99,7 +98,6 @@ def build_validation_dataloaders(
                 rng_seed=None,
                 epochs=1,
             )
-
         eos_id = getattr(tokenizer, "eos_id", None)
         data = PackedDocuments([documents], validation.seq_len, lanes, num_lanes, eos_id=eos_id, pad=True)
         loader = PackedDataloader(

@@ -138,18 +138,14 @@ def open_documents(
             encode.value_of(sample)
     except ConfigError as e:
         raise ConfigError(f"{where}: {e}") from e
-    except (
-        OSError,
-        ValueError,
-        DatasetsError,
-    ) as e:  # absent, gated, unreachable, malformed: the libraries' words say which
+    except (OSError, ValueError, DatasetsError) as e:
+        # Absent, gated, out of reach, malformed: the libraries' words say which.
         cause = _innermost(e)
         if isinstance(cause, SchemaInferenceError):
             raise ConfigError(f"{where}: {source.path}: no documents in it") from e
-        message = str(cause).strip().splitlines() or [type(cause).__name__]
-        raise ConfigError(
-            f"{where}: " + ("" if isinstance(cause, ConfigError) else f"{source.path}: ") + message[0]
-        ) from e
+        message = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        named = message if isinstance(cause, ConfigError) else f"{source.path}: {message}"
+        raise ConfigError(f"{where}: {named}") from e
     if row is not None:
         return IndexedDocuments(source.path, len(data), lambda index: encode(row(index)), num_lanes, rng_seed, epochs)
     return StreamedDocuments(source.path, data, encode, num_lanes, rng_seed, epochs, nbytes)
