@@ -228,15 +228,12 @@ def with_layers(layers: int, **changes: int) -> OlmoConfig:
 
 
 def cases(quick: bool) -> list[Case]:
-    """OLMo-1B on 1, 2 and 4 ranks, and a half and a quarter of its layers on 1 and 2."""
+    """OLMo-1B, and a half and a quarter of its layers, on 1, 2 and 4 ranks."""
     if quick:
         tiny = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
         return [Case("tiny", with_layers(2, **tiny, vocab_size=512), processes) for processes in (1, 2)]
-    sizes = {16: (1, 2, 4), 8: (1, 2), 4: (1, 2)}
     return [
-        Case(f"{layers} layers", with_layers(layers), processes)
-        for layers, ranks in sizes.items()
-        for processes in ranks
+        Case(f"{layers} layers", with_layers(layers), processes) for layers in (16, 8, 4) for processes in (1, 2, 4)
     ]
 
 
