@@ -54,6 +54,9 @@ class FutureMetricsProcessor(MetricsProcessor):
         parts = self.step_metrics(grad_norm)
         known = {name: value for name, value in parts.items() if value is not None}
         extra = {**(extra_metrics or {}), **known}
+        # The host takes a rank that has a part of a sequence for one that has all of it.
+        extra["n_tokens_seen"] = extra.get("n_tokens_seen", 0) / self.parallel_dims.cp
+        global_max_loss *= self.parallel_dims.cp
         seconds = time.perf_counter() - self.time_last_log
         # Every rank counts its own tokens; ranks that share a batch (TP, PP) count the same ones.
         tokens_per_second = (

@@ -30,10 +30,11 @@ from flame_ext.model.hf_causal_lm import HFCausalLM
 from flame_ext.model.pipeline import Pipeline
 from flame_ext.optimization import configured_again
 from flame_ext.seeding.anticausal import prove_anticausal
+from flame_ext.seeding.context_parallel import prove_context_parallel
 from flame_ext.seeding.identity import changed_source
 from flame_ext.seeding.seed import seed
 from flame_ext.seeding.target import seed_target, whole_state
-from flame_ext.seeding.verify import Probe
+from flame_ext.seeding.verify import TOLERANCE, Probe
 
 # What the seeded model is measured on: plain text and a little code, long enough for any tokenizer.
 PROBE_TEXT = (
@@ -69,6 +70,13 @@ class SeededTrainer(torchtitan.train.Trainer):
         target = seed_target(self.model, state, self.model_args.load())
         probe = self._probe()
         report = seed(target, path, self.job_config.seed, probe, self._dump_folder)
+        if self.model.context is not None and self.job_config.seed.verify != "none":
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # as for the probe
+                forwards = (
+                    partial(forward, probe.tokens) for forward in (self._shared_probe_forward, self._probe_forward)
+                )
+                prove_context_parallel(*forwards, TOLERANCE[probe.compute_dtype])
+            logger.info("Verified that sequences in parts give the logits of whole ones")
         objective = self.objective
         if objective is not None and objective.anticausal and self.job_config.seed.verify != "none":
             # As long as those of the training: how masks are made and attended by depends on it.
@@ -106,8 +114,8 @@ class SeededTrainer(torchtitan.train.Trainer):
         training = self.job_config.training
         vocab_size = self.model_parts[0].config.get_text_config().vocab_size
         ids = self.tokenizer.encode(PROBE_TEXT)[: min(PROBE_LENGTH, training.seq_len)]
-        tp = self.parallel_dims.tp
-        ids = ids[: len(ids) // tp * tp]  # sequence parallelism shares positions out
+        divisor = self.parallel_dims.seq_len_divisor
+        ids = ids[: len(ids) // divisor * divisor]  # sequence and context parallelism share positions out
         param_dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
         dtype = TORCH_DTYPE_MAP[training.dtype]
         return Probe(
@@ -135,6 +143,21 @@ class SeededTrainer(torchtitan.train.Trainer):
         finally:
             for part in self.model_parts:
                 part.train()
+
+    def _shared_probe_forward(self, tokens: Tensor) -> Tensor:
+        """(1, T) tokens to (1, T, V) logits, by ranks that have a part of the sequence each. Collective."""
+        context, tokens = self.model.context, tokens.to(self.device)
+        assert context is not None
+        self.model.eval()
+        try:
+            with self.maybe_enable_amp:
+                logits = self.model(context.shard(tokens), **self._attention_of({"input": tokens}))
+            return context.unshard(_whole_logits(logits))
+        finally:
+            self.model.train()
+
+    def _attention_of(self, input_dict: dict[str, Tensor]) -> dict[str, Any]:
+        raise NotImplementedError
 
     def _summaries(self, objective: FutureObjective, tokens: Tensor) -> Tensor:
         """(1, T) tokens to (1, T, D) summaries, on every rank. Collective."""
@@ -183,8 +206,9 @@ class SeededTrainer(torchtitan.train.Trainer):
     def _manifest_facts(self) -> dict[str, Any]:
         """What a step's manifest records of its run; the seed's identity, so that a step knows what it grew from."""
         dims = self.parallel_dims
+        inner = {"cp": dims.cp, "tp": dims.tp, "pp": dims.pp}
         return {
-            "parallelism": {"dp_replicate": dims.dp_replicate, "dp_shard": dims.dp_shard, "tp": dims.tp, "pp": dims.pp},
+            "parallelism": {"dp_replicate": dims.dp_replicate, "dp_shard": dims.dp_shard, **inner},
             "versions": {
                 "flame_ext": flame_ext.__version__,
                 "torch": torch.__version__,

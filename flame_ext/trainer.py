@@ -361,20 +361,35 @@ class FutureTrainer(SeededTrainer):
         inputs, labels, extra_inputs, extra_kwargs = super().post_dataloading_process(
             {"input": input_dict["input"]}, labels
         )
-        within = {} if self.pipeline is not None else self._within_documents(input_dict)  # which has smaller ones
-        return inputs, labels, extra_inputs, {**extra_kwargs, **within}
+        extra_kwargs.pop("positions", None)  # the host's name for position_ids
+        attention = {} if self.pipeline is not None else self._attention_of(input_dict)  # which has smaller batches
+        return inputs, labels, extra_inputs, {**extra_kwargs, **attention}
 
-    def _within_documents(self, input_dict: dict[str, Tensor]) -> dict[str, Any]:
-        """What keeps the backbone's causal attention within documents; empty if it may go across."""
-        if not self.job_config.data.document_attention or "doc_ids" not in input_dict:
+    def _attention_of(self, input_dict: dict[str, Tensor], rows: slice = slice(None)) -> dict[str, Any]:
+        """What the backbone's causal attention has to be told of these sequences: documents that it keeps within, which of
+        their positions are this rank's. Empty if it is nothing.
+        """
+        context = self.model_parts[0].context
+        within = self.job_config.data.document_attention and "doc_ids" in input_dict
+        batch_size, seq_len = input_dict["input"][rows].shape
+        if within:
+            doc_ids, positions = (input_dict[name][rows].to(self.device) for name in ("doc_ids", "positions"))
+        elif context is None:
             return {}
-        doc_ids, positions = (input_dict[name].to(self.device) for name in ("doc_ids", "positions"))
+        else:  # one document, masked alike in each sequence
+            doc_ids = torch.zeros((1, seq_len), dtype=torch.int64, device=self.device)
+            positions = torch.arange(seq_len, device=self.device).expand(batch_size, -1)
+        part: dict[str, Any] = {}
+        queries = keys = None
+        if context is not None:
+            queries, keys, positions = context.positions(seq_len), context.order(seq_len), context.shard(positions)
+            part = {"part_of_sequence": True}
         flex = mask_form("auto", self.model_parts[0], self.device) == "flex"
         make = causal_document_block_mask if flex else causal_document_mask
         windows = attention_windows(self.model_parts[0].config)
-        masks = {kind: make(doc_ids, window) for kind, window in windows.items()}
+        masks = {kind: make(doc_ids, window, queries, keys) for kind, window in windows.items()}
         mask = masks if len(masks) > 1 else next(iter(masks.values()))
-        return {"attention_mask": mask, "position_ids": positions}
+        return {"attention_mask": mask, "position_ids": positions, **part}
 
     def forward_backward_step(
         self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Tensor
@@ -455,9 +470,6 @@ class FutureTrainer(SeededTrainer):
         names = found[0] if found else {}
         return result, {name: torch.stack([parts[name].detach() for parts in found]).sum(0) for name in names}
 
-    def _attention_of(self, input_dict: dict[str, Tensor], rows: slice) -> dict[str, Any]:
-        return self._within_documents({name: value[rows] for name, value in input_dict.items()})
-
     def _timed(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self.objective is None else self.objective.stopwatch.measure(name)
 
@@ -476,6 +488,7 @@ class FutureTrainer(SeededTrainer):
     def _evaluate(self, input_dict: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         """Metrics of a validation batch, as a dataloader gives it, to be summed over ranks."""
         inputs, labels, doc_ids = input_dict["input"].to(self.device), labels.to(self.device), input_dict.get("doc_ids")
+        input_dict = {**input_dict, "input": inputs}
         labelled = (labels != IGNORE_INDEX).sum()
         mesh = self.parallel_dims.get_optional_mesh("batch")
         tokens = max(1.0, labelled.item() if mesh is None else dist_utils.dist_sum(labelled, mesh))
@@ -484,9 +497,10 @@ class FutureTrainer(SeededTrainer):
             if self.objective is not None:
                 plan = self.objective.plan_evaluation((inputs, labels, doc_ids))
                 self.objective.teach(plan, 0, partial(self._attention_of, input_dict))
+            inputs, labels, _, attention = self.post_dataloading_process(input_dict, labels)
             losses = partial(self._losses, plan, 0, inputs, labels, doc_ids, tokens)
             if self.pipeline is None:
-                _, parts = self.model(inputs, **self._within_documents(input_dict), compute=losses(slice(None)))
+                _, parts = self.model(inputs, **attention, compute=losses(slice(None)))
             else:
                 _, parts = self._pipelined(self.pipeline.forward, inputs, input_dict, losses)
             return parts
@@ -497,10 +511,9 @@ class FutureTrainer(SeededTrainer):
             self._parts[name] = self._parts[name] + value if name in self._parts else value
 
     def _step_metrics(self, grad_norm: float) -> dict[str, float | None]:
-        data_ranks, _ = self._data_ranks()
-        epochs = {
-            f"epochs/{label}": n / data_ranks for label, n in zip(self._labels, self.dataloader.epochs(), strict=True)
-        }
+        mesh = self.parallel_dims.get_optional_mesh("loss")
+        ranks = 1 if mesh is None else mesh.size()  # that are summed over
+        epochs = {f"epochs/{label}": n / ranks for label, n in zip(self._labels, self.dataloader.epochs(), strict=True)}
         parts = self._reduced(self._parts | {name: torch.tensor(n, device=self.device) for name, n in epochs.items()})
         self._part_names = list(dict.fromkeys([*self._part_names, *parts]))
         metrics = {**dict.fromkeys(self._part_names), **parts, "skipped_steps": self.skipped_steps}

@@ -13,6 +13,7 @@ from torchtitan.protocols.model_converter import _registry_model_converter_cls
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from flame_ext.config.context_checks import check_context_parallel, check_context_parallel_of_model
 from flame_ext.config.pipeline_checks import check_pipeline, check_pipeline_of_model
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError, SeedError
@@ -46,6 +47,7 @@ def check_config(config: FlameJobConfig) -> None:
         *_check_model(config),
         *_check_parallelism(config),
         *check_pipeline(config),
+        *check_context_parallel(config),
         *_check_checkpoint(config),
         *_check_seed(config),
         *_check_export(config),
@@ -75,18 +77,10 @@ def _check_model(config: FlameJobConfig) -> Iterator[str]:
 
 def _check_parallelism(config: FlameJobConfig) -> Iterator[str]:
     degrees = config.parallelism
-    for name in ("expert",):
-        degree = getattr(degrees, f"{name}_parallel_degree")
-        if degree != 1:
-            yield (
-                f"parallelism.{name}_parallel_degree must be 1 for {MODEL_NAME!r}, got {degree}; scale with "
-                "data_parallel_shard_degree (FSDP), data_parallel_replicate_degree (DDP, HSDP) and pipeline_parallel_degree"
-            )
-    if degrees.context_parallel_degree != 1:
+    if degrees.expert_parallel_degree != 1:
         yield (
-            f"parallelism.context_parallel_degree must be 1, got {degrees.context_parallel_degree}: the host's context parallelism "
-            "is causal attention only, which an anticausal teacher is not, and needs an accelerator to be tried without one; "
-            "scale with tensor_parallel_degree, whose sequence parallelism shares out activations, or with FSDP"
+            f"parallelism.expert_parallel_degree must be 1 for {MODEL_NAME!r}, got {degrees.expert_parallel_degree}; scale with "
+            "data_parallel_shard_degree (FSDP), data_parallel_replicate_degree (DDP, HSDP) and pipeline_parallel_degree"
         )
     yield from _check_tensor_parallelism(config)
     if config.comm.mode != "default":
@@ -135,7 +129,9 @@ def _check_tensor_parallelism(config: FlameJobConfig) -> Iterator[str]:
 def _data_parallel_ranks(config: FlameJobConfig) -> int | None:
     """Processes that read different data; None if the degrees do not divide their number. Known under torchrun, else 1."""
     degrees = config.parallelism
-    sharing = max(1, degrees.tensor_parallel_degree) * max(1, degrees.pipeline_parallel_degree)
+    sharing = 1
+    for kind in ("tensor", "pipeline", "context"):
+        sharing *= max(1, getattr(degrees, f"{kind}_parallel_degree"))
     ranks, rest = divmod(int(os.environ.get("WORLD_SIZE", "1")), sharing)
     return None if rest else ranks
 
@@ -358,6 +354,7 @@ def _check_against_model(config: FlameJobConfig, hf_config: PreTrainedConfig) ->
             "'auto' or 'sdpa'"
         )
     yield from check_pipeline_of_model(config)
+    yield from check_context_parallel_of_model(config, hf_config)
     limit = getattr(text, "max_position_embeddings", None)
     if limit is not None and config.training.seq_len > limit:
         yield (

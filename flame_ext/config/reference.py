@@ -89,10 +89,22 @@ HOST_OPTIONS = (
         "refused without an accelerator, and without a compiled model",
         ("--parallelism.enable-async-tensor-parallel",),
     ),
-    *(
-        HostOption(f"parallelism.{kind}_parallel_degree", "has to be 1", (f"--parallelism.{kind}-parallel-degree=2",))
-        for kind in ("context", "expert")
+    HostOption(
+        "parallelism.context_parallel_degree",
+        "without heads and pipelines ([parallelism.md](parallelism.md#context))",
+        ("--parallelism.context-parallel-degree=2",),
     ),
+    HostOption(
+        "parallelism.context_parallel_load_balancer",
+        '`"headtail"`, or none',
+        ("--parallelism.context-parallel-degree=2", "--parallelism.context-parallel-load-balancer=ptrr"),
+    ),
+    HostOption(
+        "parallelism.context_parallel_rotate_method",
+        '`"allgather"`',
+        ("--parallelism.context-parallel-degree=2", "--parallelism.context-parallel-rotate-method=alltoall"),
+    ),
+    HostOption("parallelism.expert_parallel_degree", "has to be 1", ("--parallelism.expert-parallel-degree=2",)),
     HostOption(
         "parallelism.pipeline_parallel_schedule",
         '`"GPipe"`, `"1F1B"` or `"Interleaved1F1B"` ([parallelism.md](parallelism.md#pipeline))',

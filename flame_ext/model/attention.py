@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -131,14 +129,3 @@ def _soft_capped(
 
 
 AttentionInterface.register(BOOLEAN_ATTENTION, boolean_attention)
-
-
-@contextmanager
-def attention_implementation(config: PreTrainedConfig, name: str) -> Iterator[None]:
-    """For the time of a forward, let the layers that hold ``config`` attend by another implementation."""
-    before = config._attn_implementation
-    config._attn_implementation = name
-    try:
-        yield
-    finally:
-        config._attn_implementation = before

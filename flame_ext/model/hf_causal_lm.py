@@ -11,7 +11,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -28,7 +28,8 @@ from transformers.core_model_loading import PrefixChange, WeightTransform, rever
 from flame_ext.config.sections import HeadOptimization
 from flame_ext.errors import ConfigError
 from flame_ext.heads.initialisation import ParameterInit
-from flame_ext.model.attention import BOOLEAN_ATTENTION, attention_implementation
+from flame_ext.model.attention import BOOLEAN_ATTENTION
+from flame_ext.model.context_parallel import ContextParallel
 from flame_ext.model.hf_config import load_hf_config
 
 POISON_VARIABLE = "FLAME_EXT_POISON_PARAMETERS"
@@ -95,6 +96,8 @@ class HFCausalLM(nn.Module):
         tied_keys: name of a tied parameter to the name that the state dict keeps, e.g. lm_head to the embedding.
         computed_buffers: names of the buffers that are in no state dict (RoPE frequencies and the like).
         weight_transforms: what transformers does to the keys of this architecture's files while loading.
+        own_attention: name of transformers' attention that the backbone runs with where it makes its own masks.
+        context: the parts of sequences that ranks have; None = whole ones.
         stage: of a pipeline; None = the whole model.
         of_whole: the model, on meta, that this is a stage of, in a tuple, since it is no child.
     """
@@ -119,6 +122,8 @@ class HFCausalLM(nn.Module):
     parameter_inits: dict[str, ParameterInit]
     tied_keys: dict[str, str]
     computed_buffers: list[str]
+    own_attention: str
+    context: ContextParallel | None = None
     stage: Stage | None = None
     of_whole: tuple[HFCausalLM, ...] = ()
 
@@ -228,6 +233,7 @@ class HFCausalLM(nn.Module):
         position_ids: Tensor | None = None,
         output: Literal["logits", "hidden_states"] = "logits",
         compute: Callable[[Tensor, Tensor], Any] | None = None,
+        part_of_sequence: bool = False,
     ) -> Any:
         """One forward of the backbone, and of what ``compute`` does with its results.
 
@@ -244,6 +250,8 @@ class HFCausalLM(nn.Module):
                 embedding.
             compute: called with logits and hidden states; what it returns is returned. A stage that is not the last one
                 gives hidden states (B, T, D), whatever is asked of the whole.
+            part_of_sequence: of context parallelism. T is the number of this rank's positions, which ``position_ids`` are; the
+                columns of ``attention_mask`` are for all positions, in the order of :meth:`ContextParallel.order`. Collective.
         """
         stage = self.stage
         inputs = {
@@ -252,32 +260,31 @@ class HFCausalLM(nn.Module):
             "position_ids": position_ids,
             "use_cache": False,
         }
-        with self._attention_for(attention_mask):
-            if output == "hidden_states" or (stage is not None and not stage.is_last):
-                return self.base_model(**inputs).last_hidden_state
-            if compute is None:
-                return super().forward(**inputs).logits
-            # The architecture's own forward does more than lm_head(hidden) (soft-capping, scaling): run it as it is, and
-            # pick up the last hidden state on its way from the base model.
-            captured: list[Tensor] = []
-            hook = self.base_model.register_forward_hook(
-                lambda _m, _i, result: captured.append(result.last_hidden_state)
-            )
-            try:
-                logits = super().forward(**inputs).logits
-            finally:
-                hook.remove()
+        name = self._attention_for(attention_mask)
+        # It stays until the next forward: activation checkpointing runs the layers again in the backward.
+        self.base_model.config._attn_implementation = ContextParallel.attention_name(name) if part_of_sequence else name
+        if output == "hidden_states" or (stage is not None and not stage.is_last):
+            return self.base_model(**inputs).last_hidden_state
+        if compute is None:
+            return super().forward(**inputs).logits
+        # The architecture's own forward does more than lm_head(hidden) (soft-capping, scaling): run it as it is, and
+        # pick up the last hidden state on its way from the base model.
+        captured: list[Tensor] = []
+        hook = self.base_model.register_forward_hook(lambda _m, _i, result: captured.append(result.last_hidden_state))
+        try:
+            logits = super().forward(**inputs).logits
+        finally:
+            hook.remove()
         return compute(logits, captured.pop())
 
-    def _attention_for(self, mask: Any) -> AbstractContextManager[None]:
+    def _attention_for(self, mask: Any) -> str:
         """The attention that understands ``mask``: the backbone's own for None."""
         masks = mask.values() if isinstance(mask, dict) else [mask]
-        own = self.base_model.config._attn_implementation
         if any(isinstance(mask, BlockMask) for mask in masks):
-            return attention_implementation(self.base_model.config, "flex_attention")
-        if any(mask is not None and (own != "sdpa" or mask.shape[1] > 1) for mask in masks):
-            return attention_implementation(self.base_model.config, BOOLEAN_ATTENTION)
-        return nullcontext()
+            return "flex_attention"
+        if any(mask is not None and (self.own_attention != "sdpa" or mask.shape[1] > 1) for mask in masks):
+            return BOOLEAN_ATTENTION
+        return self.own_attention
 
 
 def build_hf_causal_lm(model_args: HFModelArgs) -> HFCausalLM:
@@ -305,6 +312,7 @@ def build_hf_causal_lm(model_args: HFModelArgs) -> HFCausalLM:
     model_class: Any = type(model)
     model.__class__ = _with_training_interface(model_class)
     model.model_args = model_args
+    model.own_attention = model.base_model.config._attn_implementation
     model.head_names = []
     model.head_optimization = {}
     model.parameter_inits = {}

@@ -1,4 +1,4 @@
-"""Tensor parallelism, activation checkpointing, per-layer compilation and data parallelism for :class:`HFCausalLM`, in the host's order.
+"""Tensor and context parallelism, activation checkpointing, compilation, data parallelism for :class:`HFCausalLM`, in the host's order.
 
 No ``from __future__ import annotations`` here: DDP looks at the types in its communication hook's signature.
 """
@@ -25,6 +25,7 @@ from torchtitan.models.llama3.infra.parallelize import (
 from torchtitan.tools.logging import logger
 
 from flame_ext.heads.own import enabled_heads
+from flame_ext.model.context_parallel import ContextParallel
 from flame_ext.model.hf_causal_lm import HFCausalLM
 from flame_ext.model.tensor_parallel import apply_tensor_parallel
 
@@ -46,6 +47,11 @@ def parallelize_hf_causal_lm(model: HFCausalLM, parallel_dims: ParallelDims, job
             # validation have five to seven, which all layers count as recompilations of one function.
             torch._dynamo.config.automatic_dynamic_shapes = False
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    if parallel_dims.cp_enabled:
+        model.context = ContextParallel(
+            parallel_dims.get_mesh("cp"), job_config.parallelism.context_parallel_load_balancer
+        )
+        logger.info("Applied Context Parallel to the model")
     if job_config.activation_checkpoint.mode != "none":
         apply_ac(
             model,

@@ -123,32 +123,41 @@ def anticausal_block_mask(
     return create(allowed, None if doc_ids is None else batch_size, None, seq_len, seq_len, device=device)
 
 
-def causal_document_mask(doc_ids: Tensor, window: int = 0) -> Tensor:
+def causal_document_mask(
+    doc_ids: Tensor, window: int = 0, queries: Tensor | None = None, keys: Tensor | None = None
+) -> Tensor:
     """Causal attention that does not leave a document: i attends to j where i - window < j <= i, in the same document.
 
     Args:
         doc_ids: (B, T) integers.
         window: positions that are seen, the own one included; 0 = all the past.
+        queries: (n,) positions that the rows are for; all by default.
+        keys: (m,) positions that the columns are for; all by default.
 
     Returns:
-        (B, 1, T, T) bool, true where attention is allowed.
+        (B, 1, n, m) bool, true where attention is allowed.
     """
-    position = torch.arange(doc_ids.shape[1], device=doc_ids.device)
-    behind = position[:, None] - position[None, :]
+    every = torch.arange(doc_ids.shape[1], device=doc_ids.device)
+    queries, keys = (every if some is None else some for some in (queries, keys))
+    behind = queries[:, None] - keys[None, :]
     allowed = (behind >= 0) & (behind < window) if window else behind >= 0
-    return allowed & (doc_ids[:, None, :, None] == doc_ids[:, None, None, :])
+    return allowed & (doc_ids[:, None, queries, None] == doc_ids[:, None, None, keys])
 
 
-def causal_document_block_mask(doc_ids: Tensor, window: int = 0) -> BlockMask:
+def causal_document_block_mask(
+    doc_ids: Tensor, window: int = 0, queries: Tensor | None = None, keys: Tensor | None = None
+) -> BlockMask:
     """:func:`causal_document_mask` for FlexAttention, which skips blocks that are all masked."""
+    every = torch.arange(doc_ids.shape[1], device=doc_ids.device)
+    rows, columns = (every if some is None else some for some in (queries, keys))
 
-    def allowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    def allowed(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        i, j = (row, column) if queries is None and keys is None else (rows[row], columns[column])
         causal = (j <= i) & (i - j < window) if window else j <= i
         return causal & (doc_ids[b, i] == doc_ids[b, j])
 
-    batch_size, seq_len = doc_ids.shape
     create = _compiled_create_block_mask() if doc_ids.is_cuda else create_block_mask
-    return create(allowed, batch_size, None, seq_len, seq_len, device=str(doc_ids.device))
+    return create(allowed, doc_ids.shape[0], None, len(rows), len(columns), device=str(doc_ids.device))
 
 
 @cache

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torchtitan.config.job_config import ActivationCheckpoint
+from torchtitan.distributed.activation_checkpoint import apply_ac
 from transformers import AutoModelForCausalLM
 
 from flame_ext.data.loader import positions_in_documents
 from flame_ext.data.packing import PADDING
-from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
+from flame_ext.model.hf_causal_lm import HFCausalLM, HFModelArgs, build_hf_causal_lm
 from flame_ext.objective.masks import causal_document_block_mask, causal_document_mask
 from flame_ext.trainer import FutureTrainer
 from tests.tiny_models import save_tiny
@@ -24,22 +26,31 @@ def as_trained(model: torch.nn.Module, doc_ids: torch.Tensor) -> dict:
         job_config=SimpleNamespace(data=SimpleNamespace(document_attention=True)), device=torch.device("cpu"),
         model_parts=[model],
     )  # fmt: skip
-    return FutureTrainer._within_documents(trainer, {"doc_ids": doc_ids, "positions": positions_in_documents(doc_ids)})
+    inputs = {"input": doc_ids, "doc_ids": doc_ids, "positions": positions_in_documents(doc_ids)}
+    return FutureTrainer._attention_of(trainer, inputs)
+
+
+def stock_and_ours(name: str, folder: Path) -> tuple[HFCausalLM, torch.nn.Module]:
+    save_tiny(name, folder)
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = build_hf_causal_lm(HFModelArgs(hf_assets_path=str(folder)))
+    model.to_empty(device="cpu")
+    model.init_weights()
+    model.load_state_dict(stock.state_dict())
+    return model.eval(), stock
+
+
+def packed_tokens() -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(1, 200, (2, 24), generator=torch.Generator().manual_seed(0))
+    return tokens, torch.stack([torch.repeat_interleave(torch.arange(len(n)), torch.tensor(n)) for n in LENGTHS])
 
 
 @pytest.mark.parametrize(
     "name", ["olmo-tied", "gpt2-learned-positions", "gemma2", "gemma3-rope-per-layer", "olmo3-sliding-window"]
 )
 def test_a_document_is_computed_as_if_it_were_alone(name: str, tmp_path: Path) -> None:
-    folder = save_tiny(name, tmp_path / name)
-    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    model = build_hf_causal_lm(HFModelArgs(hf_assets_path=str(folder)))
-    model.to_empty(device="cpu")
-    model.init_weights()
-    model.load_state_dict(stock.state_dict())
-    model.eval()
-    tokens = torch.randint(1, 200, (2, 24), generator=torch.Generator().manual_seed(0))
-    doc_ids = torch.stack([torch.repeat_interleave(torch.arange(len(n)), torch.tensor(n)) for n in LENGTHS])
+    model, stock = stock_and_ours(name, tmp_path)
+    tokens, doc_ids = packed_tokens()
     with torch.no_grad():
         packed = model(tokens, **as_trained(model, doc_ids))
         for row, lengths in enumerate(LENGTHS):
@@ -48,6 +59,32 @@ def test_a_document_is_computed_as_if_it_were_alone(name: str, tmp_path: Path) -
         across = model(tokens)
     assert not torch.allclose(across[0], packed[0], atol=1e-3), "without the mask they do see each other"
     assert torch.allclose(across[1], packed[1], atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["olmo-tied", "gemma2", "olmo3-sliding-window"])
+def test_layers_that_run_again_in_the_backward_attend_as_before(name: str, tmp_path: Path) -> None:
+    """The attention that understands these masks is not the one that Gemma-2 has where it makes its own."""
+    gradients = []
+    for mode in ("none", "full"):
+        model, _ = stock_and_ours(name, tmp_path / mode)
+        if mode == "full":
+            apply_ac(model, ActivationCheckpoint(mode="full"))
+        tokens, doc_ids = packed_tokens()
+        model(tokens, **as_trained(model, doc_ids)).logsumexp(dim=-1).sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert len(gradients[0]) > 15 and all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_a_part_of_a_mask_is_its_rows_in_the_order_of_the_keys(window: int) -> None:
+    doc_ids = torch.tensor([[0] * 5 + [1] * 7 + [2] * 4])
+    queries, keys = torch.tensor([0, 1, 2, 3, 12, 13, 14, 15]), torch.randperm(16)
+    part = causal_document_mask(doc_ids, window)[:, :, queries][..., keys]
+    assert torch.equal(causal_document_mask(doc_ids, window, queries, keys), part)
+    blocks = causal_document_block_mask(doc_ids, window, queries, keys)
+    row, column = torch.meshgrid(torch.arange(8), torch.arange(16), indexing="ij")
+    assert torch.equal(blocks.mask_mod(torch.tensor(0), torch.tensor(0), row, column), part[0, 0])
+    assert blocks.shape == (1, 1, 8, 16)
 
 
 @pytest.mark.parametrize("window", [0, 3])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +11,6 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import (
     CodeGenConfig,
     DeepseekV2Config,
@@ -29,91 +26,9 @@ from flame_ext.checkpoint.steps import CompleteStep
 from flame_ext.errors import ConfigError
 from flame_ext.train import parse
 from tests.faults.test_resume import assert_resumed_exactly, resumed_from, saved, train
-from tests.ranks import DEBUG_TOML, TINY_OLMO, run_ranks
-from tests.tiny_models import CONFIGS, save_tiny
-
-TP2 = "--parallelism.tensor_parallel_degree=2"
-HEADS = ["--action_layer.enable", "--future_encoder.shift_k=2"]
-NO_HEADS = ["--model.converters=", "--future_encoder.no-enable", "--future_predictor.no-enable"]
-LENGTH, BATCH = 64, 4
-
-# Name to number of processes and options.
-LAYOUTS: dict[str, tuple[int, list[str]]] = {
-    "single": (1, [f"--training.local_batch_size={BATCH}"]),
-    "tp2": (2, [f"--training.local_batch_size={BATCH}", TP2]),
-    "fsdp2-tp2": (4, [f"--training.local_batch_size={BATCH // 2}", TP2]),
-    "hsdp4-tp2": (
-        8,
-        [f"--training.local_batch_size={BATCH // 4}", TP2, "--parallelism.data_parallel_replicate_degree=2"],
-    ),
-}
-
-
-def one_step(models: str, folder: str, jobs: dict[str, list[str]], options: list[str]) -> dict[str, Any]:
-    """In a rank: seed each job (architecture and ``+heads``), take one step, and keep what it did."""
-    import torch.distributed as dist
-    from torch.distributed.tensor import DTensor
-    from torchtitan.tools.logging import init_logger
-
-    from flame_ext.model import tensor_parallel
-    from flame_ext.trainer import FutureTrainer
-
-    def full(tensor: Tensor) -> Tensor:
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        return tensor.detach().clone()
-
-    init_logger()
-    inputs = torch.zeros((1, LENGTH), dtype=torch.int64)
-    results: dict[str, Any] = {}
-    for job, more in jobs.items():
-        path = f"{models}/{job.partition('+')[0]}"
-        arguments = [f"--job.config_file={DEBUG_TOML}", f"--model.hf_assets_path={path}", "--seed.verify=parity"]
-        arguments += [f"--checkpoint.initial_load_path={path}", f"--job.dump_folder={folder}/{job}", *options, *more]
-        arguments += ["--metrics.no-enable-tensorboard", f"--training.seq_len={LENGTH}", "--training.max_norm=1e9"]
-        arguments += [f"--training.global_batch_size={BATCH}", *(HEADS if "+heads" in job else NO_HEADS)]
-        whole = mock.patch.object(tensor_parallel, "_no_sequence_parallel", return_value="the test says so")
-        with whole if "+whole" in job else nullcontext():
-            trainer = FutureTrainer(parse(arguments))
-        trainer.checkpointer.load()
-        heads = {key: full(p) for key, p in trainer.model.named_parameters() if key in trainer.model.parameter_inits}
-        shapes: list[int] = []
-        layer = trainer.model.layers[1]
-        layer.register_forward_pre_hook(lambda _layer, args, shapes=shapes: shapes.append(args[0].shape[1]))
-        trainer.step = 1
-        trainer.train_step(trainer.batch_generator(trainer.dataloader))
-        results[job] = {
-            "parts": trainer._reduced(trainer._parts),
-            "grad_norm": trainer._grad_norm,
-            "gradients": {
-                key.replace("_orig_mod.", ""): full(p.grad)
-                for key, p in trainer.model.named_parameters()
-                if p.grad is not None
-            },
-            "heads": heads,
-            "report": json.loads(Path(folder, job, "seed_report.json").read_text()),
-            "parameters": {type(p).__name__ for p in trainer.model.parameters()},
-            "sequence_parallel": shapes[-1] != LENGTH,
-            "logits": type(trainer.model(inputs)).__name__,
-        }
-        trainer.close()
-    dist.destroy_process_group()
-    return results
-
-
-def assert_same_step(result: dict[str, Any], expected: dict[str, Any]) -> None:
-    for name, value in expected["parts"].items():
-        assert result["parts"][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
-    assert result["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
-    assert set(result["heads"]) == set(expected["heads"])
-    for key, value in expected["heads"].items():
-        assert torch.equal(result["heads"][key], value), key
-    assert set(result["gradients"]) == set(expected["gradients"])
-    for key, gradient in expected["gradients"].items():
-        scale = gradient.abs().max().item()
-        torch.testing.assert_close(result["gradients"][key], gradient, rtol=1e-4, atol=1e-5 * scale, msg=key)
-    assert result["report"]["weights_digest"] == expected["report"]["weights_digest"]
-    assert result["report"]["keys"] == expected["report"]["keys"]
-
+from tests.layouts import NO_HEADS, TP2, assert_same_step, steps
+from tests.ranks import DEBUG_TOML, TINY_OLMO
+from tests.tiny_models import CONFIGS
 
 # -- one step ----------------------------------------------------------------------------------------------------
 
@@ -136,20 +51,6 @@ COVERED = {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
-
-
-def steps(
-    models: Path, folder: Path, layout: str, jobs: dict[str, list[str]], *options: str
-) -> list[dict[str, dict[str, Any]]]:
-    """What :func:`one_step` did in each rank of a layout."""
-    world_size, more = LAYOUTS[layout]
-    for name in {job.partition("+")[0] for job in jobs}:
-        if not (models / name).exists():
-            save_tiny(name, models / name)
-    arguments = (str(models), str(folder / layout), jobs, [*more, *options])
-    ranks = run_ranks(one_step, world_size, *arguments, folder=folder / f"{layout}.ranks", timeout=280)
-    assert all(rank.exit_code == 0 for rank in ranks), ranks[0].output[-3000:]
-    return [rank.value for rank in ranks]
 
 
 @pytest.fixture(scope="module")

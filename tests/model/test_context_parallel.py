@@ -1,0 +1,218 @@
+"""One optimisation step with a part of each sequence on a rank against the same step in a single process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from transformers import (
+    FalconConfig,
+    LlamaConfig,
+    MambaConfig,
+    Phi3Config,
+    PreTrainedConfig,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from flame_ext.errors import ConfigError, SeedError
+from flame_ext.seeding.context_parallel import prove_context_parallel
+from flame_ext.train import parse
+from tests.faults.test_resume import assert_resumed_exactly, resumed_from, train
+from tests.layouts import CP2, NO_HEADS, TP2, assert_same_step, steps
+from tests.ranks import DEBUG_TOML, TINY_OLMO, TrainRun, run_ranks
+from tests.tiny_models import CONFIGS, save_tiny
+
+DOCUMENTS = ["--data.document_attention"]
+FULL = ["--activation_checkpoint.mode=full"]
+PER_OP = ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"]
+COMPILE = ["--compile.enable", "--compile.backend=aot_eager", "--compile.components=model,loss"]
+IN_ORDER = ["--parallelism.context_parallel_load_balancer=None"]
+
+# Architecture and what is tried with it: job to options of its own.
+JOBS: dict[str, list[str]] = {
+    "olmo-tied": [],
+    "olmo2": FULL,
+    "llama-scaled-rope+documents": DOCUMENTS,
+    "gemma2": FULL,
+    "gemma2+documents": [*DOCUMENTS, *FULL],
+    "olmo3-sliding-window+documents": DOCUMENTS,
+    "gpt2-learned-positions": [],
+    "qwen3-qk-norm+compiled": COMPILE,
+}
+COVERED = {
+    "cp2": ["olmo-tied", "llama-scaled-rope+documents", "gemma2+documents", "gpt2-learned-positions"],
+    "fsdp2-cp2": ["olmo2", "olmo3-sliding-window+documents", "qwen3-qk-norm+compiled"],
+    "cp2-tp2": ["olmo-tied", "gemma2"],
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def single(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The step of each job in a single process, which has no use for what some of them ask for."""
+    return steps(models, tmp_path_factory.mktemp("single"), "single", JOBS)[0]
+
+
+@pytest.mark.parametrize("layout", COVERED)
+def test_one_step_is_that_of_a_single_process(
+    models: Path, single: dict[str, dict[str, Any]], tmp_path: Path, layout: str
+) -> None:
+    for rank in steps(models, tmp_path, layout, {name: JOBS[name] for name in COVERED[layout]}):
+        for name, result in rank.items():
+            assert_same_step(result, single[name])
+            assert result["parameters"] == {"DTensor"}, "sharded over the ranks that share a sequence, too"
+
+
+VARIANTS = {
+    "olmo-tied+op": PER_OP,
+    "gemma2+in order": IN_ORDER,
+    "olmo2+in order+documents": [*IN_ORDER, *DOCUMENTS],
+    "olmo-untied+offload": ["--training.enable_cpu_offload"],
+    "gemma3-rope-per-layer+compiled": [*COMPILE, *DOCUMENTS],
+}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("layout", ["cp2", "fsdp2-cp2", "cp4", "hsdp2-cp2", "cp2-tp2"])
+@pytest.mark.parametrize("kind", ["", "+documents", "variants"])
+def test_every_architecture_under_every_layout(models: Path, tmp_path: Path, layout: str, kind: str) -> None:
+    planned = [name for name in CONFIGS if layout != "cp2-tp2" or not name.startswith(("gpt2", "falcon"))]
+    jobs = VARIANTS if kind == "variants" else {name + kind: DOCUMENTS if kind else [] for name in planned}
+    (expected,) = steps(models, tmp_path, "single", jobs)
+    for rank in steps(models, tmp_path, layout, jobs):
+        for name in jobs:
+            assert_same_step(rank[name], expected[name])
+
+
+def test_a_run_is_that_of_a_single_process_and_goes_on_as_one(tmp_path: Path) -> None:
+    """Figures that are counted for sequences, not for their parts; validation; steps that are saved."""
+    options = [*NO_HEADS, "--validation.enable", "--validation.freq=1", "--validation.steps=2"]
+    options += ["--validation.seq_len=64", "--validation.local_batch_size=2", "--validation.dataset=python_stdlib"]
+    unbroken = train(tmp_path / "unbroken", *options, ranks=1, steps=3)
+    shared = [*options, CP2, "--training.local_batch_size=4", "--checkpoint.allow_config_change=training.steps"]
+    run = train(tmp_path / "shared", *shared, ranks=2, steps=2)
+    folder = resumed_from(run, 2, tmp_path / "tail")
+    tail = train(folder, *options, ranks=1, steps=3)
+    assert_resumed_exactly(tail, run.dump_folder / "checkpoint" / "step-2")
+    for name in ("loss", "loss_ce", "grad_norm", "tokens_seen", "epochs/python_stdlib"):
+        # Adam divides small gradients by themselves: a step on, roundings of 1e-7 are 1e-6.
+        assert run.values(name) == pytest.approx(unbroken.values(name)[:2], rel=1e-5), name
+        assert tail.values(name) == pytest.approx(unbroken.values(name), rel=1e-5), name
+    held_out = [[json.loads(line)["loss_ce"] for line in lines] for lines in map(validated, (run, unbroken))]
+    assert held_out[0] == pytest.approx(held_out[1][:2], rel=1e-5)
+
+
+def validated(run: TrainRun) -> list[str]:
+    return (run.dump_folder / "validation.jsonl").read_text().splitlines()
+
+
+# -- what can not be right ---------------------------------------------------------------------------------------
+
+
+def seed_with_alibi(folder: str, dump_folder: str) -> str:
+    """In a rank: what seeding says to Falcon with ALiBi, whose code counts the positions of what it is given."""
+    from torchtitan.tools.logging import init_logger
+
+    from flame_ext.trainer import FutureTrainer
+
+    init_logger()
+    arguments = [f"--job.config_file={DEBUG_TOML}", f"--job.dump_folder={dump_folder}", *NO_HEADS, CP2]
+    arguments += [
+        f"--model.hf_assets_path={folder}",
+        f"--checkpoint.initial_load_path={folder}",
+        "--training.seq_len=64",
+    ]
+    trainer = FutureTrainer(parse(arguments))
+    try:
+        trainer.checkpointer.load()
+    except SeedError as e:
+        return str(e)
+    finally:
+        trainer.close()
+        torch.distributed.destroy_process_group()
+    return "seeded"
+
+
+def test_code_that_counts_positions_itself_is_found_out(tmp_path: Path) -> None:
+    config = FalconConfig(vocab_size=264, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True)
+    with mock.patch.dict(CONFIGS, alibi=config):
+        folder = save_tiny("alibi", tmp_path / "alibi")
+    ranks = run_ranks(seed_with_alibi, 2, str(folder), str(tmp_path / "run"), folder=tmp_path / "ranks")
+    for rank in ranks:
+        assert rank.exit_code == 0, rank.output[-3000:]
+        assert (
+            "with a part of the sequence" in rank.value and "set parallelism.context_parallel_degree = 1" in rank.value
+        )
+    assert not list((tmp_path / "run").glob("checkpoint/*"))
+
+
+@pytest.mark.parametrize("difference", [1e-3, float("nan")])
+def test_logits_that_differ_are_refused(difference: float) -> None:
+    whole = torch.linspace(-1, 1, 24).view(1, 4, 6)
+    prove_context_parallel(lambda: whole + 1e-6, lambda: whole, 1e-5)
+    with pytest.raises(SeedError, match="logits differ by up to"):
+        prove_context_parallel(lambda: whole + difference, lambda: whole, 1e-5)
+
+
+_SHAPE = {"vocab_size": 264, "hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 2, "eos_token_id": 0}
+_SHAPE |= {"num_attention_heads": 4, "bos_token_id": None, "pad_token_id": 1}
+_LONG = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6, "rope_theta": 1e4}
+
+
+def refusal(folder: Path, config: PreTrainedConfig, *options: str, world_size: int = 4) -> str:
+    """The message of the checks before any process group exists."""
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.save_pretrained(folder)
+    shutil.copy(TINY_OLMO / "tokenizer.json", folder)
+    arguments = [f"--job.config_file={DEBUG_TOML}", f"--model.hf_assets_path={folder}", "--training.seq_len=64", CP2]
+    with mock.patch.dict("os.environ", {"WORLD_SIZE": str(world_size)}), pytest.raises(ConfigError) as refused:
+        parse([*arguments, *options])
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--parallelism.context_parallel_degree=0", *NO_HEADS], "context_parallel_degree must be >= 1"),
+        (["--parallelism.context_parallel_degree=3", *NO_HEADS], "must divide the number of processes (4)"),
+        ([], "goes without heads (future_encoder enabled)"),
+        (["--parallelism.pipeline_parallel_degree=2", *NO_HEADS], "does not go with parallelism.pipeline_parallel_degree > 1"),
+        (["--parallelism.context_parallel_load_balancer=ptrr", *NO_HEADS], "must be one of 'headtail', None, got 'ptrr'"),
+        (["--parallelism.context_parallel_rotate_method=alltoall", *NO_HEADS], "must be 'allgather', got 'alltoall'"),
+        (["--training.seq_len=62", *NO_HEADS], "training.seq_len (62) must be a multiple of 4"),
+        (["--training.seq_len=68", TP2, *NO_HEADS], "training.seq_len (68) must be a multiple of 8"),
+        (["--validation.enable", "--validation.seq_len=62", *NO_HEADS], "validation.seq_len (62) must be a multiple of 4"),
+        (["--training.global_batch_size=12", *NO_HEADS], "times the data-parallel ranks (2)"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_go_together_are_refused(tmp_path: Path, options: list[str], expected: str) -> None:
+    assert expected in refusal(tmp_path, LlamaConfig(**_SHAPE), *options)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (MambaConfig(vocab_size=264, hidden_size=32, num_hidden_layers=2), "can not be right for 'mamba': it "),
+        (
+            Phi3Config(**_SHAPE, max_position_embeddings=128, original_max_position_embeddings=64, rope_parameters=_LONG),
+            "its RoPE ('longrope') depends on the length of what a rank sees",
+        ),
+        (
+            LlamaConfig(**_SHAPE, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+            "its RoPE ('dynamic') depends on the length",
+        ),
+    ],
+    ids=["recurrent", "longrope", "dynamic"],
+)  # fmt: skip
+def test_a_model_that_needs_whole_sequences_is_refused(tmp_path: Path, config: PreTrainedConfig, expected: str) -> None:
+    message = refusal(tmp_path, config, *NO_HEADS)
+    assert expected in message and "parallelism.context_parallel_degree > 1 can not be right for" in message
