@@ -72,10 +72,8 @@ class SeededTrainer(torchtitan.train.Trainer):
         report = seed(target, path, self.job_config.seed, probe, self._dump_folder)
         if self.model.context is not None and self.job_config.seed.verify != "none":
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # as for the probe
-                forwards = (
-                    partial(forward, probe.tokens) for forward in (self._shared_probe_forward, self._probe_forward)
-                )
-                prove_context_parallel(*forwards, TOLERANCE[probe.compute_dtype])
+                shared, whole = partial(self._shared_probe_forward, probe.tokens), partial(probe.forward, probe.tokens)
+                prove_context_parallel(shared, whole, TOLERANCE[probe.compute_dtype])
             logger.info("Verified that sequences in parts give the logits of whole ones")
         objective = self.objective
         if objective is not None and objective.anticausal and self.job_config.seed.verify != "none":

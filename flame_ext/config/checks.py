@@ -13,7 +13,7 @@ from torchtitan.protocols.model_converter import _registry_model_converter_cls
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from flame_ext.config.context_checks import check_context_parallel, check_context_parallel_of_model
+from flame_ext.config.context_checks import check_context_parallel, check_context_parallel_of_model, sequence_lengths
 from flame_ext.config.pipeline_checks import check_pipeline, check_pipeline_of_model
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError, SeedError
@@ -110,10 +110,7 @@ def _check_tensor_parallelism(config: FlameJobConfig) -> Iterator[str]:
             f"parallelism.data_parallel_replicate_degree = {replicas} with tensor_parallel_degree = {degree}: the host's DDP goes with "
             "no other parallelism; set data_parallel_shard_degree to 2 or more (HSDP), or data_parallel_replicate_degree to 1 (FSDP)"
         )
-    lengths = {"training": config.training.seq_len}
-    if config.validation.enable:
-        lengths["validation"] = config.validation.seq_len
-    for name, seq_len in lengths.items():
+    for name, seq_len in sequence_lengths(config).items():
         if seq_len % degree:
             yield (
                 f"{name}.seq_len ({seq_len}) must be a multiple of parallelism.tensor_parallel_degree ({degree}): sequence "

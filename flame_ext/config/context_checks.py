@@ -12,6 +12,12 @@ from flame_ext.heads.own import enabled_heads
 from flame_ext.model.context_parallel import LOAD_BALANCERS, not_context_parallel
 
 
+def sequence_lengths(config: FlameJobConfig) -> dict[str, int]:
+    """``seq_len`` of each section that has batches."""
+    lengths = {"training": config.training.seq_len}
+    return lengths | ({"validation": config.validation.seq_len} if config.validation.enable else {})
+
+
 def check_context_parallel(config: FlameJobConfig) -> Iterator[str]:
     """One sentence for each finding; the model's own are :func:`check_context_parallel_of_model`'s."""
     options = config.parallelism
@@ -47,10 +53,7 @@ def check_context_parallel(config: FlameJobConfig) -> Iterator[str]:
             "and values are gathered, so that any backbone's mask can be used on them"
         )
     divisor = sharing * (2 if balancer == "headtail" else 1)
-    lengths = {"training": config.training.seq_len}
-    if config.validation.enable:
-        lengths["validation"] = config.validation.seq_len
-    for section, seq_len in lengths.items():
+    for section, seq_len in sequence_lengths(config).items():
         if seq_len % divisor:
             yield (
                 f"{section}.seq_len ({seq_len}) must be a multiple of {divisor}: the sequence is shared out in equal parts by "

@@ -55,6 +55,12 @@ def supports_flex_attention(config: PreTrainedConfig) -> bool:
     return model_cls is None or bool(model_cls._supports_flex_attn)
 
 
+def supports_attention_backend(config: PreTrainedConfig) -> bool:
+    """Whether its attention can be exchanged for another by name; as :func:`supports_flex_attention`."""
+    model_cls = _known_class(config)
+    return model_cls is None or bool(model_cls._supports_attention_backend)
+
+
 def _known_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     try:
         known: Any = AutoModelForCausalLM._model_mapping[type(config)]

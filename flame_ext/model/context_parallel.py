@@ -19,7 +19,7 @@ from torchtitan.distributed.context_parallel import cp_shard
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from flame_ext.model.attention import BOOLEAN_ATTENTION, not_anticausal
+from flame_ext.model.attention import BOOLEAN_ATTENTION, not_anticausal, supports_attention_backend
 
 LOAD_BALANCERS = ("headtail", None)
 
@@ -31,6 +31,8 @@ def not_context_parallel(config: PreTrainedConfig) -> str | None:
     """
     if reason := not_anticausal(config):
         return reason
+    if not supports_attention_backend(config):
+        return "its own attention code can not be exchanged for one that gathers keys and values"
     config = config.get_text_config()
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     for parameters in (rope, *(of_kind for of_kind in rope.values() if isinstance(of_kind, dict))):

@@ -21,10 +21,12 @@ NATIVE, CE, FUTURE = (
     "Hugging Face backbone, cross-entropy",
     "+ future predictor",
 )
+DOCUMENTS = "+ document boundaries"
+COMPILED = (NATIVE, CE, DOCUMENTS, FUTURE)
 JOBS: dict[str, Job] = {
     NATIVE: Job("host"),
     CE: Job("ours", tuple(PLAIN)),
-    "+ document boundaries": Job("ours", (*PLAIN, "--data.document_attention")),
+    DOCUMENTS: Job("ours", (*PLAIN, "--data.document_attention")),
     FUTURE: Job("ours", (LINEAR,)),
     "+ future predictor, `teacher_fraction = 0.5`": Job("ours", (LINEAR, "--future_encoder.teacher_fraction=0.5")),
     "+ future predictor, `teacher_interval = 4`": Job("ours", (LINEAR, "--future_encoder.teacher_interval=4")),
@@ -53,11 +55,37 @@ def jobs_of(shape: Shape, scratch: Path, options: Sequence[str] = ()) -> dict[st
 
 
 def measure(quick: bool = False) -> list[Table]:
-    """The tables ``steps`` and ``steps-device``."""
+    """The tables ``steps``, ``steps-compiled`` and ``steps-device``."""
     shape, steps = (QUICK, 3) if quick else (ON_CPU, 40)
+    warm_up = 1 if quick else 5
     with tempfile.TemporaryDirectory() as scratch:
-        found = in_turns(jobs_of(shape, Path(scratch)), steps, warm_up=1 if quick else 5)
-    return [table_of(shape, found), device_table(quick)]
+        found = in_turns(jobs_of(shape, Path(scratch)), steps, warm_up)
+    with tempfile.TemporaryDirectory() as scratch:
+        jobs = jobs_of(shape, Path(scratch), ("--compile.enable",))
+        compiled = in_turns({name: jobs[name] for name in COMPILED}, steps, warm_up)
+    return [table_of(shape, found), compiled_table(shape, compiled), device_table(quick)]
+
+
+def compiled_table(shape: Shape, found: dict[str, list[dict[str, Any]]]) -> Table:
+    """As :func:`table_of`, with ``compile.enable`` on both sides: layers and losses by inductor."""
+    rows = []
+    for name, taken in found.items():
+        to = [f"{ratio_to(found, name, base, 'wall'):.2f}x" for base in (NATIVE, CE)]
+        rows.append([name, spread(column(taken, "wall"), 3), *to])
+    notes = [
+        f"{shape}, float32, `compile.enable`, {len(found[CE])} steps in turns.",
+        verdict(
+            "Speed of plain cross-entropy to the native model",
+            1 / ratio_to(found, CE, NATIVE, "wall"),
+            0.95,
+            at_most=False,
+        )
+        + " "
+        + verdict("Document boundaries", ratio_to(found, DOCUMENTS, CE, "wall"), 1.05)
+        + " "
+        + verdict("Future predictor to cross-entropy", ratio_to(found, FUTURE, CE, "wall"), 1.4),
+    ]
+    return Table("steps-compiled", ["", "s a step", "to native", "to cross-entropy"], rows, notes, found)
 
 
 def table_of(shape: Shape, found: dict[str, list[dict[str, Any]]]) -> Table:
@@ -71,7 +99,7 @@ def table_of(shape: Shape, found: dict[str, list[dict[str, Any]]]) -> Table:
         f"{shape}, float32, {len(found[CE])} steps in turns; ratios of each round, their median (of `teacher_interval`: of the "
         "means).",
         verdict("Speed of plain cross-entropy to the native model", 1 / slower, 0.95, at_most=False),
-        verdict("Document boundaries", ratio_to(found, "+ document boundaries", CE, "wall"), 1.05),
+        verdict("Document boundaries", ratio_to(found, DOCUMENTS, CE, "wall"), 1.05),
         verdict(
             "Future predictor to cross-entropy (goal set for OLMo-1B's shape)", ratio_to(found, FUTURE, CE, "wall"), 1.4
         ),
@@ -183,7 +211,7 @@ def _device_notes(shape: Shape, found: dict[str, list[dict[str, Any]]]) -> list[
     return [
         verdict("speed of cross-entropy to the native model's", 1 / ratio_to(found, CE, NATIVE, "wall"), 0.95, False),
         verdict("future predictor to cross-entropy", ratio_to(found, FUTURE, CE, "wall"), 1.4),
-        verdict("document boundaries", ratio_to(found, "+ document boundaries", CE, "wall"), 1.05),
+        verdict("document boundaries", ratio_to(found, DOCUMENTS, CE, "wall"), 1.05),
         profile_line(found),
         contrastive_line(shape, found),
     ]

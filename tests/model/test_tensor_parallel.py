@@ -49,11 +49,6 @@ COVERED = {
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
 def single(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The step of each job in a single process, which has no use for what some of them ask for."""
     return steps(models, tmp_path_factory.mktemp("single"), "single", JOBS)[0]
