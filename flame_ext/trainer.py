@@ -37,7 +37,7 @@ from flame_ext.model.attention import attention_windows
 from flame_ext.model.parallelize import sum_over_replicas
 from flame_ext.model.shared_embedding import SharedEmbedding
 from flame_ext.objective.cross_entropy import IGNORE_INDEX
-from flame_ext.objective.masks import causal_document_block_mask, causal_document_mask
+from flame_ext.objective.masks import causal_block_mask, causal_mask
 from flame_ext.seeded_trainer import SeededTrainer
 from flame_ext.seeding.layouts import open_source
 
@@ -371,21 +371,18 @@ class FutureTrainer(SeededTrainer):
         """
         context = self.model_parts[0].context
         within = self.job_config.data.document_attention and "doc_ids" in input_dict
+        if not within and context is None:
+            return {}
         batch_size, seq_len = input_dict["input"][rows].shape
+        queries = keys = torch.arange(seq_len, device=self.device)
+        doc_ids, positions = None, queries.expand(batch_size, -1)
         if within:
             doc_ids, positions = (input_dict[name][rows].to(self.device) for name in ("doc_ids", "positions"))
-        elif context is None:
-            return {}
-        else:  # one document, masked alike in each sequence
-            doc_ids = torch.zeros((1, seq_len), dtype=torch.int64, device=self.device)
-            positions = torch.arange(seq_len, device=self.device).expand(batch_size, -1)
         part: dict[str, Any] = {}
-        queries = keys = None
         if context is not None:
             queries, keys, positions = context.positions(seq_len), context.order(seq_len), context.shard(positions)
             part = {"part_of_sequence": True}
-        flex = mask_form("auto", self.model_parts[0], self.device) == "flex"
-        make = causal_document_block_mask if flex else causal_document_mask
+        make = causal_block_mask if mask_form("auto", self.model_parts[0], self.device) == "flex" else causal_mask
         windows = attention_windows(self.model_parts[0].config)
         masks = {kind: make(doc_ids, window, queries, keys) for kind, window in windows.items()}
         mask = masks if len(masks) > 1 else next(iter(masks.values()))

@@ -123,41 +123,36 @@ def anticausal_block_mask(
     return create(allowed, None if doc_ids is None else batch_size, None, seq_len, seq_len, device=device)
 
 
-def causal_document_mask(
-    doc_ids: Tensor, window: int = 0, queries: Tensor | None = None, keys: Tensor | None = None
-) -> Tensor:
+def causal_mask(doc_ids: Tensor | None, window: int, queries: Tensor, keys: Tensor) -> Tensor:
     """Causal attention that does not leave a document: i attends to j where i - window < j <= i, in the same document.
 
     Args:
-        doc_ids: (B, T) integers.
+        doc_ids: (B, T) integers, or None if each sequence is one document.
         window: positions that are seen, the own one included; 0 = all the past.
-        queries: (n,) positions that the rows are for; all by default.
-        keys: (m,) positions that the columns are for; all by default.
+        queries: (n,) positions that the rows are for.
+        keys: (m,) positions that the columns are for.
 
     Returns:
-        (B, 1, n, m) bool, true where attention is allowed.
+        (B, 1, n, m) bool, true where attention is allowed; B is 1 without ``doc_ids``.
     """
-    every = torch.arange(doc_ids.shape[1], device=doc_ids.device)
-    queries, keys = (every if some is None else some for some in (queries, keys))
     behind = queries[:, None] - keys[None, :]
-    allowed = (behind >= 0) & (behind < window) if window else behind >= 0
+    allowed = ((behind >= 0) & (behind < window) if window else behind >= 0)[None, None]
+    if doc_ids is None:
+        return allowed
     return allowed & (doc_ids[:, None, queries, None] == doc_ids[:, None, None, keys])
 
 
-def causal_document_block_mask(
-    doc_ids: Tensor, window: int = 0, queries: Tensor | None = None, keys: Tensor | None = None
-) -> BlockMask:
-    """:func:`causal_document_mask` for FlexAttention, which skips blocks that are all masked."""
-    every = torch.arange(doc_ids.shape[1], device=doc_ids.device)
-    rows, columns = (every if some is None else some for some in (queries, keys))
+def causal_block_mask(doc_ids: Tensor | None, window: int, queries: Tensor, keys: Tensor) -> BlockMask:
+    """:func:`causal_mask` for FlexAttention, which skips blocks that are all masked."""
 
     def allowed(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        i, j = (row, column) if queries is None and keys is None else (rows[row], columns[column])
-        causal = (j <= i) & (i - j < window) if window else j <= i
-        return causal & (doc_ids[b, i] == doc_ids[b, j])
+        i, j = queries[row], keys[column]
+        result = (j <= i) & (i - j < window) if window else j <= i
+        return result if doc_ids is None else result & (doc_ids[b, i] == doc_ids[b, j])
 
-    create = _compiled_create_block_mask() if doc_ids.is_cuda else create_block_mask
-    return create(allowed, doc_ids.shape[0], None, len(rows), len(columns), device=str(doc_ids.device))
+    create = _compiled_create_block_mask() if queries.is_cuda else create_block_mask
+    batch_size = None if doc_ids is None else doc_ids.shape[0]
+    return create(allowed, batch_size, None, len(queries), len(keys), device=str(queries.device))
 
 
 @cache

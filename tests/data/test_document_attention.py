@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from flame_ext.data.loader import positions_in_documents
 from flame_ext.data.packing import PADDING
 from flame_ext.model.hf_causal_lm import HFCausalLM, HFModelArgs, build_hf_causal_lm
-from flame_ext.objective.masks import causal_document_block_mask, causal_document_mask
+from flame_ext.objective.masks import causal_block_mask, causal_mask
 from flame_ext.trainer import FutureTrainer
 from tests.tiny_models import save_tiny
 
@@ -77,21 +77,24 @@ def test_layers_that_run_again_in_the_backward_attend_as_before(name: str, tmp_p
 
 @pytest.mark.parametrize("window", [0, 3])
 def test_a_part_of_a_mask_is_its_rows_in_the_order_of_the_keys(window: int) -> None:
-    doc_ids = torch.tensor([[0] * 5 + [1] * 7 + [2] * 4])
+    every, documents = torch.arange(16), torch.tensor([[0] * 5 + [1] * 7 + [2] * 4])
     queries, keys = torch.tensor([0, 1, 2, 3, 12, 13, 14, 15]), torch.randperm(16)
-    part = causal_document_mask(doc_ids, window)[:, :, queries][..., keys]
-    assert torch.equal(causal_document_mask(doc_ids, window, queries, keys), part)
-    blocks = causal_document_block_mask(doc_ids, window, queries, keys)
-    row, column = torch.meshgrid(torch.arange(8), torch.arange(16), indexing="ij")
-    assert torch.equal(blocks.mask_mod(torch.tensor(0), torch.tensor(0), row, column), part[0, 0])
-    assert blocks.shape == (1, 1, 8, 16)
+    for doc_ids in (documents, None):
+        part = causal_mask(doc_ids, window, every, every)[:, :, queries][..., keys]
+        assert torch.equal(causal_mask(doc_ids, window, queries, keys), part)
+        blocks = causal_block_mask(doc_ids, window, queries, keys)
+        row, column = torch.meshgrid(torch.arange(8), torch.arange(16), indexing="ij")
+        batch = torch.tensor(0 if doc_ids is documents else 3)  # FlexAttention asks for every sequence
+        assert torch.equal(blocks.mask_mod(batch, torch.tensor(0), row, column), part[0, 0])
+        assert blocks.shape == (1, 1, 8, 16)
 
 
 @pytest.mark.parametrize("window", [0, 3])
 def test_block_masks_are_the_dense_ones(window: int) -> None:
     doc_ids = torch.tensor([[0] * 5 + [1] * 7 + [2] * 2 + [PADDING, PADDING + 1], [0] * 16])
-    dense = causal_document_mask(doc_ids, window)
-    blocks = causal_document_block_mask(doc_ids, window)
+    every = torch.arange(16)
+    dense = causal_mask(doc_ids, window, every, every)
+    blocks = causal_block_mask(doc_ids, window, every, every)
     b, i, j = torch.meshgrid(torch.arange(2), torch.arange(16), torch.arange(16), indexing="ij")
     assert torch.equal(blocks.mask_mod(b, torch.tensor(0), i, j), dense[:, 0])
     naive = [

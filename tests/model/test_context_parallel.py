@@ -112,6 +112,34 @@ def validated(run: TrainRun) -> list[str]:
     return (run.dump_folder / "validation.jsonl").read_text().splitlines()
 
 
+def seed_with_flex_attention(dump_folder: str) -> int:
+    """In a rank: seed, with the proof's parts under FlexAttention; how many masks of blocks that took."""
+    from torchtitan.tools.logging import init_logger
+
+    import flame_ext.trainer as trainers
+
+    init_logger()
+    trainer = trainers.FutureTrainer(
+        parse([f"--job.config_file={DEBUG_TOML}", f"--job.dump_folder={dump_folder}", *NO_HEADS, CP2])
+    )
+    make = trainers.causal_block_mask
+    with (
+        mock.patch.object(trainers, "mask_form", return_value="flex"),
+        mock.patch.object(trainers, "causal_block_mask", side_effect=make) as made,
+    ):
+        trainer.checkpointer.load()
+    trainer.close()
+    dist.destroy_process_group()
+    return made.call_count
+
+
+def test_flex_attention_computes_the_same(tmp_path: Path) -> None:
+    """Forward only: on a CPU it has no backward."""
+    for rank in run_ranks(seed_with_flex_attention, 2, str(tmp_path / "run"), folder=tmp_path / "ranks"):
+        assert rank.exit_code == 0, rank.output[-3000:]
+        assert rank.value == 1 and "sequences in parts give the logits of whole ones" in rank.output
+
+
 # -- what can not be right ---------------------------------------------------------------------------------------
 
 
