@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from torchtitan.components.metrics import MetricsProcessor
 from transformers import (
     FalconConfig,
     LlamaConfig,
@@ -21,6 +23,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flame_ext.errors import ConfigError, SeedError
+from flame_ext.metrics import FutureMetricsProcessor
 from flame_ext.seeding.context_parallel import prove_context_parallel
 from flame_ext.train import parse
 from tests.faults.test_resume import assert_resumed_exactly, resumed_from, train
@@ -92,7 +95,10 @@ def test_every_architecture_under_every_layout(models: Path, tmp_path: Path, lay
 
 def test_a_run_is_that_of_a_single_process_and_goes_on_as_one(tmp_path: Path) -> None:
     """Figures that are counted for sequences, not for their parts; validation; steps that are saved."""
-    options = [*NO_HEADS, "--validation.enable", "--validation.freq=1", "--validation.steps=2"]
+    texts = [json.dumps({"text": f"Document {n} is read more than once. " * (n + 2)}) for n in range(12)]
+    (tmp_path / "few.jsonl").write_text("\n".join(texts))
+    options = [*NO_HEADS, "--training.dataset=json", f"--training.dataset_path={tmp_path / 'few.jsonl'}"]
+    options += ["--validation.enable", "--validation.freq=1", "--validation.steps=2"]
     options += ["--validation.seq_len=64", "--validation.local_batch_size=2", "--validation.dataset=python_stdlib"]
     unbroken = train(tmp_path / "unbroken", *options, ranks=1, steps=3)
     shared = [*options, CP2, "--training.local_batch_size=4", "--checkpoint.allow_config_change=training.steps"]
@@ -100,12 +106,24 @@ def test_a_run_is_that_of_a_single_process_and_goes_on_as_one(tmp_path: Path) ->
     folder = resumed_from(run, 2, tmp_path / "tail")
     tail = train(folder, *options, ranks=1, steps=3)
     assert_resumed_exactly(tail, run.dump_folder / "checkpoint" / "step-2")
-    for name in ("loss", "loss_ce", "grad_norm", "tokens_seen", "epochs/python_stdlib"):
+    assert max(unbroken.values("epochs/few.jsonl")) > 0
+    for name in ("loss", "loss_ce", "grad_norm", "tokens_seen", "epochs/few.jsonl"):
         # Adam divides small gradients by themselves: a step on, roundings of 1e-7 are 1e-6.
         assert run.values(name) == pytest.approx(unbroken.values(name)[:2], rel=1e-5), name
         assert tail.values(name) == pytest.approx(unbroken.values(name), rel=1e-5), name
     held_out = [[json.loads(line)["loss_ce"] for line in lines] for lines in map(validated, (run, unbroken))]
     assert held_out[0] == pytest.approx(held_out[1][:2], rel=1e-5)
+
+
+def test_figures_of_the_host_are_of_whole_sequences() -> None:
+    """It divides the loss of a part by the labels of the whole, and adds up the tokens of all ranks."""
+    processor = FutureMetricsProcessor.__new__(FutureMetricsProcessor)
+    processor.parallel_dims = SimpleNamespace(cp=2, world_size=2, non_data_parallel_size=2)
+    processor.step_metrics = lambda _grad_norm: {}
+    processor.ntokens_since_last_log, processor.time_last_log, processor._writes = 256, 0.0, False
+    with mock.patch.object(MetricsProcessor, "log") as log:
+        processor.log(1, 3.0, 1.5, 0.1, {"n_tokens_seen": 512})
+    assert log.call_args.args == (1, 3.0, 3.0, 0.1, {"n_tokens_seen": 256})
 
 
 def validated(run: TrainRun) -> list[str]:
