@@ -20,6 +20,7 @@ from transformers import (
     Phi3Config,
     PhiConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     Qwen3Config,
 )
 
@@ -69,6 +70,14 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
 }
+
+
+def load_stock(folder: Path) -> PreTrainedModel:
+    """By transformers alone, in float32."""
+    # Before 5.21 its own choice for Gemma-2 drops the soft-capping of scores.
+    capped = "Gemma2" in (folder / "config.json").read_text()
+    options = {"attn_implementation": "eager"} if capped else {}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
 
 
 def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB") -> Path:

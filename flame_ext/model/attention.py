@@ -13,6 +13,12 @@ BOOLEAN_ATTENTION = "flame_ext_boolean"
 """The name under which :func:`boolean_attention` is known to transformers."""
 
 
+def attention_options(config: PreTrainedConfig) -> dict[str, Any]:
+    """What transformers has to be told to build the model by: before 5.21 it lets SDPA drop the soft-capping of scores."""
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return {"attn_implementation": "eager"} if capped else {}
+
+
 def attention_windows(config: PreTrainedConfig) -> dict[str, int]:
     """Layer type to the number of positions that its causal attention sees, the own one included; 0 = all the past.
 

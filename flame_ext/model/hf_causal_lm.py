@@ -28,7 +28,7 @@ from transformers.core_model_loading import PrefixChange, WeightTransform, rever
 from flame_ext.config.sections import HeadOptimization
 from flame_ext.errors import ConfigError
 from flame_ext.heads.initialisation import ParameterInit
-from flame_ext.model.attention import BOOLEAN_ATTENTION
+from flame_ext.model.attention import BOOLEAN_ATTENTION, attention_options
 from flame_ext.model.context_parallel import ContextParallel
 from flame_ext.model.hf_config import load_hf_config
 
@@ -297,7 +297,10 @@ def build_hf_causal_lm(model_args: HFModelArgs) -> HFCausalLM:
     try:
         with torch.device("cpu"), parameters_on_meta():
             model: Any = AutoModelForCausalLM.from_config(
-                config, dtype=torch.get_default_dtype(), trust_remote_code=model_args.trust_remote_code
+                config,
+                dtype=torch.get_default_dtype(),
+                trust_remote_code=model_args.trust_remote_code,
+                **attention_options(config),
             )
     except ValueError as e:
         raise ConfigError(f"model.hf_assets_path {model_args.hf_assets_path!r}: {str(e).splitlines()[0]}") from e

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from flame_ext.errors import SeedError
+from flame_ext.model.attention import attention_options
 from flame_ext.seeding.key_map import Rule, rename
 from flame_ext.seeding.layouts.dcp import METADATA_NAME, NESTED_PREFIX, DcpSource, read_metadata
 from flame_ext.seeding.source import Source
@@ -42,7 +43,8 @@ def load_stock_model(
     _require_memory(
         sum(entry.nbytes // entry.dtype.itemsize * dtype.itemsize for entry in entries.values()), source.path
     )
-    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    attention = attention_options(config)
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, **attention}
     if not isinstance(source, DcpSource) and all(rename(e.key, key_map) == e.key for e in entries.values()):
         return AutoModelForCausalLM.from_pretrained(source.path, local_files_only=True, **options)
     prefix = NESTED_PREFIX if source.layout == "dcp-nested" else ""
@@ -54,7 +56,7 @@ def load_stock_model(
     weights = {rename(key, key_map, bool(prefix)).removeprefix(prefix): tensor for key, tensor in state.items()}
     with torch.device("meta"):
         model_class = type(AutoModelForCausalLM.from_config(config, **options))
-    return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+    return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **attention)
 
 
 class _Reader(dcp.FileSystemReader):

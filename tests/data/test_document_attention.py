@@ -9,14 +9,13 @@ import pytest
 import torch
 from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
-from transformers import AutoModelForCausalLM
 
 from flame_ext.data.loader import positions_in_documents
 from flame_ext.data.packing import PADDING
 from flame_ext.model.hf_causal_lm import HFCausalLM, HFModelArgs, build_hf_causal_lm
 from flame_ext.objective.masks import causal_block_mask, causal_mask
 from flame_ext.trainer import FutureTrainer
-from tests.tiny_models import save_tiny
+from tests.tiny_models import load_stock, save_tiny
 
 LENGTHS = [[5, 1, 11, 7], [24]]
 
@@ -32,7 +31,7 @@ def as_trained(model: torch.nn.Module, doc_ids: torch.Tensor) -> dict:
 
 def stock_and_ours(name: str, folder: Path) -> tuple[HFCausalLM, torch.nn.Module]:
     save_tiny(name, folder)
-    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    stock = load_stock(folder).eval()
     model = build_hf_causal_lm(HFModelArgs(hf_assets_path=str(folder)))
     model.to_empty(device="cpu")
     model.init_weights()

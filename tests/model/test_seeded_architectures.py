@@ -10,10 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from tests.ranks import DEBUG_TOML, run_ranks
-from tests.tiny_models import CONFIGS, save_tiny
+from tests.tiny_models import CONFIGS, load_stock, save_tiny
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "single": (1, []),
@@ -90,7 +89,7 @@ def seeded(models: Path) -> dict[str, list[dict[str, Any]]]:
 def test_seeded_model_is_the_stock_model(
     models: Path, seeded: dict[str, list[dict[str, Any]]], name: str, layout: str
 ) -> None:
-    stock = AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float32)
+    stock = load_stock(models / name)
     logits = stock(TOKENS, use_cache=False).logits
     next_token_loss(logits).backward()
     expected = {key: p.grad for key, p in stock.named_parameters()}
@@ -109,7 +108,7 @@ def test_seeded_model_is_the_stock_model(
 def test_weights_and_heads_are_the_same_under_every_layout(
     models: Path, seeded: dict[str, list[dict[str, Any]]], name: str
 ) -> None:
-    stock = AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float32)
+    stock = load_stock(models / name)
     expected = {key: hashlib.sha256(p.detach().numpy().tobytes()).hexdigest() for key, p in stock.named_parameters()}
     reference = seeded["single"][0][name]["digests"]
     heads = {key for key in reference if key.startswith("future_predictor.")}
