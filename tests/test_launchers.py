@@ -80,6 +80,7 @@ def test_two_nodes_compute_what_one_process_does(tmp_path: Path) -> None:
     assert manifest["world_size"] == 2 and manifest["parallelism"] == {
         "dp_replicate": 1,
         "dp_shard": 2,
+        "cp": 1,
         "tp": 1,
         "pp": 1,
     }

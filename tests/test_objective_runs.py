@@ -158,7 +158,8 @@ def test_all_weights_zero_is_plain_cross_entropy_bit_for_bit(dump_folder: Path) 
 def test_after_two_hundred_steps_the_heads_have_learned_and_the_model_is_none_the_worse(tmp_path: Path) -> None:
     held_out = ["--validation.enable", "--validation.dataset=python_stdlib_validation", "--validation.seq_len=256"]
     held_out += ["--validation.steps=8", "--validation.freq=200"]
-    common = ["--training.steps=200", "--checkpoint.interval=1000", "--checkpoint.no-last_save_in_hf", *held_out]
+    common = ["--training.steps=200", "--training.local_batch_size=4", "--checkpoint.interval=1000", *held_out]
+    common.append("--checkpoint.no-last_save_in_hf")
     runs = {
         "joint": list(ACTION),
         "plain": ["--model.converters=", "--future_encoder.no-enable", "--future_predictor.no-enable"],
