@@ -26,6 +26,7 @@ from flame_ext.config.sections import FlameJobConfig
 from flame_ext.distributed import is_main_rank
 from flame_ext.future_objective import FutureObjective
 from flame_ext.heads.converter import head_arguments
+from flame_ext.model.causal_attention import causal_attention
 from flame_ext.model.hf_causal_lm import HFCausalLM
 from flame_ext.model.pipeline import Pipeline
 from flame_ext.optimization import configured_again
@@ -154,8 +155,9 @@ class SeededTrainer(torchtitan.train.Trainer):
         finally:
             self.model.train()
 
-    def _attention_of(self, input_dict: dict[str, Tensor]) -> dict[str, Any]:
-        raise NotImplementedError
+    def _attention_of(self, input_dict: dict[str, Tensor], rows: slice = slice(None)) -> dict[str, Any]:
+        within_documents = self.job_config.data.document_attention
+        return causal_attention(self.model_parts[0], input_dict, within_documents, self.device, rows)
 
     def _summaries(self, objective: FutureObjective, tokens: Tensor) -> Tensor:
         """(1, T) tokens to (1, T, D) summaries, on every rank. Collective."""

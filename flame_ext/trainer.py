@@ -31,13 +31,11 @@ from flame_ext.data.sources import sources_of
 from flame_ext.distributed import failing_together, is_main_rank
 from flame_ext.ending import Circumstances, StopSignals, agree
 from flame_ext.errors import CheckpointError, ConfigError, SeedError, UserError
-from flame_ext.future_objective import FutureObjective, StepPlan, mask_form, trains_future
+from flame_ext.future_objective import FutureObjective, StepPlan, trains_future
 from flame_ext.heads.own import Losses, OwnHeadLosses, trains_own_heads
-from flame_ext.model.attention import attention_windows
 from flame_ext.model.parallelize import sum_over_replicas
 from flame_ext.model.shared_embedding import SharedEmbedding
 from flame_ext.objective.cross_entropy import IGNORE_INDEX
-from flame_ext.objective.masks import causal_block_mask, causal_mask
 from flame_ext.seeded_trainer import SeededTrainer
 from flame_ext.seeding.layouts import open_source
 
@@ -364,29 +362,6 @@ class FutureTrainer(SeededTrainer):
         extra_kwargs.pop("positions", None)  # the host's name for position_ids
         attention = {} if self.pipeline is not None else self._attention_of(input_dict)  # which has smaller batches
         return inputs, labels, extra_inputs, {**extra_kwargs, **attention}
-
-    def _attention_of(self, input_dict: dict[str, Tensor], rows: slice = slice(None)) -> dict[str, Any]:
-        """What the backbone's causal attention has to be told of these sequences: documents that it keeps within, which of
-        their positions are this rank's. Empty if it is nothing.
-        """
-        context = self.model_parts[0].context
-        within = self.job_config.data.document_attention and "doc_ids" in input_dict
-        if not within and context is None:
-            return {}
-        batch_size, seq_len = input_dict["input"][rows].shape
-        queries = keys = torch.arange(seq_len, device=self.device)
-        doc_ids, positions = None, queries.expand(batch_size, -1)
-        if within:
-            doc_ids, positions = (input_dict[name][rows].to(self.device) for name in ("doc_ids", "positions"))
-        part: dict[str, Any] = {}
-        if context is not None:
-            queries, keys, positions = context.positions(seq_len), context.order(seq_len), context.shard(positions)
-            part = {"part_of_sequence": True}
-        make = causal_block_mask if mask_form("auto", self.model_parts[0], self.device) == "flex" else causal_mask
-        windows = attention_windows(self.model_parts[0].config)
-        masks = {kind: make(doc_ids, window, queries, keys) for kind, window in windows.items()}
-        mask = masks if len(masks) > 1 else next(iter(masks.values()))
-        return {"attention_mask": mask, "position_ids": positions, **part}
 
     def forward_backward_step(
         self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Tensor

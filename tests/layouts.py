@@ -20,6 +20,8 @@ TP2 = "--parallelism.tensor_parallel_degree=2"
 CP2 = "--parallelism.context_parallel_degree=2"
 HEADS = ["--action_layer.enable", "--future_encoder.shift_k=2"]
 NO_HEADS = ["--model.converters=", "--future_encoder.no-enable", "--future_predictor.no-enable"]
+COMPILE = ["--compile.enable", "--compile.backend=aot_eager", "--compile.components=model,loss"]
+PER_OP = ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"]
 LENGTH, BATCH = 64, 4
 
 # Name to number of processes and options.

@@ -13,12 +13,12 @@ from torchtitan.protocols.model_converter import _registry_model_converter_cls
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from flame_ext.config.context_checks import check_context_parallel, check_context_parallel_of_model, sequence_lengths
+from flame_ext.config.context_checks import check_context_parallel, check_context_parallel_of_model
 from flame_ext.config.pipeline_checks import check_pipeline, check_pipeline_of_model
-from flame_ext.config.sections import FlameJobConfig
+from flame_ext.config.sections import FlameJobConfig, sequence_lengths
 from flame_ext.errors import ConfigError, SeedError
 from flame_ext.heads.own import check_own_heads, enabled_heads
-from flame_ext.model.attention import not_anticausal, supports_flex_attention
+from flame_ext.model.attention import mask_problem, supports_flex_attention
 from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
 from flame_ext.model.hf_config import load_hf_config
 from flame_ext.model.tensor_parallel import tensor_parallel_problems
@@ -337,13 +337,13 @@ def _check_against_model(config: FlameJobConfig, hf_config: PreTrainedConfig) ->
             "candidates are enough, their cost grows with their number"
         )
     if config.future_encoder.enable and config.future_encoder.summary_method == "anticausal":
-        reason = not_anticausal(hf_config)
+        reason = mask_problem(hf_config)
         if reason is not None:
             yield (
                 f"future_encoder.summary_method = 'anticausal' can not be right for {hf_config.model_type!r}: {reason}; take "
                 "'mean', 'max' or 'attention'"
             )
-    if config.data.document_attention and (reason := not_anticausal(hf_config)) is not None:
+    if config.data.document_attention and (reason := mask_problem(hf_config)) is not None:
         yield f"data.document_attention can not be right for {hf_config.model_type!r}: {reason}"
     if config.future_encoder.teacher_attention == "flex" and not supports_flex_attention(hf_config):
         yield (

@@ -7,15 +7,9 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedConfig
 
-from flame_ext.config.sections import FlameJobConfig
+from flame_ext.config.sections import FlameJobConfig, sequence_lengths
 from flame_ext.heads.own import enabled_heads
 from flame_ext.model.context_parallel import LOAD_BALANCERS, not_context_parallel
-
-
-def sequence_lengths(config: FlameJobConfig) -> dict[str, int]:
-    """``seq_len`` of each section that has batches."""
-    lengths = {"training": config.training.seq_len}
-    return lengths | ({"validation": config.validation.seq_len} if config.validation.enable else {})
 
 
 def check_context_parallel(config: FlameJobConfig) -> Iterator[str]:

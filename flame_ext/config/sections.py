@@ -339,3 +339,9 @@ class FlameJobConfig(JobConfig):
     training: Training = field(default_factory=Training)
     validation: Validation = field(default_factory=Validation)
     export: Export = field(default_factory=Export)
+
+
+def sequence_lengths(config: FlameJobConfig) -> dict[str, int]:
+    """``seq_len`` of each section that has batches."""
+    lengths = {"training": config.training.seq_len}
+    return lengths | ({"validation": config.validation.seq_len} if config.validation.enable else {})

@@ -36,8 +36,8 @@ def attention_windows(config: PreTrainedConfig) -> dict[str, int]:
     return {kind: window if kind == "sliding_attention" else 0 for kind in sorted(kinds)}
 
 
-def not_anticausal(config: PreTrainedConfig) -> str | None:
-    """Why an anti-causal forward of this backbone can not be right; None if nothing speaks against it.
+def mask_problem(config: PreTrainedConfig) -> str | None:
+    """Why a forward under a mask other than its own can not be right for a backbone; None if nothing speaks against it.
 
     What code from elsewhere does is not known here; :func:`flame_ext.seeding.anticausal.prove_anticausal` measures it.
     """

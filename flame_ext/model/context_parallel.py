@@ -19,7 +19,7 @@ from torchtitan.distributed.context_parallel import cp_shard
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from flame_ext.model.attention import BOOLEAN_ATTENTION, not_anticausal, supports_attention_backend
+from flame_ext.model.attention import BOOLEAN_ATTENTION, mask_problem, supports_attention_backend
 
 LOAD_BALANCERS = ("headtail", None)
 
@@ -29,7 +29,7 @@ def not_context_parallel(config: PreTrainedConfig) -> str | None:
 
     What else its code does with positions is measured: :func:`flame_ext.seeding.context_parallel.prove_context_parallel`.
     """
-    if reason := not_anticausal(config):
+    if reason := mask_problem(config):
         return reason
     if not supports_attention_backend(config):
         return "its own attention code can not be exchanged for one that gathers keys and values"

@@ -72,19 +72,7 @@ def compiled_table(shape: Shape, found: dict[str, list[dict[str, Any]]]) -> Tabl
     for name, taken in found.items():
         to = [f"{ratio_to(found, name, base, 'wall'):.2f}x" for base in (NATIVE, CE)]
         rows.append([name, spread(column(taken, "wall"), 3), *to])
-    notes = [
-        f"{shape}, float32, `compile.enable`, {len(found[CE])} steps in turns.",
-        verdict(
-            "Speed of plain cross-entropy to the native model",
-            1 / ratio_to(found, CE, NATIVE, "wall"),
-            0.95,
-            at_most=False,
-        )
-        + " "
-        + verdict("Document boundaries", ratio_to(found, DOCUMENTS, CE, "wall"), 1.05)
-        + " "
-        + verdict("Future predictor to cross-entropy", ratio_to(found, FUTURE, CE, "wall"), 1.4),
-    ]
+    notes = [f"{shape}, float32, `compile.enable`, {len(found[CE])} steps in turns.", verdicts(found)]
     return Table("steps-compiled", ["", "s a step", "to native", "to cross-entropy"], rows, notes, found)
 
 
@@ -94,20 +82,29 @@ def table_of(shape: Shape, found: dict[str, list[dict[str, Any]]]) -> Table:
     for name, taken in found.items():
         cells = [f"{ratio_to(found, name, base, unit):.2f}x" for unit in ("wall", "cpu") for base in (NATIVE, CE)]
         rows.append([name, spread(column(taken, "wall"), 3), cells[0], cells[1], cells[2], cells[3]])
-    slower = ratio_to(found, CE, NATIVE, "wall")
     notes = [
         f"{shape}, float32, {len(found[CE])} steps in turns; ratios of each round, their median (of `teacher_interval`: of the "
         "means).",
-        verdict("Speed of plain cross-entropy to the native model", 1 / slower, 0.95, at_most=False),
-        verdict("Document boundaries", ratio_to(found, DOCUMENTS, CE, "wall"), 1.05),
-        verdict(
-            "Future predictor to cross-entropy (goal set for OLMo-1B's shape)", ratio_to(found, FUTURE, CE, "wall"), 1.4
-        ),
+        verdicts(found),
         profile_line(found),
         contrastive_line(shape, found),
     ]
     columns = ["", "s a step", "to native", "to cross-entropy", "CPU time, to native", "CPU time, to cross-entropy"]
-    return Table("steps", columns, rows, [notes[0], " ".join(notes[1:4]), " ".join(notes[4:])], found)
+    return Table("steps", columns, rows, [*notes[:2], " ".join(notes[2:])], found)
+
+
+def verdicts(found: dict[str, list[dict[str, Any]]]) -> str:
+    """What became of the goals that a CPU can be asked for; the last one was set for OLMo-1B's shape."""
+    slower, documents, future = (
+        ratio_to(found, name, base, "wall") for name, base in ((CE, NATIVE), (DOCUMENTS, CE), (FUTURE, CE))
+    )
+    return " ".join(
+        (
+            verdict("Speed of plain cross-entropy to the native model", 1 / slower, 0.95, at_most=False),
+            verdict("Document boundaries", documents, 1.05),
+            verdict("Future predictor to cross-entropy (goal set for OLMo-1B's shape)", future, 1.4),
+        )
+    )
 
 
 def profile_line(found: dict[str, list[dict[str, Any]]]) -> str:

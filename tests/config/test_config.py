@@ -16,7 +16,7 @@ from flame_ext.config.manager import table_in_list
 from flame_ext.config.record import config_record
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError
-from flame_ext.model.attention import not_anticausal
+from flame_ext.model.attention import mask_problem
 from flame_ext.train import parse
 from tests.ranks import DEBUG_TOML, REPOSITORY, TINY_OLMO, train
 
@@ -162,7 +162,7 @@ def test_values_that_can_not_be_right(options: list[str], message: str) -> None:
     ],
 )
 def test_backbones_that_can_not_look_ahead_are_refused(model_type: str, reason: str | None) -> None:
-    assert not_anticausal(AutoConfig.for_model(model_type)) == reason
+    assert mask_problem(AutoConfig.for_model(model_type)) == reason
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,21 +11,17 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 
 from flame_ext.data.loader import positions_in_documents
 from flame_ext.data.packing import PADDING
+from flame_ext.model.causal_attention import causal_attention
 from flame_ext.model.hf_causal_lm import HFCausalLM, HFModelArgs, build_hf_causal_lm
 from flame_ext.objective.masks import causal_block_mask, causal_mask
-from flame_ext.trainer import FutureTrainer
 from tests.tiny_models import load_stock, save_tiny
 
 LENGTHS = [[5, 1, 11, 7], [24]]
 
 
 def as_trained(model: torch.nn.Module, doc_ids: torch.Tensor) -> dict:
-    trainer = SimpleNamespace(
-        job_config=SimpleNamespace(data=SimpleNamespace(document_attention=True)), device=torch.device("cpu"),
-        model_parts=[model],
-    )  # fmt: skip
     inputs = {"input": doc_ids, "doc_ids": doc_ids, "positions": positions_in_documents(doc_ids)}
-    return FutureTrainer._attention_of(trainer, inputs)
+    return causal_attention(model, inputs, True, torch.device("cpu"))
 
 
 def stock_and_ours(name: str, folder: Path) -> tuple[HFCausalLM, torch.nn.Module]:

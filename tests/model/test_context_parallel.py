@@ -27,14 +27,12 @@ from flame_ext.metrics import FutureMetricsProcessor
 from flame_ext.seeding.context_parallel import prove_context_parallel
 from flame_ext.train import parse
 from tests.faults.test_resume import assert_resumed_exactly, resumed_from, train
-from tests.layouts import CP2, NO_HEADS, TP2, assert_same_step, steps
+from tests.layouts import COMPILE, CP2, NO_HEADS, PER_OP, TP2, assert_same_step, steps
 from tests.ranks import DEBUG_TOML, TINY_OLMO, TrainRun, run_ranks
 from tests.tiny_models import CONFIGS
 
 DOCUMENTS = ["--data.document_attention"]
 FULL = ["--activation_checkpoint.mode=full"]
-PER_OP = ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"]
-COMPILE = ["--compile.enable", "--compile.backend=aot_eager", "--compile.components=model,loss"]
 IN_ORDER = ["--parallelism.context_parallel_load_balancer=None"]
 
 # Architecture and what is tried with it: job to options of its own.
@@ -48,12 +46,6 @@ COVERED = {
     "cp2": ["olmo-tied", "llama-scaled-rope+documents"],
     "fsdp2-cp2": ["gemma2+documents", "olmo2+op"],
 }
-
-
-@pytest.fixture(scope="module")
-def single(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """The step of each job in a single process, which has no use for what some of them ask for."""
-    return steps(models, tmp_path_factory.mktemp("single"), "single", JOBS)[0]
 
 
 @pytest.mark.parametrize("layout", COVERED)
@@ -129,16 +121,17 @@ def seed_with_flex_attention(dump_folder: str) -> int:
     """In a rank: seed, with the proof's parts under FlexAttention; how many masks of blocks that took."""
     from torchtitan.tools.logging import init_logger
 
-    import flame_ext.trainer as trainers
+    from flame_ext.model import causal_attention as attention
+    from flame_ext.trainer import FutureTrainer
 
     init_logger()
-    trainer = trainers.FutureTrainer(
+    trainer = FutureTrainer(
         parse([f"--job.config_file={DEBUG_TOML}", f"--job.dump_folder={dump_folder}", *NO_HEADS, CP2])
     )
-    make = trainers.causal_block_mask
+    make = attention.causal_block_mask
     with (
-        mock.patch.object(trainers, "mask_form", return_value="flex"),
-        mock.patch.object(trainers, "causal_block_mask", side_effect=make) as made,
+        mock.patch.object(attention, "mask_form", return_value="flex"),
+        mock.patch.object(attention, "causal_block_mask", side_effect=make) as made,
     ):
         trainer.checkpointer.load()
     trainer.close()

@@ -26,7 +26,7 @@ from flame_ext.checkpoint.steps import CompleteStep
 from flame_ext.errors import ConfigError
 from flame_ext.train import parse
 from tests.faults.test_resume import assert_resumed_exactly, resumed_from, saved, train
-from tests.layouts import NO_HEADS, TP2, assert_same_step, steps
+from tests.layouts import COMPILE, NO_HEADS, PER_OP, TP2, assert_same_step, steps
 from tests.ranks import DEBUG_TOML, TINY_OLMO
 from tests.tiny_models import CONFIGS
 
@@ -48,12 +48,6 @@ COVERED = {
 }
 
 
-@pytest.fixture(scope="module")
-def single(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """The step of each job in a single process, which has no use for what some of them ask for."""
-    return steps(models, tmp_path_factory.mktemp("single"), "single", JOBS)[0]
-
-
 @pytest.mark.parametrize("layout", COVERED)
 def test_one_step_is_that_of_a_single_process(
     models: Path, single: dict[str, dict[str, Any]], tmp_path: Path, layout: str
@@ -67,8 +61,6 @@ def test_one_step_is_that_of_a_single_process(
 
 
 ATTENTION = ["--future_encoder.summary_method=attention", "--future_encoder.no-detach_targets"]
-COMPILE = ["--compile.enable", "--compile.backend=aot_eager", "--compile.components=model,loss"]
-PER_OP = ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"]
 PER_LAYER = ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=2"]
 PLANNED = [name for name in CONFIGS if not name.startswith(("gpt2", "falcon"))]
 VARIANTS: dict[str, list[str]] = {
