@@ -1,6 +1,6 @@
 """Continue the pre-training of a Hugging Face language model in torchtitan, with heads that predict the future."""
 
-from flame_ext.host import prepare_host
+from flame_ext.host.device import prepare_host
 
 __version__ = "0.1.0"
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flame_ext.errors import SeedError
 from flame_ext.heads.converter import build_head
-from flame_ext.seeding.layouts.hf_safetensors import SINGLE_NAME
-from flame_ext.seeding.source import HEADS_FOLDER
+from flame_ext.seeding.sources.hf_safetensors import SINGLE_NAME
+from flame_ext.seeding.sources.source import HEADS_FOLDER
 
 
 class Prediction(NamedTuple):

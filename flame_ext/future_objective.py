@@ -30,7 +30,7 @@ from flame_ext.objective.contrastive import info_nce
 from flame_ext.objective.cross_entropy import IGNORE_INDEX, cross_entropy_sum, token_log_probs
 from flame_ext.objective.masks import doc_ids_from_eos, has_future, pair_mask
 from flame_ext.objective.schedules import scheduled_weight
-from flame_ext.stopwatch import Stopwatch
+from flame_ext.step.stopwatch import Stopwatch
 
 
 class LossWeights(NamedTuple):

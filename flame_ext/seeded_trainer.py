@@ -21,7 +21,7 @@ from torchtitan.tools.logging import logger
 import flame_ext
 from flame_ext.checkpoint.card import card_of_step
 from flame_ext.checkpoint.export import ExportSpec, StagedReader, export_hf
-from flame_ext.config.record import asset_digests, check_unchanged, config_digest, config_record
+from flame_ext.config.resume_record import asset_digests, check_unchanged, config_digest, config_record
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.distributed import is_main_rank
 from flame_ext.future_objective import FutureObjective
@@ -29,13 +29,13 @@ from flame_ext.heads.converter import head_arguments
 from flame_ext.model.causal_attention import causal_attention
 from flame_ext.model.hf_causal_lm import HFCausalLM
 from flame_ext.model.pipeline import Pipeline
-from flame_ext.optimization import configured_again
-from flame_ext.seeding.anticausal import prove_anticausal
-from flame_ext.seeding.context_parallel import prove_context_parallel
+from flame_ext.run.optimization import configured_again
 from flame_ext.seeding.identity import changed_source
+from flame_ext.seeding.proof.anticausal import prove_anticausal
+from flame_ext.seeding.proof.parity import TOLERANCE, Probe
+from flame_ext.seeding.proof.parts import prove_context_parallel
 from flame_ext.seeding.seed import seed
 from flame_ext.seeding.target import seed_target, whole_state
-from flame_ext.seeding.verify import TOLERANCE, Probe
 
 # What the seeded model is measured on: plain text and a little code, long enough for any tokenizer.
 PROBE_TEXT = (

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import importlib
 import logging
 import os
 import sys
@@ -23,12 +22,10 @@ with without_collection():
     from torch.distributed.elastic.multiprocessing.errors import record
     from torchtitan.tools.logging import init_logger
 
-    from flame_ext.config.checks import check_config
-    from flame_ext.config.manager import FlameConfigManager
     from flame_ext.config.sections import FlameJobConfig
-    from flame_ext.ending import EXIT_PREEMPTED, StopSignals, note_exit_code
-    from flame_ext.errors import ConfigError, UserError
-    from flame_ext.registration import register
+    from flame_ext.errors import UserError
+    from flame_ext.preflight.parse import parse
+    from flame_ext.run.signals import EXIT_PREEMPTED, StopSignals, note_exit_code
     from flame_ext.trainer import FutureTrainer
 
 HOW_TO_LAUNCH = (
@@ -36,28 +33,11 @@ HOW_TO_LAUNCH = (
 )
 
 
-def parse(args: list[str]) -> FlameJobConfig:
-    """Command line and TOML to a checked configuration; the user's own imports come first, they may register things.
-
-    Raises:
-        ConfigError: before anything is built.
-    """
-    register()
-    config = FlameConfigManager().parse_args(args)
-    if config.experimental.custom_import:
-        try:
-            importlib.import_module(config.experimental.custom_import)
-        except ModuleNotFoundError as e:
-            raise ConfigError(f"experimental.custom_import: {e}; it must be importable from the current folder") from e
-    check_config(config)
-    return config
-
-
 def run(config: FlameJobConfig) -> int:
     """Train. Must run in every rank, under torchrun's environment.
 
     Returns:
-        0, or :data:`flame_ext.ending.EXIT_PREEMPTED`.
+        0, or :data:`flame_ext.run.signals.EXIT_PREEMPTED`.
     """
     trainer: FutureTrainer | None = None
     signals = StopSignals()

@@ -22,22 +22,22 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 
-from flame_ext.checkpoint.background_export import BackgroundExports
-from flame_ext.checkpoint.lock import FolderLock
 from flame_ext.checkpoint.manager import SeedingCheckpointManager
 from flame_ext.checkpoint.steps import CompleteStep
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.data.sources import sources_of
 from flame_ext.distributed import failing_together, is_main_rank
-from flame_ext.ending import Circumstances, StopSignals, agree
 from flame_ext.errors import CheckpointError, ConfigError, SeedError, UserError
 from flame_ext.future_objective import FutureObjective, StepPlan, trains_future
 from flame_ext.heads.own import Losses, OwnHeadLosses, trains_own_heads
 from flame_ext.model.parallelize import sum_over_replicas
 from flame_ext.model.shared_embedding import SharedEmbedding
 from flame_ext.objective.cross_entropy import IGNORE_INDEX
+from flame_ext.run.background_export import BackgroundExports
+from flame_ext.run.lock import FolderLock
+from flame_ext.run.signals import Circumstances, StopSignals, agree
 from flame_ext.seeded_trainer import SeededTrainer
-from flame_ext.seeding.layouts import open_source
+from flame_ext.seeding.sources.open import open_source
 
 
 class FutureTrainer(SeededTrainer):

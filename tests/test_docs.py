@@ -21,11 +21,11 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from flame_ext.cli.main import main as flame_ext
 from flame_ext.config.manager import table_in_list
-from flame_ext.config.reference import HOST_OPTIONS, HostOption, reference
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError
+from flame_ext.preflight.reference import HOST_OPTIONS, HostOption, reference
+from flame_ext.tools.main import main as flame_ext
 from flame_ext.train import parse
 from tests.documents import DOCUMENTS, Block, blocks, prose
 from tests.ranks import DEBUG_TOML, REPOSITORY, train
@@ -54,7 +54,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # The command as pip installs it, but of the copy.
     command = folder / ".bin" / "flame-ext"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m flame_ext.cli.main "$@"\n')
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m flame_ext.tools.main "$@"\n')
     command.chmod(0o755)
     return folder
 
@@ -171,7 +171,7 @@ def test_options_exist(document: Path) -> None:
 
 def test_configuration_is_that_of_the_code() -> None:
     written = (REPOSITORY / "docs" / "configuration.md").read_text()
-    remedy = "python -m flame_ext.config.reference > docs/configuration.md"
+    remedy = "python -m flame_ext.preflight.reference > docs/configuration.md"
     assert written == reference(), f"docs/configuration.md is stale: {remedy}"
 
 

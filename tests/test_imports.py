@@ -12,7 +12,7 @@ import pytest
 
 from flame_ext.heads.converter import HEAD_BUILDERS
 from flame_ext.heads.names import HEAD_NAMES
-from flame_ext.host import DETECTION, prepare_host
+from flame_ext.host.device import DETECTION, prepare_host
 from flame_ext.imports import without_collection
 from tests.ranks import REPOSITORY, TINY_OLMO
 
@@ -25,13 +25,13 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_the_package_alone_loads_nothing_heavy() -> None:
-    assert not loaded_by("import flame_ext, flame_ext.cli.main") & {"torch", "torchtitan", "transformers", "datasets"}
+    assert not loaded_by("import flame_ext, flame_ext.tools.main") & {"torch", "torchtitan", "transformers", "datasets"}
 
 
 def test_inspect_loads_neither_the_host_nor_the_trainer() -> None:
-    code = f"from flame_ext.cli.main import main; main(['inspect', {str(TINY_OLMO)!r}, '--json'])"
+    code = f"from flame_ext.tools.main import main; main(['inspect', {str(TINY_OLMO)!r}, '--json'])"
     loaded = loaded_by(code)
-    assert "flame_ext.offline.describe" in loaded
+    assert "flame_ext.tools.describe" in loaded
     assert not loaded & {"torchtitan", "datasets", "tensorboard", "flame_ext.trainer", "torch._dynamo"}
 
 

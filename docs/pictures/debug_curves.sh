@@ -19,5 +19,5 @@ PYTHON
 
 PYTHON=$python ./train.sh --job.dump_folder "$runs/seeded" --metrics.no-enable_tensorboard
 PYTHON=$python ./train.sh --job.dump_folder "$runs/unseeded" --metrics.no-enable_tensorboard --checkpoint.initial_load_path "$runs/random"
-"$python" -m flame_ext.cli.main plot "$runs/seeded" "$runs/unseeded" --labels "seeded" "random weights" \
+"$python" -m flame_ext.tools.main plot "$runs/seeded" "$runs/unseeded" --labels "seeded" "random weights" \
     --output docs/pictures/debug_curves.png

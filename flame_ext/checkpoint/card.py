@@ -11,8 +11,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from flame_ext.checkpoint.steps import MANIFEST_NAME
-from flame_ext.seeding.folders import parse_json
-from flame_ext.seeding.hub import HUB_PREFIX
+from flame_ext.seeding.sources.hub import HUB_PREFIX
+from flame_ext.seeding.sources.safe_files import parse_json
 
 METRICS_NAME = "metrics.jsonl"
 

@@ -26,11 +26,11 @@ from transformers import GenerationConfig, PreTrainedConfig
 from flame_ext.checkpoint.steps import put_in_place, start, temporary_path
 from flame_ext.distributed import failing_together, is_main_rank
 from flame_ext.errors import CheckpointError
-from flame_ext.faults import fault_point
+from flame_ext.fault_injection import fault_point
 from flame_ext.files import write_json
-from flame_ext.seeding.layouts.hf_safetensors import INDEX_NAME, read_header
-from flame_ext.seeding.source import HEADS_FOLDER
-from flame_ext.seeding.tensors import same_bits
+from flame_ext.seeding.sources.hf_safetensors import INDEX_NAME, read_header
+from flame_ext.seeding.sources.source import HEADS_FOLDER
+from flame_ext.seeding.sources.tensors import same_bits
 
 # What belongs to a tokenizer or to generation. Named one by one: modelling code in the source must not be carried on.
 _COPIED_FILES = (

@@ -20,7 +20,6 @@ from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import GarbageCollection
 
-from flame_ext.checkpoint.background_export import BackgroundExports
 from flame_ext.checkpoint.reading import StepPlanner, StepReader
 from flame_ext.checkpoint.rng import RankRNG
 from flame_ext.checkpoint.steps import (
@@ -37,7 +36,8 @@ from flame_ext.checkpoint.steps import (
 from flame_ext.checkpoint.writing import StepWriter
 from flame_ext.distributed import describe, failing_together, is_main_rank
 from flame_ext.errors import CheckpointError
-from flame_ext.faults import fault_point
+from flame_ext.fault_injection import fault_point
+from flame_ext.run.background_export import BackgroundExports
 
 RNG = "rng"
 

@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
 from flame_ext.errors import CheckpointError, SeedError
-from flame_ext.seeding.folders import contained_file, require_plain_name
-from flame_ext.seeding.layouts.dcp import METADATA_NAME, read_metadata
+from flame_ext.seeding.sources.dcp import METADATA_NAME, read_metadata
+from flame_ext.seeding.sources.safe_files import contained_file, require_plain_name
 
 
 class StepReader(FileSystemReader):

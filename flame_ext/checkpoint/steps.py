@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flame_ext.errors import CheckpointError
-from flame_ext.faults import fault_point
+from flame_ext.fault_injection import fault_point
 from flame_ext.files import write_json
 
 MANIFEST_NAME = "manifest.json"

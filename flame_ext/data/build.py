@@ -15,7 +15,7 @@ from flame_ext.data.sources import open_documents, sources_of
 from flame_ext.data.tokenizer import require_of_model
 from flame_ext.distributed import failing_together
 from flame_ext.errors import ConfigError
-from flame_ext.model.hf_config import load_hf_config
+from flame_ext.hf_config import load_hf_config
 
 
 def build_dataloader(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flame_ext.heads.gated_mlp import GatedMLP
-from flame_ext.heads.initialisation import ParameterInit, linear_inits
+from flame_ext.model.initialisation import ParameterInit, linear_inits
 
 # Candidates that are predicted at a time: at most this many elements of the widest activation (64 MiB in float32).
 _CHUNK_ELEMENTS = 1 << 24

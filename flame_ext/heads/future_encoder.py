@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from flame_ext.heads.initialisation import ParameterInit, linear_inits
+from flame_ext.model.initialisation import ParameterInit, linear_inits
 from flame_ext.objective.masks import (
     anticausal_block_mask,
     anticausal_mask,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flame_ext.heads.gated_mlp import GatedMLP
-from flame_ext.heads.initialisation import ParameterInit, linear_inits
+from flame_ext.model.initialisation import ParameterInit, linear_inits
 
 
 class FuturePredictor(nn.Module):

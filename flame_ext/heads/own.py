@@ -16,8 +16,8 @@ from transformers import PreTrainedConfig
 
 from flame_ext.config.sections import FlameJobConfig, OwnHead
 from flame_ext.errors import ConfigError
-from flame_ext.heads.initialisation import ParameterInit
 from flame_ext.heads.names import registered_names
+from flame_ext.model.initialisation import ParameterInit
 from flame_ext.objective.masks import doc_ids_from_eos
 
 # What the student's forward computes: logits and hidden states to the total loss and its parts.

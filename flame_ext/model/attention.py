@@ -39,7 +39,7 @@ def attention_windows(config: PreTrainedConfig) -> dict[str, int]:
 def mask_problem(config: PreTrainedConfig) -> str | None:
     """Why a forward under a mask other than its own can not be right for a backbone; None if nothing speaks against it.
 
-    What code from elsewhere does is not known here; :func:`flame_ext.seeding.anticausal.prove_anticausal` measures it.
+    What code from elsewhere does is not known here; :func:`flame_ext.seeding.proof.anticausal.prove_anticausal` measures it.
     """
     try:
         attention_windows(config)

@@ -27,7 +27,7 @@ LOAD_BALANCERS = ("headtail", None)
 def not_context_parallel(config: PreTrainedConfig) -> str | None:
     """Why a backbone can not be right with a part of the sequence; None if nothing speaks against it.
 
-    What else its code does with positions is measured: :func:`flame_ext.seeding.context_parallel.prove_context_parallel`.
+    What else its code does with positions is measured: :func:`flame_ext.seeding.proof.parts.prove_context_parallel`.
     """
     if reason := mask_problem(config):
         return reason

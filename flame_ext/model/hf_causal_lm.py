@@ -27,10 +27,10 @@ from transformers.core_model_loading import PrefixChange, WeightTransform, rever
 
 from flame_ext.config.sections import HeadOptimization
 from flame_ext.errors import ConfigError
-from flame_ext.heads.initialisation import ParameterInit
+from flame_ext.hf_config import load_hf_config
 from flame_ext.model.attention import BOOLEAN_ATTENTION, attention_options
 from flame_ext.model.context_parallel import ContextParallel
-from flame_ext.model.hf_config import load_hf_config
+from flame_ext.model.initialisation import ParameterInit
 
 POISON_VARIABLE = "FLAME_EXT_POISON_PARAMETERS"
 

@@ -33,7 +33,7 @@ from flame_ext.model.tensor_parallel import apply_tensor_parallel
 def parallelize_hf_causal_lm(model: HFCausalLM, parallel_dims: ParallelDims, job_config: JobConfig) -> HFCausalLM:
     """Apply what the job asks for, in place; the model is still on meta.
 
-    Parallelisms that this model does not have are refused with the configuration (config/checks.py).
+    Parallelisms that this model does not have are refused with the configuration (preflight/checks.py).
     """
     compile_model = job_config.compile.enable and "model" in job_config.compile.components
     if parallel_dims.tp_enabled:

@@ -188,7 +188,7 @@ def stage_of(whole: HFCausalLM, stage: Stage, layers: Sequence[int]) -> HFCausal
         layers: numbers of its layers.
     """
     plan = pipeline_plan(whole)
-    assert plan is not None, "refused by config/checks.py"
+    assert plan is not None, "refused by preflight/checks.py"
     model = copy.deepcopy(whole)
     base = model.base_model
     embedding = model.get_input_embeddings()

@@ -13,13 +13,13 @@ from flame_ext.config.sections import FlameJobConfig
 from flame_ext.data.build import build_dataloader
 from flame_ext.data.tokenizer import build_tokenizer
 from flame_ext.future_objective import loss_compile_backend
-from flame_ext.metrics import build_metrics_processor
 from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
 from flame_ext.model.parallelize import parallelize_hf_causal_lm
 from flame_ext.model.pipeline import pipeline_hf_causal_lm
 from flame_ext.objective.cross_entropy import cross_entropy_loss
-from flame_ext.optimization import build_lr_schedulers, build_optimizers
-from flame_ext.validation import build_validator
+from flame_ext.run.metrics import build_metrics_processor
+from flame_ext.run.optimization import build_lr_schedulers, build_optimizers
+from flame_ext.run.validation import build_validator
 
 MODEL_NAME = "hf_causal_lm"
 

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from flame_ext.errors import SeedError
-from flame_ext.seeding.source import Source, TensorEntry
+from flame_ext.seeding.sources.source import Source, TensorEntry
 
 # What a weight can be seeded from: numbers that mean themselves. Quantised ones mean something only with their scales.
 SOURCE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from flame_ext.errors import SeedError
-from flame_ext.seeding.hub import HUB_PREFIX
-from flame_ext.seeding.layouts import open_source
+from flame_ext.seeding.sources.hub import HUB_PREFIX
+from flame_ext.seeding.sources.open import open_source
 
 
 def changed_source(identity: dict[str, Any] | None, path: str | None, allow_pickle: bool) -> str | None:

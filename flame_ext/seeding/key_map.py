@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from flame_ext.errors import SeedError
-from flame_ext.seeding.layouts.dcp import NESTED_PREFIX
-from flame_ext.seeding.source import Source, TensorEntry
+from flame_ext.seeding.sources.dcp import NESTED_PREFIX
+from flame_ext.seeding.sources.source import Source, TensorEntry
 
 Rule = tuple[str, str]
 

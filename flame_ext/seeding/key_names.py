@@ -19,8 +19,8 @@ from transformers.core_model_loading import (
 )
 
 from flame_ext.errors import SeedError
-from flame_ext.seeding.layouts.dcp import NESTED_PREFIX, DcpSource, in_model_layout
-from flame_ext.seeding.source import Source, TensorEntry
+from flame_ext.seeding.sources.dcp import NESTED_PREFIX, DcpSource, in_model_layout
+from flame_ext.seeding.sources.source import Source, TensorEntry
 
 
 @dataclass(frozen=True)

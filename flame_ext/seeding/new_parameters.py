@@ -14,8 +14,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from flame_ext.heads.initialisation import Constant, ParameterInit
-from flame_ext.seeding.placement import Box, local_part
+from flame_ext.model.initialisation import Constant, ParameterInit
+from flame_ext.seeding.sources.boxes import Box, local_part
 
 # Elements of one block, rounded down to whole rows. Changing it changes every initial value.
 _BLOCK_ELEMENTS = 1 << 18

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from flame_ext.errors import SeedError
-from flame_ext.seeding.placement import Box, inside, intersection, local_part, tiles_exactly, volume
-from flame_ext.seeding.source import Chunk, ReadBox, Source, TensorEntry
+from flame_ext.seeding.sources.boxes import Box, inside, intersection, local_part, tiles_exactly, volume
+from flame_ext.seeding.sources.source import Chunk, ReadBox, Source, TensorEntry
 
 
 @dataclass(frozen=True)

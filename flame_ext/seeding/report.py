@@ -8,7 +8,7 @@ from typing import Any
 
 from flame_ext.files import write_json
 from flame_ext.seeding.accounting import Account
-from flame_ext.seeding.verify import Verification
+from flame_ext.seeding.proof.parity import Verification
 
 REPORT_NAME = "seed_report.json"
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from flame_ext.errors import SeedError
-from flame_ext.seeding.source import Source
+from flame_ext.seeding.sources.source import Source
 
 # What does not change the function of given weights on given tokens. Everything else does, or is treated so: fields
 # differ between architectures, and an unknown one that is ignored would be the silent error that this file is against.

@@ -15,21 +15,21 @@ from flame_ext.config.sections import Seed
 from flame_ext.distributed import failing_together, is_main_rank
 from flame_ext.errors import SeedError
 from flame_ext.seeding.accounting import Account, ModelKey, account
-from flame_ext.seeding.hub import locate
 from flame_ext.seeding.key_map import parse_key_map, renamed
 from flame_ext.seeding.key_names import in_model_names
-from flame_ext.seeding.layouts import open_source
-from flame_ext.seeding.layouts.dcp import DcpSource
 from flame_ext.seeding.new_parameters import initialise
 from flame_ext.seeding.progress import ReadProgress
+from flame_ext.seeding.proof.parity import Probe, Verification, verify
+from flame_ext.seeding.proof.reference_model import load_stock_model
+from flame_ext.seeding.proof.replicas import compare_replicas, weights_digest
 from flame_ext.seeding.read import read_weights
-from flame_ext.seeding.replicas import compare_replicas, weights_digest
 from flame_ext.seeding.report import REPORT_NAME, SeedReport
 from flame_ext.seeding.same_function import require_same_function
-from flame_ext.seeding.source import Source
-from flame_ext.seeding.stock import load_stock_model
+from flame_ext.seeding.sources.dcp import DcpSource
+from flame_ext.seeding.sources.hub import locate
+from flame_ext.seeding.sources.open import open_source
+from flame_ext.seeding.sources.source import Source
 from flame_ext.seeding.target import SeedTarget
-from flame_ext.seeding.verify import Probe, Verification, verify
 
 
 def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_folder: Path) -> SeedReport:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from flame_ext.heads.initialisation import ParameterInit
 from flame_ext.model.hf_causal_lm import HFCausalLM
+from flame_ext.model.initialisation import ParameterInit
 from flame_ext.seeding.key_names import KeyNames
 
 

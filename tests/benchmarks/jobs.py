@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
-from flame_ext.host import prepare_host
+from flame_ext.host.device import prepare_host
 from tests.benchmarks.common import DEBUG_TOML, REPOSITORY, TINY_OLMO, cpu_seconds, peak_gib, rank_environment
 
 WARM_UP = 5  # steps that are not counted

@@ -144,7 +144,7 @@ def rank_main(folder: Path, dump_folder: str) -> None:
     """In a rank: the plain copy, then the seeding of a trainer that is already built."""
     import torch.distributed as dist
 
-    from flame_ext.seeding.replicas import compare_replicas
+    from flame_ext.seeding.proof.replicas import compare_replicas
     from flame_ext.train import parse
     from flame_ext.trainer import FutureTrainer
 

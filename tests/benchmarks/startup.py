@@ -7,7 +7,7 @@ The peer is ``torchtitan.train`` with its own ``llama3``, in a flavor of the tin
 the same tokenizer, batch, optimizer and TensorBoard, on the same text, which it reads as its own test data are read: a folder
 of JSON lines, by ``load_dataset``, already in that library's cache. It starts from random weights, saves nothing, and reads
 no checkpoint: what our job does beside (seeding, the proof against ``from_pretrained``, the heads) has no peer. On a CPU
-the host can not start as it is; it gets the device that :func:`flame_ext.host.prepare_host` gives it, and nothing else.
+the host can not start as it is; it gets the device that :func:`flame_ext.host.device.prepare_host` gives it, and nothing else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flame_ext.host import prepare_host
+from flame_ext.host.device import prepare_host
 from tests.benchmarks.common import (
     DEBUG_TOML,
     TINY_OLMO,
@@ -56,8 +56,8 @@ IMPORTS: dict[str, str] = {
     "`import torchtitan.train`, with `llama3`": "import flame_ext, torchtitan.train, torchtitan.models.llama3",
     "`import flame_ext`": "import flame_ext",
     "`import flame_ext.train`": "import flame_ext.train",
-    "`flame-ext --help`": "from flame_ext.cli.main import main; main(['--help'])",
-    "`flame-ext inspect` of the tiny OLMo": f"from flame_ext.cli.main import main; main(['inspect', {str(TINY_OLMO)!r}])",
+    "`flame-ext --help`": "from flame_ext.tools.main import main; main(['--help'])",
+    "`flame-ext inspect` of the tiny OLMo": f"from flame_ext.tools.main import main; main(['inspect', {str(TINY_OLMO)!r}])",
 }
 _IMPORTING = """
 import contextlib, io

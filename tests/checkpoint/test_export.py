@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from flame_ext.analysis import load_future_heads, load_with_heads, predict_future
-from flame_ext.checkpoint.background_export import BackgroundExports
 from flame_ext.checkpoint.card import card_of_step, model_card
 from flame_ext.checkpoint.manager import SeedingCheckpointManager
 from flame_ext.errors import SeedError
-from flame_ext.seeding.tensors import same_bits
+from flame_ext.run.background_export import BackgroundExports
+from flame_ext.seeding.sources.tensors import same_bits
 from tests.ranks import TINY_OLMO, TrainRun, train
 from tests.sources import load_dcp
 

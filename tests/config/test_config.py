@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flame_ext.config.manager import table_in_list
-from flame_ext.config.record import config_record
+from flame_ext.config.resume_record import config_record
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError
 from flame_ext.model.attention import mask_problem

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from flame_ext.checkpoint.steps import find_steps
-from flame_ext.ending import EXIT_PREEMPTED
+from flame_ext.run.signals import EXIT_PREEMPTED
 from tests.ranks import REPOSITORY, TrainRun, train
 
 FAST = (

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from flame_ext.checkpoint.lock import LOCK_NAME, FolderLock
 from flame_ext.checkpoint.steps import damaged_files, find_steps
+from flame_ext.run.lock import LOCK_NAME, FolderLock
 from tests.ranks import REPOSITORY, TrainRun, train
 
 FAST = (

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flame_ext.config.sections import OwnHead
-from flame_ext.heads.initialisation import ParameterInit, linear_inits
 from flame_ext.heads.own import HeadBatch, HeadSpec, register_head
+from flame_ext.model.initialisation import ParameterInit, linear_inits
 
 
 class NextByte(nn.Linear):

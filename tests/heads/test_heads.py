@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from flame_ext.heads.future_predictor import FuturePredictor
-from flame_ext.heads.initialisation import Constant, Uniform
+from flame_ext.model.initialisation import Constant, Uniform
 from flame_ext.seeding import new_parameters
 from flame_ext.seeding.new_parameters import initialise
 from tests.ranks import run_ranks

@@ -23,8 +23,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flame_ext.errors import ConfigError, SeedError
-from flame_ext.metrics import FutureMetricsProcessor
-from flame_ext.seeding.context_parallel import prove_context_parallel
+from flame_ext.run.metrics import FutureMetricsProcessor
+from flame_ext.seeding.proof.parts import prove_context_parallel
 from flame_ext.train import parse
 from tests.faults.test_resume import assert_resumed_exactly, resumed_from, train
 from tests.layouts import COMPILE, CP2, NO_HEADS, PER_OP, TP2, assert_same_step, steps

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
 from flame_ext.seeding.accounting import ModelKey, account
 from flame_ext.seeding.key_names import KeyNames, in_model_names
-from flame_ext.seeding.layouts import open_source
 from flame_ext.seeding.read import read_weights
+from flame_ext.seeding.sources.open import open_source
 
 pytest.importorskip("fla", reason="flash-linear-attention is not installed")
 

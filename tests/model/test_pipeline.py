@@ -22,7 +22,7 @@ from flame_ext.errors import ConfigError
 from flame_ext.model.pipeline import layers_of_stages
 from tests.faults.test_resume import AFTER_RESUME, assert_resumed_exactly
 from tests.ranks import DEBUG_TOML, RankResult, TrainRun, run_ranks
-from tests.test_objective_runs import assert_same_run
+from tests.step.test_objective_runs import assert_same_run
 from tests.tiny_models import CONFIGS, save_tiny
 
 PP2 = "--parallelism.pipeline_parallel_degree=2"

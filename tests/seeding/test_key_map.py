@@ -9,7 +9,7 @@ import torch
 
 from flame_ext.errors import SeedError
 from flame_ext.seeding.key_map import parse_key_map, rename, renamed
-from flame_ext.seeding.layouts import open_source
+from flame_ext.seeding.sources.open import open_source
 from tests.sources import save_dcp
 
 

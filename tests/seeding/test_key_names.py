@@ -13,7 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from flame_ext.errors import SeedError
 from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
 from flame_ext.seeding.key_names import KeyNames, in_model_names
-from flame_ext.seeding.layouts import open_source
+from flame_ext.seeding.sources.open import open_source
 from tests.sources import save_dcp
 from tests.tiny_models import CONFIGS, save_tiny
 

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flame_ext.errors import SeedError
-from flame_ext.heads.initialisation import Uniform
+from flame_ext.model.initialisation import Uniform
 from flame_ext.seeding.accounting import ModelKey, account
-from flame_ext.seeding.layouts import open_source
 from flame_ext.seeding.new_parameters import initialise
 from flame_ext.seeding.read import read_weights
+from flame_ext.seeding.sources.open import open_source
 from tests.ranks import run_ranks
 from tests.sources import save_dcp
 

@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoConfig
 
 from flame_ext.errors import SeedError
-from flame_ext.seeding.layouts import open_source
 from flame_ext.seeding.same_function import require_same_function
+from flame_ext.seeding.sources.open import open_source
 from tests.tiny_models import save_tiny
 
 

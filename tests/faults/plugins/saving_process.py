@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torchtitan.components import checkpoint
 
-from flame_ext.config import checks
+from flame_ext.preflight import checks
 
 
 class UnpinnedStager(DefaultStager):

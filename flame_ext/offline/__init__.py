@@ -1,1 +1,0 @@
-"""Looking at checkpoints and converting them, on one process without a trainer or an accelerator."""
