@@ -1,6 +1,4 @@
-"""An export as a reader of its heads wants it: backbone and heads together, outside of any trainer."""
-
-from __future__ import annotations
+"""Loads the backbone and the heads of an export, and predicts with them, without a trainer."""
 
 import json
 from pathlib import Path
@@ -13,34 +11,25 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flame_ext.errors import SeedError
-from flame_ext.heads.converter import build_head
+from flame_ext.heads.registry import build_head
 from flame_ext.seeding.sources.hf_safetensors import SINGLE_NAME
 from flame_ext.seeding.sources.source import HEADS_FOLDER
 
 
 class Prediction(NamedTuple):
-    """What backbone and predictor make of tokens."""
+    """Outputs of backbone and predictor for (B, T) tokens."""
 
-    logits: Tensor
-    """(B, T, V)."""
-    hidden_states: Tensor
-    """(B, T, D), after the final norm."""
-    future: Tensor
-    """(B, T, D) float32 of unit length: the summary of the future that is predicted at each position."""
+    logits: Tensor  # (B, T, V)
+    hidden_states: Tensor  # (B, T, D), after the final norm
+    future: Tensor  # (B, T, D) float32 of unit length: the summary of the future that each position predicts
 
 
 def load_future_heads(folder: str | Path) -> nn.ModuleDict:
-    """The heads of an export as fresh modules, with its weights, in evaluation mode.
-
-    Args:
-        folder: an export, ``hf/step-N``.
-
-    Returns:
-        By name: ``future_encoder``, ``future_predictor``, ``action_layer``, those of one's own; each that there was.
+    """Returns the heads of an export (``hf/step-N``) by name, such as ``future_predictor``, in evaluation mode.
 
     Raises:
-        SeedError: there are none, or they can not be read.
-        CheckpointError: a head of one's own is not registered: import its module first.
+        SeedError: there are none, or they cannot be read.
+        CheckpointError: a head of your own is not registered: import its module first.
     """
     heads_folder = Path(folder) / HEADS_FOLDER
     if not (heads_folder / "config.json").is_file():
@@ -50,39 +39,27 @@ def load_future_heads(folder: str | Path) -> nn.ModuleDict:
         heads = nn.ModuleDict({name: build_head(name, arguments) for name, arguments in config.items()})
         heads.load_state_dict(load_file(heads_folder / SINGLE_NAME), strict=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as e:
-        raise SeedError(f"{heads_folder}: can not be read ({type(e).__name__}: {e}); export the step again") from e
+        raise SeedError(f"{heads_folder}: cannot be read ({type(e).__name__}: {e}); export the step again") from e
     return heads.eval()
 
 
 def load_with_heads(
     folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> tuple[PreTrainedModel, nn.ModuleDict]:
-    """Backbone and heads of an export, in evaluation mode.
-
-    Args:
-        folder: an export, ``hf/step-N``.
-        dtype: of the parameters; None = as they are stored.
-        device: to put them on.
-
-    Raises:
-        SeedError: there are no heads, or something can not be read.
+    """Returns the backbone and the heads of an export (``hf/step-N``) in evaluation mode, in ``dtype`` (None = as stored).
+    Raises what :func:`load_future_heads` raises, and a SeedError if the backbone cannot be loaded.
     """
-    heads = load_future_heads(folder)  # first: it is quick
+    heads = load_future_heads(folder)  # first, since it is quick
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
     except (OSError, ValueError, SafetensorError) as e:
-        raise SeedError(f"{folder}: can not be loaded: {e}") from e
+        raise SeedError(f"{folder}: cannot be loaded: {e}") from e
     return model.eval().to(device), heads.to(device=device, dtype=model.dtype)
 
 
 @torch.no_grad()
 def predict_future(model: PreTrainedModel, heads: nn.ModuleDict, input_ids: Tensor) -> Prediction:
-    """Run backbone and predictor.
-
-    Args:
-        model, heads: of :func:`load_with_heads`.
-        input_ids: (B, T).
-    """
+    """Runs the backbone and the predictor of :func:`load_with_heads` on (B, T) tokens."""
     captured: list[Tensor] = []
     hook = model.base_model.register_forward_hook(lambda _m, _i, result: captured.append(result.last_hidden_state))
     try:

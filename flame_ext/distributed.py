@@ -1,46 +1,65 @@
-"""Ranks that fail together: an error on one rank is raised on all of them, at once and with its own words."""
+"""Raises an error of one rank on all of them, with the same message."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from flame_ext.errors import UserError
+from flame_ext.errors import CheckpointError, UserError
+
+T = TypeVar("T")
 
 
 def is_main_rank() -> bool:
-    """Whether this process writes the files that exist once per run."""
+    """Return whether this process writes the files that a run has once."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 @contextmanager
 def failing_together(error_type: type[UserError], group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Run the body on every rank; if it fails anywhere, raise ``error_type`` everywhere with the first rank's message.
+    """Run the body, which must not contain collectives; leaving it is a collective over ``group``, which has to hold all ranks.
 
-    The body must not contain collectives: a rank that fails in the middle would leave the others waiting in them.
-    Leaving the context is a collective over ``group``, which has to hold all ranks (default: the default group).
-
-    Raises:
-        error_type: on all ranks, when the body raised on any. The exception of the rank itself is its ``__cause__``.
+    Raises ``error_type`` on all ranks if the body raised on any, with the first one's message, and this rank's exception as cause.
     """
     error: Exception | None = None
     try:
         yield
-    except Exception as e:  # every kind: the other ranks have to hear of it before it is raised
+    except Exception as e:  # of any type: the other ranks have to know before it is raised
         error = e
-    messages: list[str | None] = [None] if error is None else [describe(error)]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        gathered: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, messages[0], group=group)
-        messages = gathered
+    messages = gathered(None if error is None else describe(error), group)
     for rank, message in enumerate(messages):
         if message is not None:
             where = f"[rank {rank}] " if len(messages) > 1 and any(m != message for m in messages) else ""
             raise error_type(where + message) from error
 
 
+def on_main_rank(action: Callable[..., T], *arguments: Any) -> T | None:
+    """Calls ``action`` on the main rank alone; if it fails, raises a CheckpointError on all ranks. Collective."""
+    result = None
+    with failing_together(CheckpointError):
+        if is_main_rank():
+            result = action(*arguments)
+    return result
+
+
+def from_main_rank(value: T) -> T:
+    """Returns the main rank's value on all ranks, by way of pickle. Collective."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Return the pickled values of all ranks, by rank. Collective over ``group``, which has to hold all ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def describe(error: BaseException) -> str:
-    """The message of a user's error alone; the type as well for any other."""
+    """Return the message of an exception, with its type unless it is a :class:`UserError`."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

@@ -1,6 +1,4 @@
-"""Errors that are the user's to mend. The commands print their message alone; anything else is a bug and keeps its traceback."""
-
-from __future__ import annotations
+"""Errors that users can mend: commands print the message alone, while other exceptions keep their traceback."""
 
 
 class UserError(Exception):
@@ -8,12 +6,12 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A value in the TOML or on the command line can not be right."""
+    """A value in the TOML or on the command line cannot be right."""
 
 
 class SeedError(UserError):
-    """The source can not be put into the model completely and exactly."""
+    """The source cannot be put into the model completely and exactly."""
 
 
 class CheckpointError(UserError):
-    """A saved step can not be read or written."""
+    """A saved step cannot be read or written."""

@@ -1,6 +1,4 @@
-"""Moments at which a test can kill a process. Without the environment variable, nothing."""
-
-from __future__ import annotations
+"""Marks points at which a test can kill a process, by setting ``FLAME_EXT_FAULT``."""
 
 import os
 import signal
@@ -9,7 +7,7 @@ FAULT_VARIABLE = "FLAME_EXT_FAULT"
 
 
 def fault_point(name: str) -> None:
-    """SIGKILL this process if ``FLAME_EXT_FAULT`` is ``name``, or ``name:rank`` with its rank. For tests alone."""
+    """Kill this process (SIGKILL) if ``FLAME_EXT_FAULT`` is ``name``, or ``name:rank`` with its rank."""
     wanted, _, rank = os.environ.get(FAULT_VARIABLE, "").partition(":")
     if wanted == name and rank in ("", os.environ.get("RANK", "0")):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,15 +1,18 @@
-"""Small files that are complete or absent."""
-
-from __future__ import annotations
+"""Writes small files atomically, parses sizes and names files that several packages use."""
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
+from flame_ext.errors import ConfigError
+
+METRICS_NAME = "metrics.jsonl"  # in a run's dump folder: one JSON object per step
+
 
 def write_json(file: Path, value: Any) -> None:
-    """Write JSON to a temporary name, flush it to disk and rename it: the file is complete or absent."""
+    """Write JSON to a temporary name, flush it to disk and rename it, so that the file is complete or absent."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")
     with temporary.open("w", encoding="utf-8") as stream:
@@ -18,3 +21,11 @@ def write_json(file: Path, value: Any) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)
+
+
+def parse_size(text: str, option: str) -> int:
+    """Convert "5GB" or "1.5MB" (powers of 1000, as in ``save_pretrained``) to bytes; a ConfigError names ``option``."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT])B\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"{option} {text!r}: expected a number and KB, MB, GB or TB, such as 5GB")
+    return int(float(match[1]) * 1000 ** ("KMGT".index(match[2].upper()) + 1))

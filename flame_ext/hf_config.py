@@ -1,6 +1,4 @@
-"""The model's ``config.json``, read without what builds the model: tools ask for no more."""
-
-from __future__ import annotations
+"""Reads ``config.json`` without importing what builds the model."""
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
@@ -9,11 +7,7 @@ from flame_ext.errors import ConfigError
 
 
 def load_hf_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Read ``config.json`` of a local folder.
-
-    Raises:
-        ConfigError: if it is absent, not JSON, of an unknown ``model_type``, or needs code from the folder.
-    """
+    """Read it from a local folder; raise ConfigError if it is absent, invalid, of an unknown type or needs the folder's code."""
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, StrictDataclassError) as e:

@@ -1,18 +1,13 @@
-"""The entry point: parse, check, run.
-
-torchrun --nproc_per_node 8 -m flame_ext.train --job.config_file configs/olmo1b_fp.toml [--section.key value ...]
-
-Exit code: 0 done, 1 the run failed, 2 the configuration or the way of launching is wrong, 75 a signal stopped the run,
-which has saved: start the same command again.
+"""The command: ``torchrun -m flame_ext.train --job.config_file TOML [--section.key value ...]``. It ends with exit code 0 (done), 1
+(the run failed), 2 (the configuration or the launch is wrong) or 75 (a signal stopped the run, which has saved: start it again).
 """
-
-from __future__ import annotations
 
 import atexit
 import gc
 import logging
 import os
 import sys
+from contextlib import closing
 
 from flame_ext.imports import without_collection
 
@@ -28,29 +23,16 @@ with without_collection():
     from flame_ext.run.signals import EXIT_PREEMPTED, StopSignals, note_exit_code
     from flame_ext.trainer import FutureTrainer
 
-HOW_TO_LAUNCH = (
-    "launch with torchrun: torchrun --nproc_per_node 1 -m flame_ext.train --job.config_file configs/debug.toml"
-)
-
 
 def run(config: FlameJobConfig) -> int:
-    """Train. Must run in every rank, under torchrun's environment.
-
-    Returns:
-        0, or :data:`flame_ext.run.signals.EXIT_PREEMPTED`.
-    """
-    trainer: FutureTrainer | None = None
+    """Trains on this rank, in torchrun's environment. Returns 0 or :data:`EXIT_PREEMPTED`."""
     signals = StopSignals()
     signals.install()
     try:
-        trainer = FutureTrainer(config, signals)
-        trainer.train()
+        with closing(FutureTrainer(config, signals)) as trainer:
+            trainer.train()
     finally:
-        try:
-            if trainer is not None:
-                trainer.close()
-        finally:
-            signals.restore()
+        signals.restore()
     if dist.is_initialized():
         dist.destroy_process_group()
     return EXIT_PREEMPTED if trainer.preempted else 0
@@ -58,33 +40,29 @@ def run(config: FlameJobConfig) -> int:
 
 @record
 def main(args: list[str] | None = None) -> None:
-    """Run the command; ends the process with the exit codes above."""
+    """Runs the command; ends the process with one of the exit codes above."""
     args = sys.argv[1:] if args is None else args
-    gc.freeze()  # what was imported stays: no collection has to look at it again
-    atexit.register(gc.unfreeze)  # but the last one, or extensions print what they take for leaks
+    gc.freeze()  # no collection has to look at what was imported
+    atexit.register(gc.unfreeze)  # but the last one has to, or extensions report leaks
     init_logger()
-    # The host's logger is the root logger at INFO, and transformers would print every configuration that it reads.
+    # torchtitan's logger is the root logger at INFO, to which transformers would print every configuration that it reads.
     transformers.logging.set_verbosity(logging.WARNING)
+    code = 2
     try:
         wants_help = "--help" in args or "-h" in args
         if not wants_help and any(name not in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
-            print(f"error: {HOW_TO_LAUNCH}", file=sys.stderr)
-            raise SystemExit(2)
+            raise UserError(
+                "launch with torchrun: torchrun --nproc_per_node 1 -m flame_ext.train --job.config_file configs/debug.toml"
+            )
         config = parse(args)
-    except UserError as e:
-        _fail(e, 2)
-    try:
+        code = 1
         code = run(config)
     except UserError as e:
-        _fail(e, 1)
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        raise SystemExit(code) from e
     if code:
         note_exit_code(code)
         raise SystemExit(code)
-
-
-def _fail(error: UserError, code: int) -> None:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    raise SystemExit(code)
 
 
 if __name__ == "__main__":

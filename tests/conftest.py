@@ -22,6 +22,26 @@ import flame_ext  # noqa: E402, F401  (before torchtitan)
 from tests.ranks import TrainRun, train  # noqa: E402
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quarter", type=int, choices=range(4), help="only every fourth test of the matrix, from this one on"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark modules that start ranks as slow, give the matrix time, and leave a quarter of it if that is asked for."""
+    for item in items:
+        if {"run_ranks", "train"} & vars(item.module).keys() or {"debug_run", "ten_steps"} & set(item.fixturenames):
+            item.add_marker("slow")
+        if item.get_closest_marker("matrix"):  # many architectures on up to eight ranks: minutes on two cores
+            item.add_marker(pytest.mark.timeout(900))
+    if (quarter := config.getoption("--quarter")) is not None:
+        matrix = sorted(item.nodeid for item in items if item.get_closest_marker("matrix"))
+        chosen = set(matrix[quarter::4])
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in chosen])
+        items[:] = [item for item in items if item.nodeid in chosen]
+
+
 @pytest.fixture(scope="session")
 def debug_run(tmp_path_factory: pytest.TempPathFactory) -> TrainRun:
     """The debug job as it stands, all its steps, on one process."""

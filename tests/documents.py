@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.ranks import REPOSITORY
 
-DOCUMENTS = sorted([REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")])
+DOCUMENTS = sorted([REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").glob("*.md")])
 
 _FENCE = re.compile(
     r"^(?:<!-- (?P<mark>needs|file): (?P<value>[^\n]+?) -->\n)?(?P<fence>```+)(?P<language>\w*)\n(?P<text>.*?)^(?P=fence)$",
@@ -25,7 +25,7 @@ class Block:
     language: str
     text: str
     needs: str | None
-    """What a command can not do without here (``<!-- needs: … -->``): it is not run."""
+    """What a command cannot do without here (``<!-- needs: … -->``): it is not run."""
     file: str | None
     """Name of the file that the block shows (``<!-- file: … -->``): it is written where the commands run."""
 

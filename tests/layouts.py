@@ -77,8 +77,8 @@ def one_step(models: str, folder: str, jobs: dict[str, list[str]], options: list
         trainer.step = 1
         trainer.train_step(trainer.batch_generator(trainer.dataloader))
         results[job] = {
-            "parts": trainer._reduced(trainer._parts),
-            "grad_norm": trainer._grad_norm,
+            "parts": trainer.reported.reduced(trainer.reported.parts),
+            "grad_norm": trainer.gradients.norm,
             "gradients": {
                 key.replace("_orig_mod.", ""): full(p.grad)
                 for key, p in trainer.model.named_parameters()
@@ -119,6 +119,6 @@ def steps(
         if not (models / name).exists():
             save_tiny(name, models / name)
     arguments = (str(models), str(folder / layout), jobs, [*more, *options])
-    ranks = run_ranks(one_step, world_size, *arguments, folder=folder / f"{layout}.ranks", timeout=280)
+    ranks = run_ranks(one_step, world_size, *arguments, folder=folder / f"{layout}.ranks", timeout=800)
     assert all(rank.exit_code == 0 for rank in ranks), ranks[0].output[-3000:]
     return [rank.value for rank in ranks]

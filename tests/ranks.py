@@ -1,6 +1,6 @@
 """Real processes for distributed tests: ``run_ranks`` calls a function in N gloo processes, ``train`` runs the command in them.
 
-A fork server imports torch, transformers and the host once; each rank is a fork of it, with torchrun's environment.
+A fork server imports torch, transformers and torchtitan once; each rank is a fork of it, with torchrun's environment.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -103,6 +104,7 @@ def _rank_main(function: Callable[..., Any], args: tuple, variables: dict[str, s
     os.chdir(REPOSITORY)
     # Whatever seeding or resuming did not write is NaN, and shows.
     os.environ.update({"FLAME_EXT_POISON_PARAMETERS": "1", **variables})
+    sys.path[:0] = filter(None, [os.environ.get("FLAME_EXT_TEST_PATH")])
     import torch
 
     torch.set_num_threads(1)
@@ -155,6 +157,10 @@ def train(
 
 
 def _train_main(arguments: list[str]) -> None:
+    import torchtitan.train
+
     from flame_ext.train import main
 
+    # torchtitan waits two seconds for other ranks at the end of each run.
+    torchtitan.train.time = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda _seconds: None)
     main(arguments)

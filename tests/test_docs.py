@@ -22,17 +22,16 @@ else:
     import tomli as tomllib
 
 from flame_ext.config.manager import table_in_list
-from flame_ext.config.sections import FlameJobConfig
-from flame_ext.errors import ConfigError
-from flame_ext.preflight.reference import HOST_OPTIONS, HostOption, reference
+from flame_ext.heads.registry import job_config_class
+from flame_ext.preflight.reference import reference
 from flame_ext.tools.main import main as flame_ext
-from flame_ext.train import parse
 from tests.documents import DOCUMENTS, Block, blocks, prose
-from tests.ranks import DEBUG_TOML, REPOSITORY, train
+from tests.ranks import REPOSITORY, train
 
+CONFIG_CLASS = job_config_class()
 NEEDS = ("cluster", "network", "time", "a run", "an old checkpoint")  # what a marked command may ask for
 RUN = {"bash", "python"}
-TROUBLESHOOTING = REPOSITORY / "docs" / "troubleshooting.md"
+HELP = REPOSITORY / "docs" / "help.md"
 NOT_OPTIONS = (
     "jsonl",
     "py",
@@ -133,13 +132,21 @@ def test_links_and_files_exist(document: Path) -> None:
     assert not missing
 
 
+def test_the_map_of_the_house_names_files_that_are_there() -> None:
+    named = set(re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py|(?:[a-z_]+/)+)`", prose(REPOSITORY / "CONTRIBUTING.md")))
+    assert len(named) > 30
+    assert not [n for n in named if not any((base / n).exists() for base in (REPOSITORY, REPOSITORY / "flame_ext"))]
+    folders = {f.name for f in (REPOSITORY / "flame_ext").iterdir() if f.is_dir() and f.name != "__pycache__"}
+    assert {f"{folder}/" for folder in folders} <= named, "every folder has a row"
+
+
 def anchors(document: Path) -> set[str]:
     """As GitHub makes them of headings."""
     headings = re.findall(r"^#+ (.+)$", prose(document), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def options(section: type = FlameJobConfig, prefix: str = "") -> set[str]:
+def options(section: type = CONFIG_CLASS, prefix: str = "") -> set[str]:
     """Full names of sections and options."""
     names = set()
     for name, hint in get_type_hints(section).items():
@@ -154,8 +161,11 @@ def options(section: type = FlameJobConfig, prefix: str = "") -> set[str]:
 def test_options_exist(document: Path) -> None:
     """Those in the text, on command lines, and in TOML that is not a file of its own (a job that runs checks itself)."""
     text = prose(document)
-    if document.name == "moving_from_flame.md":
-        text = re.sub(r"^\| [^|]* \|", "|", text, flags=re.MULTILINE)  # the first column has flame's own
+    if document == HELP:
+        before, heading, moving = text.partition("\n## Moving from flame\n")
+        assert heading
+        # The first column has flame's own options.
+        text = before + re.sub(r"^\| [^|]* \|", "|", moving, flags=re.MULTILINE)
     known = options()
     sections = {name for name in known if "." not in name}
     named = {f"{section}.{key}" for section, key in OPTION.findall(text) if section in sections}
@@ -175,16 +185,6 @@ def test_configuration_is_that_of_the_code() -> None:
     assert written == reference(), f"docs/configuration.md is stale: {remedy}"
 
 
-@pytest.mark.parametrize("option", [o for o in HOST_OPTIONS if o.refused], ids=lambda option: option.name)
-def test_what_is_said_to_be_refused_is_refused(option: HostOption) -> None:
-    with pytest.raises(ConfigError, match=re.escape(option.name)):
-        parse([f"--job.config_file={DEBUG_TOML}", *option.refused])
-
-
-def test_options_of_the_host_exist() -> None:
-    assert {option.name for option in HOST_OPTIONS} <= options()
-
-
 def texts(tree: ast.AST) -> Iterator[str]:
     """Every string of a module; of an f-string what stands around its values, which are "…"."""
     for node in ast.walk(tree):
@@ -197,5 +197,5 @@ def texts(tree: ast.AST) -> Iterator[str]:
 def test_messages_are_those_of_the_code() -> None:
     files = sorted((REPOSITORY / "flame_ext").rglob("*.py"))
     said = "\n".join(text for file in files for text in texts(ast.parse(file.read_text())))
-    shown = [line for block in blocks(TROUBLESHOOTING) if block.language == "text" for line in block.text.splitlines()]
+    shown = [line for block in blocks(HELP) if block.language == "text" for line in block.text.splitlines()]
     assert shown and not [line for line in shown if line not in said]

@@ -1,15 +1,8 @@
-"""Write the model in the trainer as a Hugging Face folder, with the heads in a subfolder of their own.
-
-``AutoModelForCausalLM.from_pretrained`` and vLLM load the folder as it is. They, and DCP's Hugging Face reader, take
-every ``*.safetensors`` beside the base model's for a part of it, so the heads lie in ``future_heads/``.
-"""
-
-from __future__ import annotations
+"""Writes the model as a Hugging Face folder; heads lie in a subfolder, since readers take every file beside for the backbone."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,90 +17,89 @@ from torchtitan.tools.logging import logger
 from transformers import GenerationConfig, PreTrainedConfig
 
 from flame_ext.checkpoint.steps import put_in_place, start, temporary_path
-from flame_ext.distributed import failing_together, is_main_rank
+from flame_ext.distributed import is_main_rank, on_main_rank
 from flame_ext.errors import CheckpointError
 from flame_ext.fault_injection import fault_point
-from flame_ext.files import write_json
+from flame_ext.files import parse_size, write_json
 from flame_ext.seeding.sources.hf_safetensors import INDEX_NAME, read_header
-from flame_ext.seeding.sources.source import HEADS_FOLDER
-from flame_ext.seeding.sources.tensors import same_bits
+from flame_ext.seeding.sources.safe_files import TOKENIZER_FILES
+from flame_ext.seeding.sources.source import HEADS_FOLDER, TensorEntry, cast, same_bits
 
-# What belongs to a tokenizer or to generation. Named one by one: modelling code in the source must not be carried on.
+# The tokenizer's files, listed one by one: modelling code in the source must not be copied.
 _COPIED_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
+    *TOKENIZER_FILES,
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("merges.txt", "tokenizer.model", "chat_template.jinja"),
 )
 
 
 @dataclass(frozen=True)
 class ExportSpec:
-    """What an export is made of beside the weights."""
+    """Everything that an export contains or depends on besides the weights."""
 
     config: PreTrainedConfig
-    assets: Path
-    """The folder whose tokenizer and generation files go along."""
-    dtype: torch.dtype
-    heads: dict[str, dict[str, Any]] | None
-    """``future_heads/config.json``: name of each head to the arguments that it is built from; None without heads."""
-    max_shard_size: str = "5GB"
-    card: str | None = None
-    """``README.md``."""
+    assets: Path  # the folder from which tokenizer and generation files are copied
+    dtype: torch.dtype  # of floating-point tensors, and in config.json
+    heads: dict[str, dict[str, Any]] | None  # name of each head to the arguments of build_head; None without heads
+    max_shard_size: str = "5GB"  # maximum size of each file of the backbone
+    card: str | None = None  # README.md
 
 
-Read = Callable[[torch.dtype, str], "Tensor | None"]
-"""Dtype of the file and key to the full tensor on the main rank's CPU, None on the others. Collective."""
+Read = Callable[[str], "Tensor | None"]
+"""Maps a key to its full tensor on the main rank; the other ranks may return None. Collective."""
 
 
+@torch.no_grad()
 def export_hf(
     state: Mapping[str, Tensor], head_names: list[str], folder: Path, spec: ExportSpec, read: Read | None = None
 ) -> None:
-    """Write ``folder``, atomically. Collective: tensors are gathered one by one, the main rank holds one file at a time.
+    """Writes ``folder`` atomically; the main rank holds one file's tensors. Collective; a CheckpointError is raised on all ranks.
 
     Args:
-        state: key to parameter or buffer, each tied parameter once; keys that start with a head's name are the heads'.
-            The backbone's are as files spell them (:func:`flame_ext.model.hf_causal_lm.HFCausalLM.file_keys`).
-        head_names: names of the heads.
-        folder: ``hf/step-N``.
-        spec: the rest.
-        read: where ``state``, then for shapes and dtypes alone, is spread over the stages of a pipeline.
-
-    Raises:
-        CheckpointError: on every rank, if a file can not be written.
+        state: key, as in files, to parameter or buffer, each tied parameter once; a head's keys begin with its name.
+        read: reads a tensor that another pipeline stage may hold; ``state`` then only gives shapes and dtypes.
     """
-    prefixes = tuple(f"{name}." for name in head_names)
-    backbone = (
-        {key: tensor for key, tensor in state.items() if not key.startswith(prefixes)} if prefixes else dict(state)
-    )
-    heads = {key: tensor for key, tensor in state.items() if key not in backbone}
-    with failing_together(CheckpointError):
-        if is_main_rank():
-            write_small_files(start(folder), spec)
-    temporary = temporary_path(folder)
-    fault_point("during_export")
-    for tensors, place, size in ((backbone, temporary, spec.max_shard_size), (heads, temporary / HEADS_FOLDER, "1TB")):
-        if tensors:
-            described = {
-                key: torch.empty(t.shape, dtype=_file_dtype(t, spec.dtype), device="meta") for key, t in tensors.items()
-            }
-            take = read or partial(_gathered, tensors)
-            write_tensors(described, partial(take, spec.dtype), place, size)
-    with failing_together(CheckpointError):
-        if is_main_rank():
-            put_in_place(folder)
+
+    def read_for_file(key: str) -> Tensor | None:
+        fault_point("during_export")
+        full = _full(state[key]) if read is None else read(key)
+        if not is_main_rank():
+            return None
+        assert full is not None
+        return cast(full, spec.dtype).cpu().contiguous()
+
+    described = on_meta(state, spec.dtype)
+    heads = {key: tensor for key, tensor in described.items() if key.startswith(tuple(f"{n}." for n in head_names))}
+    backbone = {key: tensor for key, tensor in described.items() if key not in heads}
+    on_main_rank(start, folder)
+    write_hf(backbone, heads, read_for_file, temporary_path(folder), spec)
+    on_main_rank(put_in_place, folder)
     logger.info(f"Exported {len(backbone)} tensors of the backbone and {len(heads)} of the heads to {folder}")
 
 
-def write_small_files(folder: Path, spec: ExportSpec) -> None:
-    """Everything but weights: configuration, tokenizer, how generation goes, what the heads are built from."""
+def on_meta(tensors: Mapping[str, Tensor] | Mapping[str, TensorEntry], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Returns tensors of the same shapes on meta, floating-point ones in ``dtype`` (None = unchanged)."""
+    return {key: cast(torch.empty(t.shape, dtype=t.dtype, device="meta"), dtype) for key, t in tensors.items()}
+
+
+def write_hf(
+    backbone: Mapping[str, Tensor], heads: Mapping[str, Tensor], read: Read, folder: Path, spec: ExportSpec
+) -> None:
+    """Writes all files into an empty ``folder`` and reads the weights back. Collective; a CheckpointError is raised on all ranks.
+
+    Args:
+        backbone, heads: name to a tensor on meta.
+        read: returns a tensor on CPU in the dtype to write; called on every rank in the same order.
+    """
+    on_main_rank(_write_small_files, folder, spec)
+    _write_tensors(backbone, read, folder, parse_size(spec.max_shard_size, "max_shard_size"))
+    if heads:
+        _write_tensors(heads, read, folder / HEADS_FOLDER, 10**12)  # one file
+
+
+def _write_small_files(folder: Path, spec: ExportSpec) -> None:
     spec.config.dtype = spec.dtype
-    spec.config._auto_class = None  # type: ignore[misc]  # of a configuration that came with code: transformers would save the code, too
+    spec.config._auto_class = None  # type: ignore[misc]  # otherwise transformers would save the code that came with the configuration
     spec.config.save_pretrained(folder)
     if (spec.assets / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(spec.assets).save_pretrained(folder)
@@ -120,22 +112,14 @@ def write_small_files(folder: Path, spec: ExportSpec) -> None:
         write_json(folder / HEADS_FOLDER / "config.json", spec.heads)
 
 
-def write_tensors(
-    described: Mapping[str, Tensor], read: Callable[[str], Tensor | None], folder: Path, max_shard_size: str
-) -> None:
-    """Write ``model.safetensors``, or several files of at most ``max_shard_size`` and their index, and read them back.
+def _write_tensors(described: Mapping[str, Tensor], read: Read, folder: Path, max_shard_size: int) -> None:
+    """Writes ``model.safetensors``, or several files of at most ``max_shard_size`` bytes and their index."""
 
-    Collective. One file's tensors are in memory at a time, on the main rank.
+    def write_file(file: Path, tensors: dict[str, Tensor]) -> None:
+        save_file(tensors, file, metadata={"format": "pt"})  # from_pretrained requires the framework
+        require_written(file, read_header(file)[0], tensors, lambda key: same_bits(_read_one(file, key), tensors[key]))
+        shutil.copymode(folder / "config.json", file)  # safetensors makes it private to its owner
 
-    Args:
-        described: name to a tensor on meta.
-        read: name to its values on the main rank's CPU, None on the others; called on every rank in one order.
-        folder: is there, with its ``config.json``.
-        max_shard_size: as in ``save_pretrained``.
-
-    Raises:
-        CheckpointError: on every rank, if a file can not be written, or is not what was written.
-    """
     plan = split_state_dict_into_shards_factory(
         dict(described),
         get_storage_size=lambda tensor: tensor.nbytes,
@@ -145,81 +129,55 @@ def write_tensors(
     for name, keys in plan.filename_to_tensors.items():
         values = ((key, read(key)) for key in keys)
         tensors = {key: tensor for key, tensor in values if tensor is not None}
-        with failing_together(CheckpointError):
-            if is_main_rank():
-                # from_pretrained wants to know the framework that wrote the file.
-                save_file(tensors, folder / name, metadata={"format": "pt"})
-                _require_written(tensors, folder / name)
-                shutil.copymode(folder / "config.json", folder / name)  # safetensors lets nobody else read it
+        on_main_rank(write_file, folder / name, tensors)
         del tensors
-    with failing_together(CheckpointError):
-        if is_main_rank() and plan.is_sharded:
-            index = {"metadata": plan.metadata, "weight_map": dict(sorted(plan.tensor_to_filename.items()))}
-            write_json(folder / INDEX_NAME, index)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": dict(sorted(plan.tensor_to_filename.items()))}
+        on_main_rank(write_json, folder / INDEX_NAME, index)
 
 
-def _require_written(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Compare what was written with what was to be, bit for bit.
-
-    Raises:
-        CheckpointError: naming file and key.
-    """
-    header, _ = read_header(file)
-    if header.keys() != tensors.keys():
-        raise CheckpointError(f"{file}: was written with other keys than it was to have: {sorted(header)[:8]}")
-    for key, tensor in tensors.items():
-        with safe_open(file, framework="pt") as reader:  # unmapped after each: what is mapped counts as memory in use
-            if not same_bits(reader.get_tensor(key), tensor):
-                raise CheckpointError(f"{file}: {key!r} is not what was written; is the disk full or failing?")
+def _read_one(file: Path, key: str) -> Tensor:
+    """Opens the file for each tensor, since all of a mapping that was read counts as used memory."""
+    with safe_open(file, framework="pt") as reader:
+        return reader.get_tensor(key)
 
 
-@torch.no_grad()
-def _gathered(tensors: Mapping[str, Tensor], dtype: torch.dtype, key: str) -> Tensor | None:
-    """See :data:`Read`."""
-    full = _full(tensors[key])
-    return full.to(device="cpu", dtype=_file_dtype(full, dtype)).contiguous() if is_main_rank() else None
+def require_written(
+    place: Path, found: Collection[str], expected: Collection[str], same: Callable[[str], bool]
+) -> None:
+    """Raises a CheckpointError unless a file or folder has the keys ``expected``, and ``same`` holds for each."""
+    if set(found) != set(expected):
+        raise CheckpointError(f"{place}: was written with other keys than it was to have: {sorted(found)[:8]}")
+    for key in expected:
+        if not same(key):
+            raise CheckpointError(f"{place}: {key!r} is not what was written; is the disk full or failing?")
 
 
 class StagedReader:
-    """A :data:`Read` of what the stages of a pipeline hold: whichever has a tensor sends it to the first rank. Collective.
-
-    Args:
-        state: this rank's part of the tensors.
-        group: the ranks of this rank's pipeline.
-    """
+    """A :data:`Read` for pipelines: the stage that has a tensor sends it to the first rank of ``group``, the ranks of the pipeline."""
 
     def __init__(self, state: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
         self._state, self._group = state, group
-        held: list[Mapping[str, tuple[torch.Size, torch.dtype, str]]] = [{}] * dist.get_world_size(group)
+        self._held: list[Mapping[str, tuple[torch.Size, torch.dtype, str]]] = [{}] * dist.get_world_size(group)
         mine = {key: (tensor.shape, tensor.dtype, tensor.device.type) for key, tensor in state.items()}
-        dist.all_gather_object(held, mine, group=group)
-        self._held = held
+        dist.all_gather_object(self._held, mine, group=group)
 
     @torch.no_grad()
-    def __call__(self, dtype: torch.dtype, key: str) -> Tensor | None:
+    def __call__(self, key: str) -> Tensor | None:
         owner = next(rank for rank, tensors in enumerate(self._held) if key in tensors)
         rank = dist.get_rank(self._group)
         full = _full(self._state[key]).contiguous() if rank == owner else None
-        source, first = (dist.get_global_rank(self._group, r) for r in (owner, 0))
-        # One pipeline has the main rank; its siblings have the same tensors.
-        if owner != 0 and first == 0:
+        # One pipeline contains the main rank; the others hold the same tensors.
+        if owner != 0 and dist.get_global_rank(self._group, 0) == 0:
             if full is not None:
-                dist.send(full, dst=first, group=self._group)
+                dist.send(full, group=self._group, group_dst=0)
             elif rank == 0:
-                shape, held_dtype, device = self._held[owner][key]
-                full = torch.empty(shape, dtype=held_dtype, device=device)
-                dist.recv(full, src=source, group=self._group)
-        if not is_main_rank():
-            return None
-        assert full is not None
-        return full.to(device="cpu", dtype=_file_dtype(full, dtype)).contiguous()
+                shape, dtype, device = self._held[owner][key]
+                full = torch.empty(shape, dtype=dtype, device=device)
+                dist.recv(full, group=self._group, group_src=owner)
+        return full
 
 
 def _full(tensor: Tensor) -> Tensor:
-    """Collective over the ranks that a DTensor is spread over."""
+    """Gathers a DTensor. Collective over the ranks that hold it."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def _file_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Weights are cast; an integer buffer means its integers."""
-    return dtype if tensor.is_floating_point() else tensor.dtype

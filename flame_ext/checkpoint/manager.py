@@ -1,12 +1,8 @@
-"""torchtitan's ``CheckpointManager`` with four differences: step 0 is seeded, a step is complete or absent, it is read
-with suspicion, and the last save exports to a folder of its own.
-"""
-
-from __future__ import annotations
+"""torchtitan's ``CheckpointManager``, but step 0 is seeded, and a saved step is complete or absent and read without running code."""
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +16,8 @@ from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import GarbageCollection
 
-from flame_ext.checkpoint.reading import StepPlanner, StepReader
-from flame_ext.checkpoint.rng import RankRNG
+from flame_ext.checkpoint.files import RankRNG, StepPlanner, StepWriter
+from flame_ext.checkpoint.hooks import CheckpointHooks
 from flame_ext.checkpoint.steps import (
     CompleteStep,
     complete_step,
@@ -33,17 +29,16 @@ from flame_ext.checkpoint.steps import (
     temporary_path,
     written_files,
 )
-from flame_ext.checkpoint.writing import StepWriter
-from flame_ext.distributed import describe, failing_together, is_main_rank
+from flame_ext.distributed import describe, failing_together, from_main_rank, gathered, is_main_rank, on_main_rank
 from flame_ext.errors import CheckpointError
 from flame_ext.fault_injection import fault_point
-from flame_ext.run.background_export import BackgroundExports
+from flame_ext.seeding.sources.dcp import DcpReader
 
 RNG = "rng"
 
 
 class UntiedModelWrapper(ModelWrapper):
-    """The model's state dict with each tied parameter once, under the key that Hugging Face files hold."""
+    """Gives the model's state dict with each tied parameter once, under its key in Hugging Face files."""
 
     def _get_state_dict(self) -> dict[str, Any]:
         tied = {name for model in self.model for name in model.tied_keys}
@@ -51,55 +46,30 @@ class UntiedModelWrapper(ModelWrapper):
 
 
 class SeedingCheckpointManager(CheckpointManager):
-    """See the module.
+    """Takes torchtitan's arguments. The trainer sets :attr:`hooks` before it loads or saves anything."""
 
-    Args:
-        seed: puts the weights of a folder into the model (``checkpoint.initial_load_path``); collective.
-        export: writes the model as a Hugging Face folder for a step; collective.
-        facts: what every manifest records beside step and files.
-        resumed: called with the manifest and the folder of the step that is to be resumed, before anything of it is loaded; what
-            it returns is called after.
-        admit: whether a step may be saved; collective.
-        exports: of steps that are complete, on the main rank.
-        **kwargs: the host's.
-    """
+    hooks: CheckpointHooks
 
-    last_save_in_hf: bool
-
-    def __init__(
-        self,
-        *,
-        seed: Callable[[str], None],
-        export: Callable[[int], None],
-        facts: Callable[[], dict[str, Any]],
-        resumed: Callable[[dict[str, Any], Path], Callable[[], None]],
-        admit: Callable[[int], bool],
-        exports: BackgroundExports,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._seed, self._export, self._facts, self._resumed, self._admit = seed, export, facts, resumed, admit
-        self._exports = exports
         self.states[MODEL] = UntiedModelWrapper(kwargs["model_parts"])
         self.states[RNG] = RankRNG()
-        self.hf_assets_path = self.sd_adapter.hf_assets_path
+        # torchtitan would export into checkpoint/step-N, which a later run would take for a step to resume.
+        self._exports_last_step, self.last_save_in_hf = kwargs["checkpoint_config"].last_save_in_hf, False
 
     # -- loading -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def load(self, step: int = -1) -> bool:
-        """Resume from a complete step if there is one, else seed from the source. Never leaves random weights.
+        """Resumes from the newest complete step, or from ``step``; without steps, seeds from the source. Collective.
 
         Raises:
-            CheckpointError: ``step`` is asked for by number and is not there complete and undamaged; or every step is
-                damaged.
-            ConfigError: the step is of a run with other numbers.
-            SeedError: the source can not be put into the model.
+            CheckpointError: ``step`` is not there complete and undamaged, or every step is damaged.
+            ConfigError: the options that determine the numbers differ from those of the step's run.
+            SeedError: the source cannot be put into the model.
         """
         folder = Path(self.folder)
-        with failing_together(CheckpointError):
-            if is_main_rank():
-                recover_replaced(folder)
+        on_main_rank(recover_replaced, folder)
         with failing_together(CheckpointError):
             steps, passed_over = find_steps(folder)
             for line in passed_over:
@@ -111,16 +81,22 @@ class SeedingCheckpointManager(CheckpointManager):
                 )
         chosen = self._undamaged([s for s in steps if step in (-1, s.step)])
         if chosen is None:
-            self._seed_from_source(folder)
+            if (path := self.initial_load_path) is None:
+                path = self.sd_adapter.hf_assets_path
+                logger.info(
+                    "Seeding from model.hf_assets_path (checkpoint.initial_load_in_hf is set, initial_load_path is not)"
+                )
+            logger.info(f"No complete step in {folder}: seeding step 0 from {path}")
+            self.hooks.seed(path)
             return True
         if self.initial_load_path:
             logger.info(f"Resuming from {chosen.path}; passed over checkpoint.initial_load_path, which is for step 0")
         if chosen.manifest.get("model_only"):
             raise CheckpointError(
-                f"{chosen.path} holds the model alone (checkpoint.last_save_model_only), which can not be resumed; continue "
+                f"{chosen.path} holds the model alone (checkpoint.last_save_model_only), which cannot be resumed; continue "
                 "from its export with a new job.dump_folder, or set last_save_model_only = false before the last step"
             )
-        loaded = self._resumed(chosen.manifest, chosen.path)
+        loaded = self.hooks.resumed(chosen.manifest, chosen.path)
         states = self._states_to_load(model_only=False)
         if not self.states[RNG].fits(chosen.manifest["world_size"]) or not self._shares_models_as(chosen):
             del states[RNG]
@@ -131,51 +107,43 @@ class SeedingCheckpointManager(CheckpointManager):
         if is_main_rank():
             for other in steps:  # those that were not finished, or not begun
                 if other.manifest.get("run") == chosen.manifest.get("run") and other.step <= chosen.step:
-                    self._exports.start(other.path, just_saved=False)
+                    self.hooks.exports.start(other.path, just_saved=False)
         logger.info(f"Resumed from {chosen.path} (complete: {', '.join(str(s.step) for s in steps)})")
         return True
 
     def _shares_models_as(self, step: CompleteStep) -> bool:
-        """Whether as many ranks share one model out, and so draw the same numbers for it."""
-        then, now = step.manifest.get("parallelism", {}), self._facts().get("parallelism", {})
+        """Returns whether the step's ranks split a model as these do, and so draw the same random numbers for it."""
+        then, now = step.manifest.get("parallelism", {}), self.hooks.facts().get("parallelism", {})
         return all(then.get(name, 1) == now.get(name, 1) for name in ("tp", "pp"))
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
-        """As the host's, but nothing is unpickled that is not plain data. Collective.
-
-        Raises:
-            CheckpointError: on every rank.
-        """
+        """Loads as torchtitan does, but unpickles only plain data; a CheckpointError is raised on all ranks. Collective."""
         path = Path(checkpoint_id)
         with failing_together(CheckpointError):  # first, and apart: DCP would log it as a traceback
-            StepReader(path).read_metadata()
+            DcpReader(path).read_metadata()
         try:
-            dcp.load(state_dict, storage_reader=StepReader(path), planner=StepPlanner())
+            dcp.load(state_dict, storage_reader=DcpReader(path), planner=StepPlanner())
         except CheckpointException as e:
-            raise CheckpointError(f"{path} can not be loaded: {_first_failure(e)}") from e
+            raise CheckpointError(f"{path} cannot be loaded: {_first_failure(e)}") from e
         self.states[MODEL].load_state_dict(state_dict)
 
     def newest_step(self) -> CompleteStep | None:
-        """The complete step with the highest number, whose files have not been read yet."""
+        """Returns the complete step with the highest number; its files have not been read. Collective."""
         with failing_together(CheckpointError):
             steps, _ = find_steps(Path(self.folder))
         return steps[-1] if steps else None
 
     def load_model(self, step: CompleteStep) -> None:
-        """The weights of a step alone. Collective."""
+        """Loads only the weights of a step. Collective."""
         if self._undamaged([step]) is not None:
             self.dcp_load(self.states[MODEL].state_dict(), str(step.path), from_hf=False, from_quantized=False)
 
     def _undamaged(self, candidates: list[CompleteStep]) -> CompleteStep | None:
-        """The last of these steps whose files have their SHA-256, which the ranks share out. Collective.
-
-        Raises:
-            CheckpointError: there are steps, and all of them are damaged.
-        """
+        """Returns the last step whose files have their SHA-256, None without candidates; raises if all are damaged. Collective."""
         problems: list[str] = []
         for candidate in reversed(candidates):
             files = sorted(candidate.manifest["files"])
-            found = [line for part in _gathered(partial(damaged_files, candidate), files) for line in part]
+            found = [line for part in _shared_out(partial(damaged_files, candidate), files) for line in part]
             if not found:
                 return candidate
             problems.append(f"{candidate.path}: {'; '.join(found)}")
@@ -187,124 +155,91 @@ class SeedingCheckpointManager(CheckpointManager):
             )
         return None
 
-    def _seed_from_source(self, folder: Path) -> None:
-        path = self.initial_load_path
-        if path is None:
-            path = self.hf_assets_path
-            logger.info(
-                "Seeding from model.hf_assets_path (checkpoint.initial_load_in_hf is set, initial_load_path is not)"
-            )
-        logger.info(f"No complete step in {folder}: seeding step 0 from {path}")
-        self._seed(path)
-
     # -- saving --------------------------------------------------------------------------------------------------
 
     def save(self, curr_step: int, last_step: bool = False) -> None:
-        """As the host's, but a step that is not admitted is not saved.
-
-        Raises:
-            CheckpointError: on every rank, if a file can not be written, or if it is the last step that is not admitted.
+        """Saves as torchtitan does, but only a step that :meth:`CheckpointHooks.admit` admits. Collective; a CheckpointError is
+        raised on all ranks if a file cannot be written, or the last step is not admitted.
         """
-        if self._should_save(curr_step, last_step) and not self._admit(curr_step):
+        if self._should_save(curr_step, last_step) and not self.hooks.admit(curr_step):
             refusal = f"step {curr_step} is not saved: its gradient norm, losses or weights are not finite"
             if last_step:
-                raise CheckpointError(
-                    f"{refusal}; look at metrics.jsonl, and resume from an earlier step with a lower rate"
-                )
+                remedy = "look at metrics.jsonl, and resume from an earlier step with a lower rate"
+                raise CheckpointError(f"{refusal}; {remedy}")
             logger.warning(refusal)
             return
         super().save(curr_step, last_step)
 
     def save_now(self, step: int) -> None:
-        """Save a step that is not due, and be done with it on return, unless it is there or is not admitted. Collective."""
+        """Saves a step that is not due, in the foreground, unless it is saved already or not admitted. Collective."""
         if not self.enable or self.load_only:
             return
         self._async_wait()
         newest = self.newest_step()
-        if (newest is not None and newest.step == step) or not self._admit(step):
+        if (newest is not None and newest.step == step) or not self.hooks.admit(step):
             return
-        self.dcp_save(self._flattened_model_states_sd(), self._create_checkpoint_id(step), AsyncMode.DISABLED, True)
+        self.dcp_save(self._flattened_model_states_sd(), self._create_checkpoint_id(step), AsyncMode.DISABLED)
         self._purge_stale_checkpoints()
 
-    def dcp_save(
-        self,
-        state_dict: dict[str, Any],
-        checkpoint_id: str,
-        async_mode: AsyncMode,
-        enable_garbage_collection: bool = False,
-        to_hf: bool = False,
-    ) -> Any:
-        """Save under a temporary name; the main rank completes the step when all ranks' files are written."""
+    def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, async_mode: AsyncMode, **_: Any) -> Any:
+        """Saves under a temporary name; the main rank completes the step when the files of all ranks are written."""
         final = Path(checkpoint_id)
-        step = int(final.name.removeprefix("step-"))
-        facts = {"world_size": dist.get_world_size(), "model_only": "train_state" not in state_dict, **self._facts()}
-        with failing_together(CheckpointError):
-            if is_main_rank():
-                start(final)
+        step, temporary = int(final.name.removeprefix("step-")), temporary_path(final)
+        facts = {
+            "world_size": dist.get_world_size(),
+            "model_only": "train_state" not in state_dict,
+            **self.hooks.facts(),
+        }
+
+        def complete(files: dict[str, dict[str, Any]]) -> None:
+            complete_step(final, step, facts, files)
+            self.hooks.exports.start(final, just_saved=True)
+
+        on_main_rank(start, final)
+        writer, pinned = StepWriter(temporary), {}
+        if async_mode == AsyncMode.ASYNC_WITH_PINNED_MEM:
+            pinned = {"async_checkpointer_type": AsyncCheckpointerType.PROCESS, "async_stager": self.stager}
         try:
-            result = self._write(state_dict, StepWriter(temporary_path(final)), async_mode)
+            if async_mode == AsyncMode.DISABLED:
+                result: Any = dcp.save(state_dict, storage_writer=writer)
+            else:
+                result = dcp.async_save(state_dict, storage_writer=writer, process_group=self.pg, **pinned)
         except CheckpointException as e:
-            raise CheckpointError(f"{final} can not be saved: {_first_failure(e)}") from e
-        if enable_garbage_collection:
-            GarbageCollection.collect("GC collection invoked by checkpointer.")
+            raise CheckpointError(f"{final} cannot be saved: {_first_failure(e)}") from e
         if async_mode == AsyncMode.DISABLED:
+            GarbageCollection.collect("GC collection invoked by checkpointer.")
             fault_point("after_shards")
-            files: dict[str, dict[str, Any]] = {}
-            for part in _gathered(partial(describe_files, temporary_path(final)), _listed(final)):
-                files |= part
-            with failing_together(CheckpointError):
-                if is_main_rank():
-                    complete_step(final, step, facts, files)
-                    self._exports.start(final, just_saved=True)
+            # On a network file system, other hosts may see an older list.
+            names = from_main_rank(on_main_rank(written_files, final)) or []
+            described = _shared_out(partial(describe_files, temporary), names)
+            on_main_rank(complete, {name: file for part in described for name, file in part.items()})
             return result
         fault_point("during_async_save")
         if not is_main_rank():
             return result
 
-        def complete() -> None:
-            complete_step(final, step, facts, describe_files(temporary_path(final), written_files(final)))
-            self._exports.start(final, just_saved=True)
+        # DCP's coordinator is the main rank: its upload is done when the files of all ranks are. torchtitan then waits for
+        # the upload and the completion of the step.
+        def complete_alone() -> None:
+            complete(describe_files(temporary, written_files(final)))
 
-        # DCP's coordinator is this rank, and its upload is done only when every rank's files are. What the host waits
-        # for from here on is the upload and the step's completion.
         if isinstance(result, AsyncSaveResponse):
-            return AsyncSaveResponse(result.staging_completion, _then(result.upload_completion, complete))
-        return _then(result, complete)
-
-    def _write(self, state_dict: dict[str, Any], writer: StepWriter, async_mode: AsyncMode) -> Any:
-        """What the host does, with a writer of our own."""
-        if async_mode == AsyncMode.DISABLED:
-            return dcp.save(state_dict, storage_writer=writer)
-        if async_mode == AsyncMode.ASYNC:
-            return dcp.async_save(state_dict, storage_writer=writer, process_group=self.pg)
-        return dcp.async_save(
-            state_dict,
-            storage_writer=writer,
-            process_group=self.pg,
-            async_checkpointer_type=AsyncCheckpointerType.PROCESS,
-            async_stager=self.stager,
-        )
+            return AsyncSaveResponse(result.staging_completion, _then(result.upload_completion, complete_alone))
+        return _then(result, complete_alone)
 
     def background_error(self) -> str | None:
-        """What went wrong in a save or export that has ended in the background, on this rank; None if nothing did."""
+        """Returns why a save or an export in the background of this rank has failed; None if none has."""
         future = getattr(self, "save_future", None)
-        error = future.exception() if future is not None and future.done() else None
-        return self._exports.error() if error is None else f"the save in the background failed: {_first_failure(error)}"
+        if future is not None and future.done() and (error := future.exception()) is not None:
+            return f"the save in the background failed: {_first_failure(error)}"
+        return self.hooks.exports.error()
 
     def finish_exports(self) -> None:
-        """Wait for exports in the background. Collective, a small one every second: exports may outlast any timeout.
-
-        Raises:
-            CheckpointError: on every rank, if one failed.
-        """
-        while True:
-            busy = [bool(self._exports.in_use())]
-            dist.broadcast_object_list(busy, src=0)
-            if not busy[0]:
-                break
+        """Waits for exports in the background; raises on all ranks if one failed. Collective once a second, lest it time out."""
+        while from_main_rank(bool(self.hooks.exports.in_use())):
             time.sleep(1)
         with failing_together(CheckpointError):
-            if (error := self._exports.error()) is not None:
+            if (error := self.hooks.exports.error()) is not None:
                 raise CheckpointError(error)
 
     def _async_wait(self) -> None:
@@ -314,76 +249,51 @@ class SeedingCheckpointManager(CheckpointManager):
             raise CheckpointError(f"the save in the background failed: {_first_failure(e)}") from e
 
     def close(self) -> None:
-        """Wait for a save in the background before the host tears its threads down."""
+        """Waits for a save in the background, then closes as torchtitan does."""
         if getattr(self, "save_future", None) is not None:
             self._async_wait()
-        self._exports.cancel()
+        self.hooks.exports.cancel()
         super().close()
 
     def _save_last_step(self, curr_step: int) -> None:
-        export, self.last_save_in_hf = self.last_save_in_hf, False
-        try:
-            super()._save_last_step(curr_step)
-        finally:
-            self.last_save_in_hf = export
+        super()._save_last_step(curr_step)
         self._purge_stale_checkpoints()
-        if export:
-            # Not into checkpoint/step-N as the host does: a later run would take the export for a step to resume.
-            self._export(curr_step)
+        if self._exports_last_step:
+            self.hooks.export(curr_step)
 
     def _purge_stale_checkpoints(self) -> None:
-        """Only complete steps of this run count towards ``keep_latest_k`` and only they are deleted."""
+        """Deletes all but the newest ``keep_latest_k`` complete steps of this run."""
         if self.keep_latest_k > 0 and is_main_rank():
-            run = self._facts()["run"]
+            run = self.hooks.facts()["run"]
             steps = [step for step in find_steps(Path(self.folder))[0] if step.manifest.get("run") == run]
-            in_use = self._exports.in_use()
+            in_use = self.hooks.exports.in_use()
             for stale in (step for step in steps[: -self.keep_latest_k] if step.path not in in_use):
                 self.purge_queue.put(str(stale.path))
 
 
 def _then(upload: Future[Any], action: Callable[[], None]) -> Future[None]:
-    """A future that is done when ``upload`` is and ``action`` has run, or has the exception of either."""
-    completed: Future[None] = Future()
+    """Returns a future that is done when ``upload`` is and ``action`` has run; it has the exception of either."""
 
-    def finish(future: Future[Any]) -> None:
-        try:
-            future.result()
-            action()
-        except BaseException as e:  # DCP's CheckpointException is one; whoever waits gets it
-            completed.set_exception(e)
-        else:
-            completed.set_result(None)
+    def finish() -> None:
+        upload.result()
+        action()
 
-    upload.add_done_callback(finish)
+    executor = ThreadPoolExecutor(1, thread_name_prefix="complete")
+    completed = executor.submit(finish)
+    executor.shutdown(wait=False)
     return completed
 
 
-def _listed(final: Path) -> list[str]:
-    """The files that all ranks have written, as the main rank sees them: a network file system shows others older lists."""
-    names: list[list[str]] = [[]]
-    with failing_together(CheckpointError):
-        if is_main_rank():
-            names = [written_files(final)]
-    dist.broadcast_object_list(names, src=0)
-    return names[0]
-
-
-def _gathered(action: Callable[[list[str]], Any], files: list[str]) -> list[Any]:
-    """What ``action`` gives for each rank's share of the files. Collective.
-
-    Raises:
-        CheckpointError: on every rank, if it fails on any.
-    """
+def _shared_out(action: Callable[[list[str]], Any], files: list[str]) -> list[Any]:
+    """Returns the results of ``action`` on each rank's share of the files; fails on all ranks together. Collective."""
     share = None
     with failing_together(CheckpointError):
         share = action(files[dist.get_rank() :: dist.get_world_size()])
-    shares = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, share)
-    return shares
+    return gathered(share)
 
 
 def _first_failure(error: BaseException) -> str:
-    """What DCP's collection of every rank's exception and traceback is about: the first exception, with its path and errno."""
+    """Returns the message of the exception of the first rank that DCP reports."""
     if isinstance(error, CheckpointException):
         rank, (first, _) = min(error.failures.items())
         return f"[rank {rank}] {_first_failure(first)}"

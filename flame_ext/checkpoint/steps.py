@@ -1,13 +1,11 @@
-"""A step exists completely or not at all: it is written under a temporary name and renamed once its manifest is in it."""
-
-from __future__ import annotations
+"""Writes a step under a temporary name until its manifest is written, so it is complete or absent; finds and checks steps."""
 
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +20,12 @@ _MAX_MANIFEST_BYTES = 2**26
 _READ_BYTES = 2**22
 _HASHING_THREADS = 4
 _STEP_NAME = re.compile(r"step-(\d+)")
-_REPLACED = ".replaced-"  # an old step or export, for the moment between two renames
+_REPLACED = ".replaced-"  # prefix of an old step or export between two renames
 
 
 @dataclass(frozen=True)
 class CompleteStep:
-    """A folder ``step-N`` whose manifest names exactly the files that lie in it."""
+    """A folder ``step-N`` that has every file of its manifest, with the size that the manifest says."""
 
     step: int
     path: Path
@@ -35,26 +33,19 @@ class CompleteStep:
 
 
 def find_steps(folder: Path) -> tuple[list[CompleteStep], list[str]]:
-    """The complete steps in a checkpoint folder, oldest first, and one line for each ``step-N`` that was passed over."""
+    """Returns the complete steps in a folder, oldest first, and one line for each ``step-N`` that is passed over."""
     steps, passed_over = [], []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        match = _STEP_NAME.fullmatch(path.name)
-        if match is None:
-            continue
-        try:
-            steps.append(CompleteStep(int(match[1]), path, read_manifest(path)))
-        except CheckpointError as e:
-            passed_over.append(f"{path.name}: {e}")
+        if match := _STEP_NAME.fullmatch(path.name):
+            try:
+                steps.append(CompleteStep(int(match[1]), path, read_manifest(path)))
+            except CheckpointError as e:
+                passed_over.append(f"{path.name}: {e}")
     return sorted(steps, key=lambda s: s.step), passed_over
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a step.
-
-    Raises:
-        CheckpointError: if it is absent or unreadable, or if a file that it lists is absent, no file of this folder's own,
-            or of another size.
-    """
+    """Reads a step's manifest; raises if it is unreadable, or a file of it is absent, a link, elsewhere or of another size."""
     try:
         with (path / MANIFEST_NAME).open("rb") as stream:
             raw = stream.read(_MAX_MANIFEST_BYTES + 1)
@@ -65,40 +56,38 @@ def read_manifest(path: Path) -> dict[str, Any]:
         if foreign := next((name for name in files if Path(name).name != name), None):
             raise ValueError(f"{foreign!r} is no name of a file in the folder")
     except FileNotFoundError as e:
-        raise CheckpointError(
-            f"no {MANIFEST_NAME}: the save did not finish, or it is not a step of this trainer"
-        ) from e
+        reason = "the save did not finish, or it is not a step of this trainer"
+        raise CheckpointError(f"no {MANIFEST_NAME}: {reason}") from e
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"unreadable {MANIFEST_NAME} ({e})") from e
     for name, (size, _) in files.items():
         file = path / name
-        if file.is_symlink() or not file.is_file() or file.stat().st_size != size:
-            found = "absent"
-            if file.is_symlink() or file.exists():
-                found = f"{file.stat().st_size} bytes" if file.is_file() and not file.is_symlink() else "not a file"
+        found = "not a file" if file.is_symlink() or file.exists() else "absent"
+        if file.is_file() and not file.is_symlink():
+            found = f"{file.stat().st_size} bytes"
+        if found != f"{size} bytes":
             raise CheckpointError(f"{name} is {found}, its manifest says {size} bytes")
     return manifest
 
 
-def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of files, each of which is on disk afterwards."""
-    names = list(names)
+def describe_files(folder: Path, names: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Flushes files to disk and returns the size (bytes) and SHA-256 of each, by name."""
+
+    def described(name: str) -> dict[str, Any]:
+        digest, size, buffer = hashlib.sha256(), 0, bytearray(_READ_BYTES)
+        with (folder / name).open("rb", buffering=0) as stream:
+            while count := stream.readinto(buffer):
+                digest.update(memoryview(buffer)[:count])
+                size += count
+            os.fsync(stream.fileno())
+        return {"size": size, "sha256": digest.hexdigest()}
+
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        return dict(zip(names, pool.map(_described, (folder / name for name in names)), strict=True))
+        return dict(zip(names, pool.map(described, names), strict=True))
 
 
-def _described(file: Path) -> dict[str, Any]:
-    digest, size, buffer = hashlib.sha256(), 0, bytearray(_READ_BYTES)
-    with file.open("rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-            size += count
-        os.fsync(stream.fileno())
-    return {"size": size, "sha256": digest.hexdigest()}
-
-
-def damaged_files(step: CompleteStep, names: Iterable[str]) -> list[str]:
-    """One line for each of these files of a step that is not what its manifest says."""
+def damaged_files(step: CompleteStep, names: Collection[str]) -> list[str]:
+    """Reads these files of a step and returns one line for each that differs from the manifest."""
     found = describe_files(step.path, names)
     return [
         f"{name}: SHA-256 is {found[name]['sha256'][:12]}…, its manifest says {expected['sha256'][:12]}…: damaged file"
@@ -108,12 +97,12 @@ def damaged_files(step: CompleteStep, names: Iterable[str]) -> list[str]:
 
 
 def written_files(final: Path) -> list[str]:
-    """Names of the files in the temporary folder of ``final``."""
+    """Returns the sorted names of the files in the temporary folder of ``final``."""
     return sorted(p.name for p in temporary_path(final).iterdir() if p.is_file())
 
 
 def recover_replaced(folder: Path) -> None:
-    """Give a step its name back if its run was killed between moving it aside and naming the new one. For one rank."""
+    """Gives back its name to a step whose run was killed while it replaced the step (:func:`put_in_place`). For one rank."""
     for path in folder.glob(f"{_REPLACED}step-*") if folder.is_dir() else []:
         final = folder / path.name.removeprefix(_REPLACED)
         if not final.exists():
@@ -121,12 +110,12 @@ def recover_replaced(folder: Path) -> None:
 
 
 def temporary_path(final: Path) -> Path:
-    """Where a step or an export is written before it is complete: beside its place, under a name that no reader takes."""
+    """Returns the folder beside ``final`` in which a step or an export is written; no reader takes it."""
     return final.with_name(f".incomplete-{final.name}")
 
 
 def start(final: Path) -> Path:
-    """Clear and return the temporary folder of ``final``. For one rank."""
+    """Clears and returns the temporary folder of ``final``. For one rank."""
     temporary = temporary_path(final)
     if temporary.exists():
         shutil.rmtree(temporary)
@@ -135,16 +124,7 @@ def start(final: Path) -> Path:
 
 
 def complete_step(final: Path, step: int, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
-    """Write the manifest into the temporary folder of ``final`` and give it its name. For one rank, after all have written.
-
-    A step that is there already is replaced only now, when the new one is complete.
-
-    Args:
-        final: ``step-N``.
-        step: N.
-        facts: what the manifest says beside them.
-        files: of :func:`written_files`, as :func:`describe_files` has them.
-    """
+    """Writes the manifest and renames the temporary folder to ``final``. For one rank, when all ranks have written ``files``."""
     fault_point("before_manifest")
     write_json(temporary_path(final) / MANIFEST_NAME, {"step": step, **facts, "files": files})
     fault_point("before_rename")
@@ -152,7 +132,7 @@ def complete_step(final: Path, step: int, facts: dict[str, Any], files: dict[str
 
 
 def put_in_place(final: Path) -> None:
-    """Rename the temporary folder of ``final`` to ``final``, replacing what is there. For one rank."""
+    """Flushes the temporary folder of ``final`` to disk and renames it to ``final``, replacing an older one. For one rank."""
     temporary = temporary_path(final)
     replaced = final.with_name(_REPLACED + final.name)
     for path in [*temporary.rglob("*"), temporary]:
@@ -167,7 +147,7 @@ def put_in_place(final: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have what is written to a file, or the names in a folder, on disk."""
+    """Flushes a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

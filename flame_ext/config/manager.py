@@ -1,16 +1,14 @@
-"""torchtitan's ``ConfigManager`` with the extra sections known and a TOML that is checked value by value.
-
-The host passes TOML values through untyped: ``interval = "100"`` would reach the training loop as a string, and
-``enable = "false"`` would be true. Here a wrong type or an unknown key is refused before anything is built, by its
-full name and with the nearest valid one.
+"""torchtitan's ``ConfigManager`` for the sections of flame_ext. It also checks the types of TOML values, which torchtitan does not:
+``interval = "100"`` would reach the training loop as a string.
 """
 
-from __future__ import annotations
-
 import difflib
+import importlib
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -26,34 +24,29 @@ else:
 
 
 class FlameConfigManager(ConfigManager):
-    """Parses TOML and command line into a :class:`FlameJobConfig`; CLI over TOML over defaults."""
+    """Parses TOML and command line into a ``config_class``. The command line overrides TOML, TOML overrides defaults."""
 
-    def __init__(self) -> None:
+    def __init__(self, config_class: Callable[[], type[FlameJobConfig]]) -> None:
+        self._config_class = config_class
         super().__init__(FlameJobConfig)
 
     def parse_args(self, args: list[str]) -> FlameJobConfig:
-        """The configuration, typed but not yet checked for consistency (checks.py).
-
-        Raises:
-            ConfigError: the TOML is missing, malformed, or has a wrong type or an unknown key.
-        """
+        """Returns the configuration; ConfigError if the TOML is missing, malformed, or has a wrong type or an unknown key."""
         config = super().parse_args(args)
-        # The host splits "--model.converters=" at commas into one empty name; it is the only way to say "none".
+        # "--model.converters=", the only way to ask for none, is one empty name after torchtitan's split at commas.
         config.model.converters = [name for name in config.model.converters if name]
         return config
 
     def _dict_to_dataclass(self, cls: Any, data: dict[str, Any]) -> Any:
-        """The host's, and tables in lists ([[data.sources]]) as well."""
+        """Also convert tables in lists, such as ``[[data.sources]]``."""
         result = super()._dict_to_dataclass(cls, data)
         for field in fields(cls) if is_dataclass(cls) else ():
             if field.name in data and (table := table_in_list(field.type)) is not None:
-                tables = [self._dict_to_dataclass(table, values) for values in data[field.name]]
-                setattr(result, field.name, tables)
+                setattr(result, field.name, [self._dict_to_dataclass(table, values) for values in data[field.name]])
         return result
 
     def _maybe_load_toml(self, args: list[str]) -> dict[str, Any] | None:
-        path = _option(args, "job.config_file")
-        if path is None:
+        if (path := _option(args, "job.config_file")) is None:
             return None
         try:
             with Path(path).open("rb") as file:
@@ -64,86 +57,76 @@ class FlameConfigManager(ConfigManager):
             raise ConfigError(f"--job.config_file {path}: not valid TOML: {e}") from e
 
     def _maybe_add_custom_config(self, args: list[str], toml_values: dict[str, Any] | None) -> type[JobConfig]:
+        option = "experimental.custom_import"  # imported first, since it may add sections to the configuration
         try:
+            module, section = _option(args, option), (toml_values or {}).get("experimental")
+            if module is None and isinstance(section, dict):
+                module = section.get("custom_import")
+            if module and isinstance(module, str):
+                importlib.import_module(module)
+            option, self.config_cls = "job.custom_config_module", self._config_class()
             config_cls = super()._maybe_add_custom_config(args, toml_values)
         except ModuleNotFoundError as e:
-            raise ConfigError(f"job.custom_config_module: {e}; it must be importable from the current folder") from e
+            raise ConfigError(f"{option}: {e}; it must be importable from the current folder") from e
         if strings := _string_annotations(config_cls):
             raise ConfigError(
-                f"job.custom_config_module: the types of {', '.join(strings)} are strings, which can not be merged; remove "
+                f"job.custom_config_module: the types of {', '.join(strings)} are strings, which cannot be merged; remove "
                 "'from __future__ import annotations' from that module"
             )
-        if toml_values is not None:
-            problems = check_values(config_cls, toml_values)
-            if problems:
-                raise ConfigError(f"{_option(args, 'job.config_file')}: " + "; ".join(problems))
+        if problems := _check_values(config_cls, toml_values or {}):
+            raise ConfigError(f"{_option(args, 'job.config_file')}: " + "; ".join(problems))
         return config_cls
 
 
 def _option(args: list[str], name: str) -> str | None:
-    """The value of ``--name value`` or ``--name=value``, with either of - and _ (as tyro takes them)."""
-    flag = "--" + name.replace("_", "-")
-    for i, arg in enumerate(args):
+    """The value of ``--name value`` or ``--name=value``, where the name has either - or _ (as in tyro)."""
+    for arg, following in zip_longest(args, args[1:]):
         key, has_value, value = arg.partition("=")
-        if key.replace("_", "-") == flag:
-            if has_value:
-                return value
-            return args[i + 1] if i + 1 < len(args) else None
+        if key.replace("_", "-") == "--" + name.replace("_", "-"):
+            return value if has_value else following
     return None
 
 
-def _string_annotations(config_cls: type, prefix: str = "") -> list[str]:
-    """Full names of fields whose types are strings: a merged dataclass has no module in which to look them up."""
-    names = []
+def _string_annotations(config_cls: Any, prefix: str = "") -> list[str]:
+    """Full names of fields whose types are strings, which cannot be resolved: a merged dataclass has no module."""
+    names = [prefix + field.name for field in fields(config_cls) if isinstance(field.type, str)]
     for field in fields(config_cls):
-        if isinstance(field.type, str):
-            names.append(prefix + field.name)
-        elif is_dataclass(field.type):
-            names += _string_annotations(field.type, f"{prefix}{field.name}.")
+        names += _string_annotations(field.type, f"{prefix}{field.name}.") if is_dataclass(field.type) else []
     return names
 
 
-def check_values(config_cls: type, values: dict[str, Any], prefix: str = "") -> list[str]:
-    """What is wrong with a section's TOML values, one sentence each; empty if nothing is.
-
-    Args:
-        config_cls: the dataclass that the table is read into.
-        values: the table, as ``tomllib`` reads it.
-        prefix: the table's own name with a trailing dot, or "" at the top level.
-    """
+def _check_values(config_cls: type, values: dict[str, Any], prefix: str = "") -> list[str]:
+    """One sentence for each TOML value that does not fit ``config_cls``; ``prefix`` is the table's name with a trailing dot."""
     hints = get_type_hints(config_cls)
     valid = [f.name for f in fields(config_cls)]
     problems = []
     for key, value in values.items():
         name = prefix + key
         if key not in valid:
-            problems.append(f"unknown {'key' if prefix else 'section'} {name!r}{_nearest(key, valid, prefix)}")
-        elif is_dataclass(hints[key]):
-            if isinstance(value, dict):
-                problems += check_values(hints[key], value, f"{name}.")
-            else:
-                problems.append(f"{name!r} is a section ([{name}] in TOML), got {value!r}")
-        elif (table := table_in_list(hints[key])) is not None and _has_type(value, hints[key]):
-            for number, item in enumerate(value):
-                problems += check_values(table, item, f"{name}[{number}].")
+            close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+            hint = f" (did you mean {prefix + close[0]!r}?)" if close else f" (valid: {', '.join(valid)})"
+            problems.append(f"unknown {'key' if prefix else 'section'} {name!r}{hint}")
         elif not _has_type(value, hints[key]):
-            problems.append(f"{name!r} must be {spelled(hints[key])}, got {value!r} ({type(value).__name__})")
+            wrong = f"must be {spelled(hints[key])}, got {value!r} ({type(value).__name__})"
+            if is_dataclass(hints[key]):
+                wrong = f"is a section ([{name}] in TOML), got {value!r}"
+            problems.append(f"{name!r} {wrong}")
+        elif is_dataclass(hints[key]):
+            problems += _check_values(hints[key], value, f"{name}.")
+        elif (table := table_in_list(hints[key])) is not None:
+            for number, item in enumerate(value):
+                problems += _check_values(table, item, f"{name}[{number}].")
     return problems
 
 
 def table_in_list(hint: Any) -> type | None:
-    """The dataclass of a list of tables; None for anything else."""
+    """The dataclass of the items if ``hint`` is a list of dataclasses, else None."""
     parameters = get_args(hint)
     return parameters[0] if get_origin(hint) is list and is_dataclass(parameters[0]) else None  # type: ignore[return-value]
 
 
-def _nearest(key: str, valid: list[str], prefix: str) -> str:
-    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-    return f" (did you mean {prefix + close[0]!r}?)" if close else f" (valid: {', '.join(valid)})"
-
-
 def _has_type(value: Any, hint: Any) -> bool:
-    """Whether a TOML value fits a field's annotation, without conversion (an integer is a valid float)."""
+    """Whether a TOML value has the type of a field's annotation; an integer is a valid float."""
     origin, parameters = get_origin(hint), get_args(hint)
     if origin is Literal:
         return value in parameters and type(value) in {type(p) for p in parameters}
@@ -151,17 +134,13 @@ def _has_type(value: Any, hint: Any) -> bool:
         return any(_has_type(value, parameter) for parameter in parameters)
     if origin is list:
         return isinstance(value, list) and all(_has_type(item, parameters[0]) for item in value)
-    if hint is Any:
-        return True
-    if hint is float:
-        return type(value) in (int, float)
     if is_dataclass(hint):
         return isinstance(value, dict)
-    return type(value) is hint
+    return hint is Any or type(value) is hint or (hint is float and type(value) is int)
 
 
 def spelled(hint: Any) -> str:
-    """A field's annotation in the words of TOML."""
+    """Describes a field's annotation in the terms of TOML, for messages and the reference."""
     origin, parameters = get_origin(hint), get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(repr(p) for p in parameters)

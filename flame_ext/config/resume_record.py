@@ -1,15 +1,10 @@
-"""What determines the numbers of a run, so that a run that is resumed goes on as the same run.
-
-By exclusion: a field that is not known to be harmless matters, those of a user's own sections among them.
-"""
-
-from __future__ import annotations
+"""Records the options that determine a run's numbers, and refuses to resume a step under other ones."""
 
 import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -17,105 +12,60 @@ from typing import Any
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError
 
-# Sections and fields that change where, how fast or under which eyes a run goes, but not its numbers beyond rounding.
+# Sections and options that do not change the numbers of a run beyond rounding; all others count, also those of a user's sections.
+# The files in model.hf_assets_path are compared (asset_digests), and the global batch size.
 _HARMLESS = (
-    "activation_checkpoint",
-    "checkpoint",
-    "comm",
-    "compile",
-    "data.sources.label",
-    "debug.deterministic",
-    "debug.deterministic_warn_only",
-    "export",
-    "fault_tolerance",
-    "job",
-    "memory_estimation",
-    "metrics",
-    "model.hf_assets_path",  # its files are compared instead, see asset_digests
-    "model.print_after_conversion",
-    "parallelism",
-    "profiling",
-    "seed.allow_pickle",
-    "seed.dry_run",
-    "seed.verify",
-    "training.dataloader",
-    "training.enable_cpu_offload",
-    "training.gc_debug",
-    "training.gc_freq",
-    "training.local_batch_size",  # the global one is compared
+    "activation_checkpoint", "checkpoint", "comm", "compile", "data.sources.label", "debug.deterministic",
+    "debug.deterministic_warn_only", "export", "fault_tolerance", "job", "memory_estimation", "metrics", "model.hf_assets_path",
+    "model.print_after_conversion", "parallelism", "profiling", "seed.allow_pickle", "seed.dry_run", "seed.verify",
+    "training.dataloader", "training.enable_cpu_offload", "training.gc_debug", "training.gc_freq", "training.local_batch_size",
     "validation",
-)
+)  # fmt: skip
 
-# Of model.hf_assets_path: what the model is, and what the host's tokenizer is built from.
+# The files in model.hf_assets_path from which the model and the tokenizer are built.
 _ASSETS = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt")
 
 
 def asset_digests(folder: Path, code: bool = False) -> dict[str, str]:
-    """SHA-256 of the files in ``model.hf_assets_path`` that determine numbers, by name; those that are there.
-
-    Args:
-        folder: ``model.hf_assets_path``.
-        code: also of its modelling code (``seed.trust_remote_code``).
-    """
-    names = [*_ASSETS, *(sorted(p.name for p in folder.glob("*.py")) if code else [])]
-    return {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names if (folder / name).is_file()
-    }
+    """Returns the name and SHA-256 of each file in ``folder`` that determines a run's numbers; with ``code``, also the Python files."""
+    paths = [*(folder / name for name in _ASSETS), *(sorted(folder.glob("*.py")) if code else [])]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
 
 
-def config_record(config: FlameJobConfig, *, data_parallel_degree: int, assets: dict[str, str]) -> dict[str, Any]:
-    """Full name of each field that matters to its value, as JSON has it.
-
-    Args:
-        config: of the run.
-        data_parallel_degree: ranks that read different data (replicate times shard).
-        assets: as :func:`asset_digests` gives them.
-    """
+def config_record(
+    config: FlameJobConfig, *, data_parallel_degree: int, assets: dict[str, str], heads: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Returns the name and JSON value of each option that determines the run's numbers, of ``heads``, and :func:`asset_digests`."""
     record = {name: value for name, value in _flat(config) if not _is_harmless(name)}
-    step_batch = config.training.local_batch_size * data_parallel_degree
-    # As the host has it: not positive means one micro-batch for each rank.
-    record["training.global_batch_size"] = (
-        config.training.global_batch_size if config.training.global_batch_size > 0 else step_batch
-    )
-    encoder = config.future_encoder
-    if encoder.enable and (encoder.negatives == "local" or encoder.summary_method != "anticausal"):
-        # These losses compare within a micro-batch, of one rank or of all: here its size is no matter of layout.
-        local = encoder.negatives == "local"
-        record["future_encoder.sequences_compared"] = config.training.local_batch_size if local else step_batch
-    record |= {f"model.hf_assets_path/{name}": digest for name, digest in assets.items()}
+    # In torchtitan, a global batch size that is not positive means one micro-batch for each rank.
+    if record["training.global_batch_size"] <= 0:
+        record["training.global_batch_size"] = config.training.local_batch_size * data_parallel_degree
+    record |= (heads or {}) | {f"model.hf_assets_path/{name}": digest for name, digest in assets.items()}
     return json.loads(json.dumps(record, default=str))
 
 
 def config_digest(record: dict[str, Any]) -> str:
-    """SHA-256 of a record; 1 and 1.0 are the same."""
-    return hashlib.sha256(json.dumps(_canonical(record), sort_keys=True).encode()).hexdigest()
+    """Returns the SHA-256 of a record, in which 1 and 1.0 are equal."""
+
+    def number(text: str) -> int | float:
+        return int(value) if (value := float(text)).is_integer() else value
+
+    canonical = json.loads(json.dumps(record), parse_float=number)
+    return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
 
 
 def check_unchanged(then: dict[str, Any], now: dict[str, Any], allowed: list[str], where: str) -> list[str]:
-    """Compare the record of a saved step with that of the run that would go on from it.
+    """Compare the record of a saved step (``where``) with that of the run that resumes it; returns one line for each allowed change.
 
-    Args:
-        then: the step's, as its manifest has it.
-        now: the run's.
-        allowed: ``checkpoint.allow_config_change``.
-        where: the step, for the message.
-
-    Returns:
-        One line for each change that is allowed, to be logged.
-
-    Raises:
-        ConfigError: a field that matters has changed and is not allowed to, or ``allowed`` names no such field.
+    Raises ConfigError if an option has changed that is not allowed to, or if ``allowed`` names no recorded option.
     """
     names = sorted(name for name in {*then, *now} if not _is_harmless(name))
-    allowed = [
-        name for name in allowed if name
-    ]  # the host splits "--checkpoint.allow_config_change=" into one empty name
-    problems = [problem for name in allowed if (problem := _not_a_field(name, names)) is not None]
-    if problems:
+    allowed = list(filter(None, allowed))  # torchtitan parses "--checkpoint.allow_config_change=" as one empty name
+    if problems := [_not_a_field(name, names) for name in allowed if name not in names]:
         raise ConfigError("checkpoint.allow_config_change: " + "; ".join(problems))
-    changes = {name: change for name in names if (change := _change(name, then, now)) is not None}
-    refused = [name for name in changes if name not in allowed]
-    if refused:
+    differ = [name for name in names if (name in then, then.get(name)) != (name in now, now.get(name))]
+    changes = {name: f"{name}: then {_shown(name, then)}, now {_shown(name, now)}" for name in differ}
+    if refused := [name for name in changes if name not in allowed]:
         remedy = json.dumps([*dict.fromkeys([*allowed, *refused])])
         raise ConfigError(
             f"{where} was saved by a run with another configuration:\n  - "
@@ -143,35 +93,17 @@ def _is_harmless(name: str) -> bool:
     return any(name == harmless or name.startswith(f"{harmless}.") for harmless in _HARMLESS)
 
 
-def _change(name: str, then: dict[str, Any], now: dict[str, Any]) -> str | None:
-    if name in then and name in now and then[name] == now[name]:
-        return None
-    shown = [_shown(record[name]) if name in record else "absent" for record in (then, now)]
-    return f"{name}: then {shown[0]}, now {shown[1]}"
-
-
-def _shown(value: Any) -> str:
+def _shown(name: str, record: dict[str, Any]) -> str:
+    value = record.get(name)
     if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
         return f"SHA-256 {value[:12]}…"
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False) if name in record else "absent"
 
 
-def _not_a_field(name: str, names: Iterable[str]) -> str | None:
-    if name in names:
-        return None
+def _not_a_field(name: str, names: list[str]) -> str:
     if _is_harmless(name):
         return f"{name!r} is not compared and may always change: leave it out"
-    inside = [known for known in names if known.startswith(f"{name}.")]
-    if inside:
+    if inside := [known for known in names if known.startswith(f"{name}.")]:
         return f"{name!r} is a section; name each field ({', '.join(inside)})"
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"no field {name!r}{hint}"
-
-
-def _canonical(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _canonical(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_canonical(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    return f"no field {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")

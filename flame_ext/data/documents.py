@@ -1,13 +1,9 @@
-"""One source of documents, as a lane reads it: from where it is to the next document and to where that ends.
-
-A position (:class:`Cursor`) is two integers, whatever the number of ranks and workers, so it can be saved as it is.
-"""
-
-from __future__ import annotations
+"""Sources of documents. A lane's position in a source (:class:`Cursor`) is two integers, whatever the number of ranks and workers."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -17,119 +13,93 @@ from datasets import IterableDataset
 from numpy.typing import NDArray
 
 Tokens = NDArray[np.int64]
-Encode = Callable[[Any], Tokens]
-"""A sample to its tokens."""
 
 BLOCK = 1024  # documents that are permuted together where there is no random access
-BLOCKS_KEPT = 16  # at least: two for each lane that this process reads
-FILES_OPEN = 64  # likewise: one for each lane
-READ_AT_ONCE = 64
+BLOCKS_KEPT = 16  # blocks in memory; if more, two for each lane that this process reads
+FILES_OPEN = 64  # files kept open; if more, one for each lane that this process reads
 
 
 class Cursor(NamedTuple):
-    """Where a lane's next document of a source is; what the two mean is the source's own matter."""
+    """The position of a lane's next document in a source; each class of sources defines the meaning of the two integers."""
 
     a: int
     b: int
 
 
 class Documents(Protocol):
-    """A source of documents for ``num_lanes`` lanes, which share them without overlap."""
+    """A source of documents, which ``num_lanes`` lanes share without overlap."""
+
+    name: str
+    size: int  # number of documents or, if that is unknown, of bytes or files; a resumed run compares it
+
+    def start(self, lane: int) -> Cursor:
+        """The position of a lane's first document."""
+
+    def read(self, lane: int, cursor: Cursor) -> tuple[Tokens, Cursor] | None:
+        """The document at a lane's position and the position of its next one; None after its last document."""
+
+    def epochs(self, cursor: Cursor, lane: int) -> float:
+        """How many epochs the lane has read, with the fraction of the current one (by documents or files)."""
+
+
+@dataclass
+class IndexedDocuments:
+    """Documents with random access: lane j of L reads documents j, j + L, j + 2L, … of the concatenated epochs' permutations.
+
+    ``tokens_of`` maps an index in [0, ``size``) to the document's tokens. Without ``rng_seed``, documents are not permuted; without
+    ``num_epochs``, they repeat without end.
+    """
 
     name: str
     size: int
-    """What tells that the source is another one: documents or, where these are not counted, bytes or number of files."""
+    tokens_of: Callable[[int], Tokens]
+    num_lanes: int
+    rng_seed: int | None
+    num_epochs: int | None = None
 
-    def start(self, lane: int) -> Cursor:
-        """Where a lane begins."""
-        ...
-
-    def read(self, lane: int, cursor: Cursor) -> tuple[Tokens, Cursor] | None:
-        """A lane's next document and where the one after it is; None: the lane has had all its documents."""
-        ...
-
-    def epochs(self, cursor: Cursor, lane: int) -> float:
-        """How often the lane has had all its documents, the fraction of the present time by documents or files."""
-        ...
-
-
-class IndexedDocuments:
-    """Random access: lane j takes documents j, j + L, j + 2L, … of each epoch's permutation, counted on over epochs.
-
-    Args:
-        name: for messages and metrics.
-        count: documents of an epoch.
-        tokens_of: document index in [0, count) to its tokens.
-        num_lanes: L.
-        rng_seed: determines each epoch's permutation; None = as they come.
-        epochs: after which it ends; None = never.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        count: int,
-        tokens_of: Callable[[int], Tokens],
-        num_lanes: int,
-        rng_seed: int | None,
-        epochs: int | None = None,
-    ) -> None:
-        self.name, self.size, self.num_lanes = name, count, num_lanes
-        self.tokens_of, self._epochs = tokens_of, epochs
-        self._order = lru_cache(maxsize=2)(partial(permutation, count, rng_seed))  # lanes may stand in two epochs
+    def __post_init__(self) -> None:
+        self._order = _permutations(self.size, self.rng_seed)
 
     def start(self, lane: int) -> Cursor:
         return Cursor(lane, 0)
 
-    def index(self, cursor: Cursor) -> int | None:
-        """The document at a position; None at the end."""
-        epoch, place = divmod(cursor.a, self.size)
-        return None if self._epochs is not None and epoch >= self._epochs else int(self._order(epoch)[place])
-
     def read(self, lane: int, cursor: Cursor) -> tuple[Tokens, Cursor] | None:
-        index = self.index(cursor)
-        return None if index is None else (self.tokens_of(index), Cursor(cursor.a + self.num_lanes, 0))
+        epoch, place = divmod(cursor.a, self.size)
+        if self.num_epochs is not None and epoch >= self.num_epochs:
+            return None
+        return self.tokens_of(int(self._order(epoch)[place])), Cursor(cursor.a + self.num_lanes, 0)
 
     def epochs(self, cursor: Cursor, lane: int) -> float:
         return (cursor.a - lane) / self.size
 
 
+@dataclass
 class StreamedDocuments:
-    """Files that are read from their beginning. They are dealt to as many streams as there are files for, and each stream
-    serves the same number of lanes: a file is opened by the ranks whose lanes need it, and by no other if there are enough
-    files. Of a stream with G lanes the q-th takes documents q, q + G, …
+    """Documents in files (the shards of ``data``) that are read sequentially; ``encode`` maps a sample to its tokens.
 
-    ``Cursor(a, b)``: the b-th document of the stream's a-th file, counted on over epochs; b may lie beyond the file's end
-    and is then carried over. Documents are permuted in blocks of 1,024, files as a whole, so going on means reading one
-    file up to the block.
+    Files are dealt to as many streams as possible, of which each serves the same number of lanes, so that few ranks open a file.
+    The q-th of the G lanes of a stream reads documents q, q + G, … Files are permuted, and documents in blocks of 1,024, unless
+    ``rng_seed`` is None. ``nbytes`` is the size of all files, if it is known.
 
-    Args:
-        name: for messages and metrics.
-        data: its shards are the files.
-        encode: a sample to its tokens.
-        num_lanes: L.
-        rng_seed: determines each epoch's permutations; None = as they come.
-        epochs: after which it ends; None = never.
-        nbytes: of all files, if that is known.
+    ``Cursor(a, b)`` is document b of the stream's file a, counted over epochs; if b is beyond the file's end, the rest carries
+    over to the next file. Resuming reads one file up to the block.
     """
 
-    def __init__(
-        self,
-        name: str,
-        data: IterableDataset,
-        encode: Encode,
-        num_lanes: int,
-        rng_seed: int | None,
-        epochs: int | None = None,
-        nbytes: int | None = None,
-    ) -> None:
-        self.name, self.num_lanes, self._files = name, num_lanes, data.num_shards
-        self.size = self._files if nbytes is None else nbytes
-        self._data, self._encode, self._rng_seed, self._epochs = data, encode, rng_seed, epochs
-        self.streams = next(n for n in range(min(num_lanes, self._files), 0, -1) if num_lanes % n == 0)
-        self._lanes_each = num_lanes // self.streams
-        self._order = lru_cache(maxsize=2)(partial(permutation, self._files, rng_seed))
-        self._blocks = _Blocks(data)
+    name: str
+    data: IterableDataset
+    encode: Callable[[dict[str, Any]], Tokens]
+    num_lanes: int
+    rng_seed: int | None
+    num_epochs: int | None
+    nbytes: int | None
+
+    def __post_init__(self) -> None:
+        self._files = self.data.num_shards
+        self.size = self._files if self.nbytes is None else self.nbytes
+        streams = range(min(self.num_lanes, self._files), 0, -1)
+        self.streams = next(count for count in streams if self.num_lanes % count == 0)
+        self._order = _permutations(self._files, self.rng_seed)
+        self._blocks = _Blocks(self.data)
 
     def start(self, lane: int) -> Cursor:
         return Cursor(0, lane // self.streams)
@@ -138,16 +108,16 @@ class StreamedDocuments:
         (file, row), stream = cursor, lane % self.streams
         self._blocks.lanes.add(lane)
         files = self._files_of(stream)
-        while self._epochs is None or file < files * self._epochs:
+        while self.num_epochs is None or file < files * self.num_epochs:
             epoch, place = divmod(file, files)
             shard = int(self._order(epoch)[stream + place * self.streams])
             number, place = divmod(row, BLOCK)
             block = self._blocks.read(shard, number)
             if place < len(block):
-                if self._rng_seed is not None:
-                    seed = np.random.SeedSequence((self._rng_seed, epoch, shard, number))
+                if self.rng_seed is not None:
+                    seed = np.random.SeedSequence((self.rng_seed, epoch, shard, number))
                     place = int(np.random.Generator(np.random.PCG64(seed)).permutation(len(block))[place])
-                return self._encode(block[place]), Cursor(file, row + self._lanes_each)
+                return self.encode(block[place]), Cursor(file, row + self.num_lanes // self.streams)
             file, row = file + 1, row - self._blocks.rows[shard]
         return None
 
@@ -159,66 +129,58 @@ class StreamedDocuments:
 
 
 class _Blocks:
-    """Blocks of the files' samples, the latest kept: each lane goes through its own, lanes that share a file are near each
-    other. A block that is evicted too early costs reading its file again from the beginning.
+    """Reads blocks of the files' samples and keeps the latest ones, since lanes that share a file are near each other in it.
+
+    A block that is evicted too early costs reading its file again from the beginning.
     """
 
     def __init__(self, data: IterableDataset) -> None:
         self._data = data
         self._kept: OrderedDict[tuple[int, int], list[Any]] = OrderedDict()
-        self._open: OrderedDict[int, tuple[int, Iterator[Any]]] = OrderedDict()  # file to its next block, and the rest
-        self.rows: dict[int, int] = {}
-        """Samples of each file that has been read to its end."""
-        self.lanes: set[int] = set()
-        """That this process reads."""
+        # For each open file, the number of its next block and its samples from there on.
+        self._open: OrderedDict[int, tuple[int, Iterator[Any]]] = OrderedDict()
+        self.rows: dict[int, int] = {}  # number of samples of each file that has been read to its end
+        self.lanes: set[int] = set()  # those that this process reads
 
     def read(self, shard: int, number: int) -> list[Any]:
-        """The samples of a block; fewer at the end of the file, none beyond it."""
+        """Returns the samples of a block: fewer at the end of the file, none beyond it."""
         while (shard, number) not in self._kept:
             if shard in self.rows and number * BLOCK >= self.rows[shard]:
                 return []
-            following, samples = self._open.pop(shard, (0, None))
-            skips = samples is None or following > number
-            if samples is None or skips:
-                file = self._data.shard(num_shards=self._data.num_shards, index=shard)
-                following, samples = number, _samples(file.skip(number * BLOCK))
+            following, samples = self._open.pop(shard, (number + 1, iter(())))
+            skips = following > number
+            if skips:
+                following, samples = number, self._samples(shard, number * BLOCK)
             block = list(islice(samples, BLOCK))
             if len(block) == BLOCK:
                 self._open[shard] = following + 1, samples
             elif block or following == 0 or not skips:
                 self.rows[shard] = following * BLOCK + len(block)
-            else:  # skipped to a place beyond the end: how far beyond is only known from reading it all
-                self.rows[shard] = sum(
-                    1 for _ in _samples(self._data.shard(num_shards=self._data.num_shards, index=shard))
-                )
-            self._keep(shard, following, block)
+            else:  # the block is beyond the file's end, whose place is only known from reading the whole file
+                self.rows[shard] = sum(1 for _ in self._samples(shard))
+            self._kept[shard, following] = block
+            while len(self._kept) > max(BLOCKS_KEPT, 2 * len(self.lanes)):
+                self._kept.popitem(last=False)
+            while len(self._open) > max(FILES_OPEN, len(self.lanes)):
+                self._open.popitem(last=False)
         self._kept.move_to_end((shard, number))
         return self._kept[shard, number]
 
-    def _keep(self, shard: int, number: int, block: list[Any]) -> None:
-        self._kept[shard, number] = block
-        while len(self._kept) > max(BLOCKS_KEPT, 2 * len(self.lanes)):
-            self._kept.popitem(last=False)
-        while len(self._open) > max(FILES_OPEN, len(self.lanes)):
-            self._open.popitem(last=False)
+    def _samples(self, shard: int, skip: int = 0) -> Iterator[dict[str, Any]]:
+        file = self._data.shard(num_shards=self._data.num_shards, index=shard).skip(skip)
+        # In batches, since plain iteration in a dataloader's worker yields only that worker's share.
+        for batch in file.iter(batch_size=64):
+            yield from (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
 
 
-def _samples(data: IterableDataset) -> Iterator[dict[str, Any]]:
-    """All of them. In batches, since iterating over a dataset in a dataloader's worker gives that worker's share alone."""
-    for batch in data.iter(batch_size=READ_AT_ONCE):
-        columns = list(batch)
-        yield from (dict(zip(columns, row, strict=True)) for row in zip(*batch.values(), strict=True))
+def _permutations(count: int, rng_seed: int | None) -> Callable[[int], NDArray[np.int64]]:
+    """Maps an epoch (from 0) to the order of ``count`` documents or files in it; without ``rng_seed``, they are not permuted."""
 
+    @lru_cache(maxsize=2)  # lanes may be in two epochs
+    def order(epoch: int) -> NDArray[np.int64]:
+        if rng_seed is None:
+            return np.arange(count)
+        generator = torch.Generator().manual_seed(rng_seed * 1_000_003 + epoch)
+        return torch.randperm(count, generator=generator).numpy()
 
-def permutation(count: int, rng_seed: int | None, epoch: int) -> NDArray[np.int64]:
-    """The order of an epoch.
-
-    Args:
-        count: of documents, or files.
-        rng_seed: None = as they come.
-        epoch: from 0.
-    """
-    if rng_seed is None:
-        return np.arange(count)
-    generator = torch.Generator().manual_seed(rng_seed * 1_000_003 + epoch)
-    return torch.randperm(count, generator=generator).numpy()
+    return order

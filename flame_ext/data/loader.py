@@ -1,34 +1,23 @@
-"""The dataloader of packed documents: batches, and a saved position without pickle or number of ranks and workers."""
-
-from __future__ import annotations
+"""The dataloader of packed documents, whose saved position is plain integers and independent of ranks and workers."""
 
 from collections.abc import Iterator
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchtitan.components.dataloader import ParallelAwareDataloader
 
+from flame_ext.data.packing import PackedDocuments
 from flame_ext.errors import CheckpointError, UserError
-
-if TYPE_CHECKING:
-    from flame_ext.data.packing import PackedDocuments
 
 
 class PackedDataloader(ParallelAwareDataloader):
-    """Batches of :class:`PackedDocuments`. Its position is that of each lane after the batches handed out: what workers
-    have read ahead does not count, and any number of ranks and workers can go on from it.
+    """Batches of :class:`PackedDocuments`, whose position is that of each lane after the batches that it has yielded.
 
-    The names under which it is saved hold the number of lanes, so that a position of another one is never taken for this
-    one's: its names are absent.
-
-    Args:
-        dataset: this rank's lanes, as many for each worker.
-        dp_rank: of this rank's batches.
-        dp_world_size: number of ranks that read different batches.
-        batch_size: sequences of a batch.
-        **kwargs: StatefulDataLoader's.
+    What workers have read ahead does not count, and any number of ranks and workers can resume the position. Its keys contain the
+    number of lanes, so a position with another number of lanes has none of the keys that are asked for. The number of this rank's
+    lanes must be a multiple of the number of workers. ``kwargs`` are those of StatefulDataLoader.
     """
 
     dataset: PackedDocuments
@@ -37,53 +26,49 @@ class PackedDataloader(ParallelAwareDataloader):
         self, dataset: PackedDocuments, dp_rank: int, dp_world_size: int, *, batch_size: int, **kwargs: Any
     ) -> None:
         self.sequences = batch_size
-        # Every iteration draws a seed for its workers. Not from the default generator: a resumed run, which has one
-        # iteration more, would go on with other dropout masks than the unbroken one.
+        # Each iteration draws a seed for its workers. If that came from the default generator, the dropout masks of a resumed
+        # run, which has one iteration more, would differ from those of an unbroken run.
         generator = torch.Generator()
-        # Workers give sequences, not batches: asked in turn they yield the lanes in turn, however many they are. Without workers
-        # a batch comes in one piece, which costs less.
+        # Workers yield single sequences, so that asked in turn they yield the lanes in turn, whatever their number. Without
+        # workers the dataset yields whole batches, which is faster.
         dataset.together = 1 if kwargs.get("num_workers") else batch_size
-        super().__init__(
-            dataset, dp_rank, dp_world_size, generator=generator, batch_size=None, collate_fn=_as_it_is, **kwargs
-        )
+        # The default collation would make a tensor of each integer in a position.
+        kwargs |= {"generator": generator, "batch_size": None, "collate_fn": list}
+        super().__init__(dataset, dp_rank, dp_world_size, **kwargs)
 
     @property
     def layout(self) -> dict[str, int]:
-        """What a saved position fits; for the step's manifest."""
+        """The numbers that a saved position depends on: of lanes, and the size of each source. The step's manifest has them."""
         sizes = {f"in source {i}": source.size for i, source in enumerate(self.dataset.sources)}
         return {"lanes": self.dataset.num_lanes, **sizes}
 
     def require_layout(self, saved: dict[str, int] | None) -> None:
-        """Check the ``layout`` of the step that is to be resumed.
-
-        Raises:
-            CheckpointError: it is another one, or None: the step does not say.
-        """
-        if saved == self.layout:
-            return
+        """Raises CheckpointError if the ``layout`` in the manifest of the step to resume is absent or differs."""
         if saved is None:
             raise CheckpointError("the step has no layout of its data position: it was saved by something else")
-        if saved.get("lanes") != self.dataset.num_lanes:
+        if (lanes := saved.get("lanes")) != self.dataset.num_lanes:
             raise CheckpointError(
-                f"the step has a data position of {saved.get('lanes')} lanes, this run has {self.dataset.num_lanes}: set "
-                f"training.global_batch_size = {saved.get('lanes')} (the number of ranks does not matter)"
+                f"the step has a data position of {lanes} lanes, this run has {self.dataset.num_lanes}: set "
+                f"training.global_batch_size = {lanes} (the number of ranks does not matter)"
             )
-        raise CheckpointError(
-            f"the step has a data position in {_in_words(saved)}, this run has {_in_words(self.layout)}: give it the same data, "
-            "in the same order"
-        )
+        if saved != self.layout:
+            then, now = (", ".join(f"{n} {name}" for name, n in layout.items()) for layout in (saved, self.layout))
+            raise CheckpointError(
+                f"the step has a data position in {then}, this run has {now}: give it the same data, in the same order"
+            )
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Yields ``{"input": (B, T), "doc_ids": (B, T), "positions": (B, T)}, labels (B, T)``. Labels are the inputs moved by
-        one, as the host's dataset has them, -100 after the end of a lane's data; positions count from the beginning of a document.
+        """Yields ``{"input": (B, T), "doc_ids": (B, T), "positions": (B, T)}, labels (B, T)``.
+
+        Labels are the next tokens, and -100 after the end of a lane's data. Positions count from the beginning of a document.
         """
-        self._iterator = None  # a worker of an earlier iteration has a dataset of its own, which stands elsewhere
+        self._iterator = None  # workers of an earlier iteration have a copy of the dataset, at another position
         items = chain.from_iterable(super().__iter__())
         going_on = set(self.dataset.lanes)
         while going_on or self.dataset.pad:
             try:
                 batch = list(islice(items, self.sequences))
-            except UserError as e:  # of a worker: its message is a traceback, with the message at the end
+            except UserError as e:  # raised in a worker, its message is a traceback that ends with the original message
                 raise type(e)(str(e).strip().rpartition(f"{type(e).__name__}: ")[2]) from e
             for _, (lane, *numbers), ended in batch:
                 self.dataset.move(lane, numbers)
@@ -93,11 +78,7 @@ class PackedDataloader(ParallelAwareDataloader):
             yield {**inputs, "positions": positions_in_documents(inputs["doc_ids"])}, tokens[:, 1:]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """This rank's lanes: each one's :meth:`flame_ext.data.packing.Lane.numbers`.
-
-        Raises:
-            CheckpointError: in the middle of a global batch, where lanes have had different numbers of turns.
-        """
+        """Returns the position of each of this rank's lanes; CheckpointError in the middle of a global batch."""
         lanes = self.dataset.lanes
         if list(lanes) != sorted(lanes):
             raise CheckpointError(
@@ -110,7 +91,7 @@ class PackedDataloader(ParallelAwareDataloader):
             self.dataset.move(number, state_dict[self._name(number)].tolist())
 
     def epochs(self) -> list[float]:
-        """How often this rank's lanes have had all their documents of each source, on average."""
+        """The epochs of each source that this rank's lanes have read, on average."""
         lanes = self.dataset.lanes
         return [
             sum(source.epochs(lane.cursors[i], number) for number, lane in lanes.items()) / len(lanes)
@@ -121,18 +102,9 @@ class PackedDataloader(ParallelAwareDataloader):
         return f"lane_{lane}_of_{self.dataset.num_lanes}"
 
 
-def _as_it_is(sequences: Any) -> Any:
-    """Instead of a collation, which would make tensors of the numbers in a position, one by one."""
-    return sequences
-
-
 def positions_in_documents(doc_ids: Tensor) -> Tensor:
-    """(B, T) document numbers, each document in one piece, to positions that count from its beginning."""
+    """Maps (B, T) document numbers, equal ones adjacent, to (B, T) positions that count from the document's beginning."""
     index = torch.arange(doc_ids.shape[1]).expand_as(doc_ids)
     begins = torch.ones_like(doc_ids, dtype=torch.bool)
     begins[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
     return index - torch.where(begins, index, 0).cummax(dim=1).values
-
-
-def _in_words(layout: dict[str, int]) -> str:
-    return ", ".join(f"{number} {name}" for name, number in layout.items())

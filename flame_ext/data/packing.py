@@ -1,16 +1,9 @@
-"""Documents packed into sequences, in an order that does not depend on how many ranks or workers read them.
-
-The global batch is a fixed number of *lanes*: lane j packs its documents end to end and gives one sequence to each step. Of
-each source it has its own share, and it takes them in proportion to the sources' weights. A rank reads every
-``dp_world_size``-th lane and a worker every n-th of those, so a step's global batch is the same set of sequences on one
-rank and on sixty-four, each process tokenises only its own documents, and the position in the data is a few integers for
-each lane.
-"""
+"""Packs documents into sequences, in an order that does not depend on how many ranks or workers read them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass
 from itertools import cycle, islice
 
 import numpy as np
@@ -21,97 +14,77 @@ from torch.utils.data import IterableDataset, get_worker_info
 from flame_ext.data.documents import Cursor, Documents, Tokens
 from flame_ext.errors import CheckpointError, ConfigError
 
-IGNORED = -100
-"""The label of a position that has none, as cross-entropies have it."""
-
-PADDING = 2**30
-"""Document numbers from here on are of positions after a lane's end, each a document of its own."""
-
-MAX_EMPTY = 100_000  # documents without a token, one after the other: more are a mistake, and would be a hang
+IGNORED = -100  # the label of a position without one, which torch's cross-entropy ignores
+PADDING = 2**30  # positions after a lane's end have document numbers from here on, each another one
+MAX_EMPTY = 100_000  # consecutive documents without a token; more are a mistake and would take forever
 
 
 @dataclass
 class Lane:
     """A position in the data, as it is saved."""
 
-    offset: int
-    """Of the next token in the document that is being read; 0 between two documents."""
-    taken: list[int]
-    """How many documents of each source have been read to their end."""
-    cursors: list[Cursor]
-    """Where the next document of each source is: the one that is being read, if ``offset`` is not 0."""
+    offset: int  # index of the next token in the current document; 0 between two documents
+    taken: list[int]  # number of documents of each source that have been read to their end
+    cursors: list[Cursor]  # position of the next document of each source: of the current one, if offset is not 0
 
     def numbers(self) -> list[int]:
-        """All of it, flat: offset, then taken and cursor of each source."""
+        """All fields in one list: offset, then taken and cursor of each source."""
         return [self.offset, *(n for t, c in zip(self.taken, self.cursors, strict=True) for n in (t, *c))]
 
     @classmethod
     def of(cls, numbers: Sequence[int]) -> Lane:
-        """From :meth:`numbers`."""
+        """The inverse of :meth:`numbers`."""
         sources = [numbers[i : i + 3] for i in range(1, len(numbers), 3)]
         return cls(numbers[0], [s[0] for s in sources], [Cursor(s[1], s[2]) for s in sources])
 
 
-Packed = tuple[Tensor, list[int], bool]
-"""A sequence, see :meth:`PackedDocuments.sequences`."""
+Packed = tuple[Tensor, list[int], bool]  # an item of PackedDocuments.sequences()
 
 
+@dataclass(eq=False)
 class PackedDocuments(IterableDataset[list[Packed]]):
-    """Sequences of ``seq_len + 1`` tokens from this rank's lanes, in turn.
+    """Sequences of ``seq_len + 1`` tokens from the lanes ``of_rank``, in turn.
 
-    A lane ends when its sources have; from then on its sequences are empty, and the others go on.
-
-    Args:
-        sources: of documents, each for ``num_lanes`` lanes.
-        weights: of the sources, positive: shares of documents.
-        seq_len: T.
-        lanes: this rank's lanes.
-        num_lanes: of all ranks together: sequences in a global batch.
-        rng_seed: determines how lanes begin to mix.
-        eos_id: a document ends after it, too: flat files of tokens hold many in one; None = there is none.
-        pad: whether a dataloader goes on when all its lanes have ended: others' have not.
+    The sequences of a global batch come from ``num_lanes`` *lanes*, one from each. A lane concatenates the documents of its share
+    of each source, and reads the sources in proportion to their weights. A rank reads every ``dp_world_size``-th lane, and a worker
+    every n-th of those. So the global batch is the same on any number of ranks, each process tokenises only its own documents, and
+    the position in the data is a few integers for each lane. A lane whose sources have all ended yields empty sequences.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Documents],
-        seq_len: int,
-        lanes: range,
-        num_lanes: int,
-        *,
-        weights: Sequence[float] | None = None,
-        rng_seed: int | None = None,
-        eos_id: int | None = None,
-        pad: bool = False,
-    ) -> None:
-        self.sources, self.seq_len, self.eos_id, self.pad = sources, seq_len, eos_id, pad
-        self.num_lanes = num_lanes
-        self.together = 1
-        """How many sequences an iteration yields at once."""
-        self.weights = [1.0] * len(sources) if weights is None else list(weights)
-        self._rng_seed = rng_seed or 0
-        self.lanes = {n: Lane(0, [0] * len(sources), [source.start(n) for source in sources]) for n in lanes}
-        """Where the next iteration begins, in the order of the lanes' turns. Iterating does not move it: a dataloader's
-        workers read ahead, and only what reaches the training counts (:meth:`move`)."""
+    sources: Sequence[Documents]
+    seq_len: int
+    of_rank: InitVar[range]
+    num_lanes: int
+    _: KW_ONLY
+    weights: Sequence[float] = ()  # positive, one for each source; empty = equal
+    rng_seed: int = 0  # determines with which sources a lane begins
+    eos_id: int | None = None  # also ends a document, since flat files of tokens hold many documents in one
+    pad: bool = False  # whether a dataloader continues when its lanes have ended, since other ranks' may not have
+
+    def __post_init__(self, of_rank: range) -> None:
+        self.together = 1  # number of sequences in an item of an iteration
+        self.weights = self.weights or [1.0] * len(self.sources)
+        # The positions from which the next iteration starts, in the order of the lanes' turns. move() changes them; an iteration
+        # does not, since workers read ahead of the training.
+        self.lanes = {n: Lane(0, [0] * len(self.sources), [s.start(n) for s in self.sources]) for n in of_rank}
 
     def move(self, lane: int, numbers: Sequence[int]) -> None:
-        """Put a lane to a position (:meth:`Lane.numbers`) and make its turn the last."""
+        """Set a lane's position (:meth:`Lane.numbers`) and make it the last in turn."""
         self.lanes.pop(lane)
         self.lanes[lane] = Lane.of(numbers)
 
     def __iter__(self) -> Iterator[list[Packed]]:
-        """:meth:`sequences`, several at once."""
+        """Yields lists of ``together`` items of :meth:`sequences`."""
         sequences = self.sequences()
         while True:
             yield list(islice(sequences, self.together))
 
     def sequences(self) -> Iterator[Packed]:
-        """Yields without end a sequence, (2, T + 1): tokens, ``IGNORED`` after a lane's end, and document numbers from 0; the
-        number of its lane with that one's position after it; and whether the lane has ended. A worker yields those of every
-        n-th lane, so that all of them together, asked in turn, yield the same as one process.
+        """Yields without end a sequence of the next lane, the lane's number and position after it, and whether it has ended.
 
-        Raises:
-            CheckpointError: a lane was put (:meth:`move`) beyond the end of a document.
+        A sequence is (2, T + 1): tokens, which are ``IGNORED`` after the lane's end, and document numbers from 0. A worker reads
+        every n-th lane, so that all workers, asked in turn, yield the same as one process. Raises CheckpointError if a lane's
+        position is beyond the end of its document.
         """
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
@@ -120,42 +93,33 @@ class PackedDocuments(IterableDataset[list[Packed]]):
             yield reader.sequence(), [reader.number, *reader.lane.numbers()], reader.finished()
 
     def steps(self, limit: int | None = None) -> int:
-        """How many sequences the longest of these lanes has, from where they are, at most ``limit``."""
-        longest = 0
-        for number, lane in self.lanes.items():
-            reader = _LaneReader(self, number, lane)
-            count = 0
-            while count != limit and not reader.finished():
+        """Number of sequences that the longest of these lanes has left, at most ``limit``."""
+        readers = [_LaneReader(self, number, lane) for number, lane in self.lanes.items()]
+        steps = 0
+        while steps != limit and (readers := [reader for reader in readers if not reader.finished()]):
+            for reader in readers:
                 reader.sequence()
-                count += 1
-            longest = max(longest, count)
-        return longest
-
-    def phases(self, lane: int) -> list[float]:
-        """Where in its period of each source a lane begins, in [0, 1)."""
-        return np.random.default_rng((self._rng_seed, lane)).random(len(self.sources)).tolist()
+            steps += 1
+        return steps
 
 
 class _LaneReader:
     def __init__(self, data: PackedDocuments, number: int, lane: Lane) -> None:
         self.number, self.lane = number, Lane.of(lane.numbers())
-        self._data, self._phases = data, data.phases(number)
-        self._open: tuple[int, Tokens, Cursor] | None = (
-            None  # the document: its source, its tokens, where the next one is
-        )
+        self._data = data
+        # When the first document of each source is due (_document).
+        self._phases = np.random.default_rng((data.rng_seed, number)).random(len(data.sources)).tolist()
+        # The current document: its source, its tokens, and the position of the next one.
+        self._open: tuple[int, Tokens, Cursor] | None = None
 
     def sequence(self) -> Tensor:
-        """See :meth:`PackedDocuments.sequences`."""
-        length = self._data.seq_len + 1
+        """Returns the tokens and document numbers of the next sequence (:meth:`PackedDocuments.sequences`)."""
+        lane, length = self.lane, self._data.seq_len + 1
         result, starts = np.full((2, length), IGNORED, dtype=np.int64), np.zeros(length, dtype=bool)
         tokens, doc_ids = result
         filled = 0
-        while filled < length:
-            current = self._document()
-            if current is None:
-                break
+        while filled < length and (current := self._document()) is not None:
             source, document, following = current
-            lane = self.lane
             if lane.offset > len(document):
                 raise CheckpointError(
                     f"the data position is token {lane.offset} of a document of {self._data.sources[source].name} that has "
@@ -171,24 +135,22 @@ class _LaneReader:
         starts[1:] |= tokens[:-1] == self._data.eos_id
         np.cumsum(starts, out=doc_ids)
         doc_ids -= 1
-        doc_ids[filled:] = PADDING + np.arange(length - filled)  # nothing follows anything there
+        doc_ids[filled:] = PADDING + np.arange(length - filled)  # each its own document, so no token follows another
         return torch.from_numpy(result)
 
     def finished(self) -> bool:
-        """Whether there is no token left."""
+        """Returns whether there is no token left."""
         return self._document() is None
 
     def _document(self) -> tuple[int, Tokens, Cursor] | None:
-        """The document that is being read, or the next one; None: all sources have ended."""
-        lane, sources = self.lane, self._data.sources
-        empty = 0
+        """Returns the current document or, between two documents, the next one; None if all sources have ended."""
+        lane, sources, empty = self.lane, self._data.sources, 0
         while self._open is None:
-            # Each source's documents are due at equal distances, the first at a random place: shares are as asked at
-            # any time, and lanes do not all begin with the same source.
+            # Documents of a source are due at equal distances, the first at a random phase. So the shares are in proportion to
+            # the weights at any time, and lanes do not all begin with the same source.
             due = [(t + p) / w for t, p, w in zip(lane.taken, self._phases, self._data.weights, strict=True)]
             for source in sorted(range(len(sources)), key=due.__getitem__):
-                found = sources[source].read(self.number, lane.cursors[source])
-                if found is not None:
+                if (found := sources[source].read(self.number, lane.cursors[source])) is not None:
                     break
             else:
                 return None

@@ -1,17 +1,16 @@
-"""The host's tokenizer, and what stands before and after a document."""
-
-from __future__ import annotations
+"""torchtitan's tokenizer, the tokens before and after a document, and checks against the model's vocabulary."""
 
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer, build_hf_tokenizer
 from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
 from transformers import PreTrainedConfig
 
+from flame_ext.data.documents import Tokens
 from flame_ext.errors import ConfigError
 
 
 def build_tokenizer(job_config: JobConfig) -> HuggingFaceTokenizer:
-    """The host's, which knows no EOS where one token is both BOS and EOS (GPT-2, GPT-NeoX): here it is known."""
+    """Builds torchtitan's tokenizer, which has no EOS where one token is BOS and EOS (GPT-2, GPT-NeoX), and adds that EOS."""
     tokenizer = build_hf_tokenizer(job_config)
     if tokenizer.eos_id is None and tokenizer.config:
         token = tokenizer._get_token_from_config(tokenizer.config, "eos_token")
@@ -21,11 +20,10 @@ def build_tokenizer(job_config: JobConfig) -> HuggingFaceTokenizer:
 
 
 def around_a_document(tokenizer: BaseTokenizer) -> tuple[list[int], list[int]]:
-    """The ids to put before and after what the tokenizer makes of a document's text.
+    """Returns the ids to add before and after the tokens of a document's text: none that the tokenizer adds itself.
 
-    EOS follows every document, whatever ``add_eos_token`` says, which is about prompts. BOS, where the tokenizer has one, comes
-    before it, unless ``add_bos_token`` is false, or it is the same token as EOS, which then stands between documents alone.
-    Neither is put where the tokenizer has put it already.
+    EOS follows every document, whatever ``add_eos_token`` says, which is meant for prompts. BOS comes first if ``add_bos_token`` is
+    true or, where that is absent, if BOS is not EOS.
     """
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         return [], []
@@ -37,16 +35,7 @@ def around_a_document(tokenizer: BaseTokenizer) -> tuple[list[int], list[int]]:
 
 
 def require_of_model(tokenizer: BaseTokenizer, config: PreTrainedConfig, folder: str) -> None:
-    """Check that a tokenizer can be the model's; warn where its EOS is not the one that the model's configuration names.
-
-    Args:
-        tokenizer: of ``folder``.
-        config: of the model.
-        folder: ``model.hf_assets_path``, for messages.
-
-    Raises:
-        ConfigError: the tokenizer has ids beyond the model's vocabulary.
-    """
+    """Raise ConfigError if the tokenizer in ``folder`` has ids beyond the model's vocabulary; warn if ``config`` has another EOS."""
     text = config.get_text_config()
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if largest >= text.vocab_size:
@@ -54,11 +43,20 @@ def require_of_model(tokenizer: BaseTokenizer, config: PreTrainedConfig, folder:
             f"{folder}: the tokenizer's id {largest} ({token!r}) is beyond the model's vocab_size {text.vocab_size}: it belongs "
             "to another model"
         )
-    named = getattr(text, "eos_token_id", None)
+    named, eos_id = getattr(text, "eos_token_id", None), getattr(tokenizer, "eos_id", None)
     named = named if isinstance(named, list) else [named]
-    eos_id = getattr(tokenizer, "eos_id", None)
     if eos_id is not None and named != [None] and eos_id not in named:
         logger.warning(
             f"{folder}: documents end with the tokenizer's EOS, {eos_id}, and config.json has eos_token_id {named}: does this "
             "tokenizer belong to this model?"
         )
+
+
+def require_in_vocabulary(tokens: Tokens, vocab_size: int, where: str) -> Tokens:
+    """Returns the tokens; raises ConfigError if an id is not in 0..vocab_size - 1."""
+    for token in (tokens.max(), tokens.min()) if len(tokens) else ():
+        if not 0 <= token < vocab_size:
+            raise ConfigError(
+                f"{where}: token id {token} is not in the model's vocabulary of {vocab_size}: another tokenizer made it"
+            )
+    return tokens

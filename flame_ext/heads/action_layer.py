@@ -1,30 +1,71 @@
-"""The head that predicts the future summary after each candidate for the next token."""
+"""``[action_layer]``: the head that predicts the future summary after each candidate for the next token, and its two losses."""
 
-from __future__ import annotations
-
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig
 
-from flame_ext.heads.gated_mlp import GatedMLP
-from flame_ext.model.initialisation import ParameterInit, linear_inits
+from flame_ext.config.head_options import at_least
+from flame_ext.config.sections import FlameJobConfig
+from flame_ext.heads.future_encoder import interval_factor, weight_in_step
+from flame_ext.heads.future_predictor import GatedMLP
+from flame_ext.heads.spec import LOSS_WEIGHT, Head, HeadBatch, HeadSection, HeadSpec
+from flame_ext.objective.action import action_losses, candidate_mask
+from flame_ext.objective.contrastive import info_nce
+from flame_ext.objective.cross_entropy import IGNORE_INDEX
 
 # Candidates that are predicted at a time: at most this many elements of the widest activation (64 MiB in float32).
 _CHUNK_ELEMENTS = 1 << 24
 
 
-class ActionLayer(nn.Module):
-    """From the hidden state h_t and a candidate's embedding to the summary of the future in which it comes next.
+@dataclass
+class ActionLayerSection(HeadSection):
+    """The head that predicts the future summary after each candidate for the next token, and rewards the candidates by it."""
 
-    Args:
-        hidden_size: D of the backbone.
-        head_type: "mlp": a GELU MLP on state and embedding side by side. "tower": two residual SwiGLU towers, one for the
-            state and one for the embedding, that meet in a product; the state's runs once for all candidates.
-        use_rms_norm: RMSNorm on both inputs, else LayerNorm.
-        ffn_hidden_size: F, width of the hidden layers.
+    enable: bool = False
+    """Whether there is an action layer. Needs `future_encoder.enable`."""
+
+    head_type: Literal["mlp", "tower"] = "mlp"
+    """
+    'mlp': a GELU MLP on h_t and the candidate's embedding side by side. 'tower': a residual SwiGLU tower for each, that
+    meet in a product.
+    """
+
+    use_rms_norm: bool | None = None
+    """RMSNorm on the inputs, else LayerNorm; by default what the backbone has."""
+
+    ffn_hidden_size: int | None = None
+    """Width of the hidden layers; by default the backbone's `intermediate_size`."""
+
+    top_k: int = 8
+    """Candidates: the k likeliest next tokens, and the true one."""
+
+    tau: float = 0.1
+    """Temperature of the rewards: softmax(cosine / tau) over the candidates."""
+
+    loss_weight: float = 0.1
+    """Weight of the policy loss, -sum_a r_a log p(a), in which the rewards are constants."""
+
+    loss_weight_warmup_steps: int = 0
+    """Steps over which `loss_weight` rises linearly from 0; rewards mean nothing before the head has learned."""
+
+    loss_weight_decay_steps: int = 0
+    """Steps at the end of the run over which `loss_weight` falls linearly to 0."""
+
+    model_loss_weight: float = 0.1
+    """Weight of the loss that trains the head: to predict F_t from the true token, against other candidates and positions."""
+
+
+class ActionLayer(Head):
+    """From the (D,) hidden state h_t and a candidate's embedding to the summary of the future in which the candidate comes next.
+
+    "mlp" is a GELU MLP on both side by side. "tower" has two residual SwiGLU towers that meet in a product, and the state's
+    runs once for all candidates. Both inputs go through RMSNorm or LayerNorm first.
     """
 
     def __init__(
@@ -50,14 +91,8 @@ class ActionLayer(nn.Module):
     def forward(self, hidden_states: Tensor, embeddings: Tensor, summaries: Tensor) -> tuple[Tensor, Tensor]:
         """Score candidates in chunks; the backward computes each chunk again, so no (N, C, D) is kept.
 
-        Args:
-            hidden_states: (N, D).
-            embeddings: (N, C, D) of the candidates, the true next token first.
-            summaries: (N, D), of unit length, what the predictions are compared with.
-
-        Returns:
-            (N, C) float32 cosines of prediction and summary; (N, D) float32 predictions for the true token, of unit
-            length.
+        Takes (N, D) hidden states, (N, C, D) embeddings of the candidates, the true next token first, and (N, D) summaries of
+        unit length. Returns (N, C) float32 cosines of predictions and summaries, and the (N, D) predictions for the true token.
         """
         width = embeddings.shape[1] * max(self.ffn_hidden_size, hidden_states.shape[1])
         rows = max(1, _CHUNK_ELEMENTS // width)
@@ -84,13 +119,113 @@ class ActionLayer(nn.Module):
             scores = (predictions * summaries.float().unsqueeze(-2)).sum(dim=-1)
         return scores, predictions[..., 0, :]
 
-    def parameter_inits(self) -> dict[str, ParameterInit]:
-        """Norms at identity, biases at zero, linear maps LeCun-uniform (gain 1)."""
-        return linear_inits(self)
-
 
 class _Tower(GatedMLP):
     """x + SwiGLU(x)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
+
+
+def action_loss(head: ActionLayer, batch: HeadBatch) -> dict[str, Tensor]:
+    """The policy loss, and the loss that trains the head: the true token's prediction against other candidates and positions.
+
+    Each value is a sum over this micro-batch's positions, over their number in the step.
+    """
+    future, options = batch.future, batch.config.action_layer
+    assert future is not None and batch.embed is not None
+    log_probs, token_ids = (values[:, : 1 + options.top_k] for values in future.log_probs)
+    states, keys = future.hidden_states.flatten(0, 1), future.bank.keys.detach()
+    own = slice(future.first_key, future.first_key + len(states))
+    valid = future.bank.valid_mask[own] & (future.labels.flatten() != IGNORE_INDEX)
+    with torch.no_grad():  # the head learns what a token leads to; the embeddings stay the language model's
+        embeddings = batch.embed(token_ids)
+    scores, predictions = head(states, embeddings, keys[own])
+    out = action_losses(scores, log_probs, candidate_mask(token_ids), valid, options.tau)
+    among_positions = info_nce(
+        predictions,
+        keys,
+        valid,
+        future.bank.valid_mask,
+        torch.arange(own.start, own.stop, device=states.device),
+        batch.config.future_encoder.temperature,
+        batch.compile_backend,
+    )
+    sums = {
+        "loss_action": out.policy_loss_sum,
+        "loss_action_model": out.choice_loss_sum + among_positions.loss_sum,
+        "action_reward": out.reward_sum,
+        "action_rank": out.rank_sum,
+        "action_cosine": out.cosine_sum,
+    }
+    return {name: value / future.positions_in_step for name, value in sums.items()}
+
+
+def _arguments(section: ActionLayerSection, backbone: Any) -> dict[str, Any]:
+    text = backbone.config.get_text_config()
+    use_rms_norm = section.use_rms_norm
+    if use_rms_norm is None:
+        use_rms_norm = any("RMSNorm" in type(module).__name__ for module in backbone.modules())
+    return {
+        "hidden_size": text.hidden_size,
+        "head_type": section.head_type,
+        "use_rms_norm": use_rms_norm,
+        "ffn_hidden_size": section.ffn_hidden_size or _ffn_hidden_size(text),
+    }
+
+
+def _ffn_hidden_size(text: PreTrainedConfig) -> int:
+    """The backbone's, under the names that configurations have for it."""
+    names = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+    found: int | None = next((value for name in names if (value := getattr(text, name, None))), None)
+    return found or 4 * text.hidden_size
+
+
+def _weights(config: FlameJobConfig, step: int | None) -> dict[str, float]:
+    section = config.action_layer
+    return {
+        "loss_action": weight_in_step(config, section, step),
+        "loss_action_model": section.model_loss_weight * interval_factor(config, step),
+    }
+
+
+def _check(config: FlameJobConfig) -> Iterator[str]:
+    action = config.action_layer
+    if action.tau <= 0:
+        yield f"action_layer.tau must be > 0 (cosines are divided by it), got {action.tau}"
+    if action.ffn_hidden_size is not None and action.ffn_hidden_size < 1:
+        yield f"action_layer.ffn_hidden_size must be >= 1, got {action.ffn_hidden_size}; leave it out for the backbone's"
+    if action.enable and action.loss_weight > 0 and action.model_loss_weight == 0:
+        yield (
+            "action_layer.model_loss_weight is 0 while loss_weight is not: nothing would train the head that gives the "
+            "rewards; set it above 0, or loss_weight to 0"
+        )
+    least = {"top_k": (1, "the likeliest tokens beside the true one"), "model_loss_weight": (0, "0 = not computed")}
+    yield from at_least("action_layer", action, LOSS_WEIGHT | least)
+
+
+def _check_model(config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterator[str]:
+    top_k, vocab_size = config.action_layer.top_k, hf_config.get_text_config().vocab_size
+    if top_k > vocab_size:
+        yield (
+            f"action_layer.top_k ({top_k}) is above the model's vocabulary ({vocab_size}); a few "
+            "candidates are enough, their cost grows with their number"
+        )
+
+
+HEAD = HeadSpec(
+    section=ActionLayerSection,
+    build=ActionLayer,
+    arguments=_arguments,
+    loss=action_loss,
+    weights=_weights,
+    needs_future=True,
+    candidates=lambda section: section.top_k,
+    uses_embedding=True,
+    uses_logits=False,
+    check=_check,
+    check_model=_check_model,
+    shown=("action_reward",),
+    card_metrics=("loss_action",),
+    card_options=("loss_weight",),
+)

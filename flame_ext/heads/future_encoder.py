@@ -1,16 +1,19 @@
-"""The summary F_t of what follows position t: the target of the prediction."""
+"""``[future_encoder]``: the summary F_t of what follows position t, which is the target of the prediction."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from transformers import PreTrainedConfig
 
-from flame_ext.model.initialisation import ParameterInit, linear_inits
+from flame_ext.config.head_options import at_least
+from flame_ext.config.sections import FlameJobConfig
+from flame_ext.heads.spec import LOSS_WEIGHT, BackboneTeacher, FutureSummaries, Head, HeadSection, HeadSpec
+from flame_ext.model.attention import MaskForm, attention_windows, mask_problem, supports
 from flame_ext.objective.masks import (
     anticausal_block_mask,
     anticausal_mask,
@@ -20,99 +23,115 @@ from flame_ext.objective.masks import (
 )
 from flame_ext.objective.windows import reduce_following
 
-AttentionMask = Tensor | BlockMask
-MaskForm = Literal["dense", "windows", "flex"]
-"""A (T, T) tensor; blocks of one where the window is short; FlexAttention's."""
+
+@dataclass
+class FutureEncoderSection(HeadSection):
+    """What summarises the future: the target F_t (batch, sequence, hidden size) of the prediction."""
+
+    enable: bool = False
+    """Whether there is a future objective. Needs the model converter 'future_prediction'."""
+
+    summary_method: Literal["anticausal", "mean", "max", "attention"] = "anticausal"
+    """
+    'anticausal': the last hidden states of a second, gradient-free forward of the backbone in which position t attends
+    to positions after t only. 'mean', 'max', 'attention': the causal hidden states of the positions after t, pooled; no
+    second forward, but these states have read the past.
+    """
+
+    future_k: int = 0
+    """How many following positions a summary may attend to; 0 = all the future."""
+
+    shift_k: int = 1
+    """
+    The prediction at t is compared with F_{t+shift}; above 1, the shift is sampled from 1..shift_k for each step, the
+    same on all ranks.
+    """
+
+    respect_doc_boundaries: bool = True
+    """Whether summaries stop at the end of their document (the tokenizer's EOS)."""
+
+    temperature: float = 0.1
+    """Temperature of the contrastive loss: cosines are divided by it."""
+
+    loss_weight: float = 0.1
+    """Weight of the contrastive loss beside the cross-entropy. At 0 it is not computed."""
+
+    loss_weight_warmup_steps: int = 0
+    """Steps over which `loss_weight` rises linearly from 0."""
+
+    loss_weight_decay_steps: int = 0
+    """Steps at the end of the run over which `loss_weight` falls linearly to 0."""
+
+    negatives: Literal["global", "local"] = "global"
+    """
+    'global': the summaries of all data-parallel ranks and, with the anticausal encoder, of all micro-batches of the step
+    are the negatives: the loss depends on the global batch alone, however it is spread over ranks and accumulation.
+    'local': only this rank's micro-batch; no communication.
+    """
+
+    detach_targets: bool = True
+    """
+    Whether pooled summaries are constants to the loss. If not, the gradient also goes through them into the backbone, and
+    into the projections of 'attention', which otherwise stay as they were initialised. Anticausal ones always are.
+    """
+
+    teacher_fraction: float = 1.0
+    """
+    Share of each micro-batch's sequences, drawn anew each time, that the anticausal teacher runs on and the future is
+    predicted in. Unbiased; `training.local_batch_size` times this has to be an integer.
+    """
+
+    teacher_interval: int = 1
+    """Run the anticausal teacher on every n-th step only, with n times the weights. Unbiased."""
+
+    teacher_attention: Literal["auto", "sdpa", "flex"] = "auto"
+    """
+    Attention of the anticausal forward: 'flex' (FlexAttention with a BlockMask), 'sdpa' (a boolean mask of all pairs of
+    positions), 'auto': flex on CUDA where the backbone supports it, else sdpa, block by block where the window is short.
+    """
 
 
-class FutureSummaries(NamedTuple):
-    """What an encoder gives."""
-
-    states: Tensor
-    """(B, T, D); finite everywhere."""
-    valid_mask: Tensor
-    """(B, T) bool: positions that have a future in their document. What ``states`` holds elsewhere means nothing."""
-
-
-class AnticausalEncoder(nn.Module):
+class AnticausalEncoder(BackboneTeacher):
     """Future summaries by an anti-causal, gradient-free forward of the backbone itself.
 
     The backbone runs a second time with a mask that lets position t attend to later positions only; its last hidden
     states are the summaries. Token t itself enters F_t through its own residual stream, which is why predictions are
-    compared with F_{t+shift}, shift >= 1. No parameters of its own.
-
-    Args:
-        future_k: how many following positions a layer may attend to, 0 = all.
-        windows: layer type of the backbone to the window of its causal attention, the position itself included, 0 = all
-            the past (:func:`flame_ext.model.attention.attention_windows`). A layer that sees w positions back sees as
-            many ahead.
+    compared with F_{t+shift}, shift >= 1. A layer attends to ``future_k`` following positions, 0 = all, and at most to as many
+    as its own causal window has behind it (``windows``, of :func:`flame_ext.model.attention.attention_windows`).
     """
+
+    remedy = "future_encoder.summary_method = 'anticausal' cannot be right for this backbone; take 'mean', 'max' or 'attention'"
 
     def __init__(self, future_k: int = 0, windows: Mapping[str, int] | None = None) -> None:
         super().__init__()
         self.future_k = future_k
         self.windows = dict(windows or {"full_attention": 0})
 
-    @torch.no_grad()  # not inference_mode: FSDP's unsharded parameters are used again by the student's forward
-    def forward(
-        self, backbone: Callable[..., Tensor], input_ids: Tensor, doc_ids: Tensor | None, form: MaskForm = "dense"
-    ) -> FutureSummaries:
-        """
-        Args:
-            backbone: ``backbone(input_ids, attention_mask=mask, output="hidden_states")`` gives (B, T, D). The mask is
-                (B or 1, 1, T, T), true where attention is allowed, or in blocks of it, or one for each layer type if
-                there are several.
-                Under FSDP it has to be the root module.
-            input_ids: (B, T).
-            doc_ids: (B, T) if summaries stop at the end of their document, else None.
-            form: of the masks, one that the backbone understands.
-        """
-        states = backbone(
-            input_ids, attention_mask=self.attention_mask(input_ids, doc_ids, form), output="hidden_states"
-        )
-        return self.summaries(states, input_ids, doc_ids)
-
-    def attention_mask(
-        self, input_ids: Tensor, doc_ids: Tensor | None, form: MaskForm
-    ) -> AttentionMask | dict[str, AttentionMask]:
-        """What the backbone's second forward attends by, see :meth:`forward`."""
+    def attention_mask(self, input_ids: Tensor, doc_ids: Tensor | None, form: MaskForm) -> Any:
+        """The mask (:mod:`flame_ext.objective.masks`), or one for each layer type if the backbone has several."""
         masks = {kind: self._mask(input_ids, doc_ids, window, form) for kind, window in self.windows.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def summaries(self, states: Tensor, input_ids: Tensor, doc_ids: Tensor | None) -> FutureSummaries:
-        """From the (B, T, D) last hidden states of that forward."""
         return FutureSummaries(states, has_future(torch.zeros_like(input_ids) if doc_ids is None else doc_ids))
 
-    def _mask(self, input_ids: Tensor, doc_ids: Tensor | None, window: int, form: MaskForm) -> AttentionMask:
+    def _mask(self, input_ids: Tensor, doc_ids: Tensor | None, window: int, form: MaskForm) -> Tensor | BlockMask:
         # A causal window of w is w - 1 positions beside the own one, which an anti-causal layer does not attend to.
         reach = min((k for k in (self.future_k, max(1, window - 1) if window else 0) if k), default=0)
-        batch_size, seq_len = input_ids.shape
+        seq_len = input_ids.shape[1]
         if form == "flex":
-            return anticausal_block_mask(batch_size, seq_len, reach, doc_ids, device=input_ids.device)
+            return anticausal_block_mask(seq_len, reach, doc_ids, device=input_ids.device)
         if form == "windows" and window_is_short(seq_len, reach):
             return anticausal_window_mask(seq_len, reach, doc_ids, device=input_ids.device)
         return anticausal_mask(seq_len, reach, doc_ids, device=input_ids.device)
 
-    def parameter_inits(self) -> dict[str, ParameterInit]:
-        """There are none."""
-        return {}
 
-    def extra_repr(self) -> str:
-        return f"future_k={self.future_k}, windows={self.windows}"
-
-
-class PooledEncoder(nn.Module):
+class PooledEncoder(Head):
     """Future summaries by pooling the causal hidden states of the positions that follow.
 
     Cheap, since there is no second forward. But the state at t + 1 has read everything up to t + 1: these summaries
-    carry the past, and part of the prediction is a copy.
-
-    Args:
-        method: "mean", "max", or "attention": over the window, with projections of its own; the query is that of the
-            window's first position, so that F_t depends on positions after t alone.
-        future_k: the window, 0 = to the end of the document.
-        hidden_size: D.
-        num_heads: of the attention; divides D.
+    carry the past, and part of the prediction is a copy. The window is ``future_k`` positions, 0 = to the end of the document.
+    The query of "attention" is that of the window's first position, so that F_t depends on positions after t alone.
     """
 
     def __init__(
@@ -154,16 +173,6 @@ class PooledEncoder(nn.Module):
         states = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
         return states.roll(-1, dims=1)
 
-    def parameter_inits(self) -> dict[str, ParameterInit]:
-        """Linear maps LeCun-uniform."""
-        return linear_inits(self)
-
-    def extra_repr(self) -> str:
-        return f"method={self.method}, future_k={self.future_k}"
-
-
-FutureEncoder = AnticausalEncoder | PooledEncoder
-
 
 def build_future_encoder(
     summary_method: Literal["anticausal", "mean", "max", "attention"],
@@ -171,16 +180,137 @@ def build_future_encoder(
     hidden_size: int,
     num_heads: int,
     windows: Mapping[str, int] | None = None,
-) -> FutureEncoder:
-    """The encoder of ``[future_encoder]``.
+) -> Head:
+    """Builds the encoder of ``[future_encoder]``; the sizes are the backbone's.
 
-    Args:
-        summary_method: "anticausal", "mean", "max" or "attention".
-        future_k: window, 0 = all the future.
-        hidden_size: D of the backbone.
-        num_heads: of the backbone; an attention of its own has as many, or one if they do not divide D.
-        windows: of the backbone, see :class:`AnticausalEncoder`.
+    "attention" has the backbone's number of heads, or one if that does not divide D.
     """
     if summary_method == "anticausal":
         return AnticausalEncoder(future_k, windows)
     return PooledEncoder(summary_method, future_k, hidden_size, 1 if hidden_size % num_heads else num_heads)
+
+
+# -- the head ----------------------------------------------------------------------------------------------------
+
+
+def _arguments(section: FutureEncoderSection, backbone: Any) -> dict[str, Any]:
+    text = backbone.config.get_text_config()
+    return {
+        "summary_method": section.summary_method,
+        "future_k": section.future_k,
+        "hidden_size": text.hidden_size,
+        "num_heads": text.num_attention_heads,
+        "windows": attention_windows(text) if section.summary_method == "anticausal" else None,
+    }
+
+
+def scheduled_weight(weight: float, step: int, total_steps: int, warmup_steps: int, decay_steps: int) -> float:
+    """Rises linearly to ``weight`` over the first ``warmup_steps`` and falls linearly to 0 over the last ``decay_steps``.
+
+    ``step`` counts from 1: the weight is full at ``warmup_steps`` and zero at ``total_steps``. 0 steps = no rise or fall.
+    """
+    rise = step / warmup_steps if warmup_steps else 1.0
+    fall = (total_steps - step) / decay_steps if decay_steps else 1.0
+    return weight * max(0.0, min(1.0, rise, fall))
+
+
+def weight_in_step(config: FlameJobConfig, section: Any, step: int | None) -> float:
+    """The weight in a step, counted from 1, of a loss on summaries: ``section.loss_weight``, scheduled, times
+    :func:`interval_factor`. For step None it is ``section.loss_weight`` itself.
+    """
+    if step is None:
+        return section.loss_weight
+    warmup, decay = section.loss_weight_warmup_steps, section.loss_weight_decay_steps
+    weight = scheduled_weight(section.loss_weight, step, config.training.steps, warmup, decay)
+    return weight * interval_factor(config, step)
+
+
+def interval_factor(config: FlameJobConfig, step: int | None) -> int:
+    """``teacher_interval`` n on the steps on which the teacher runs, every n-th, and 0 on the others; 1 for step None."""
+    interval = config.future_encoder.teacher_interval
+    if step is None:
+        return 1
+    return interval if (step - 1) % interval == 0 else 0
+
+
+def _check(config: FlameJobConfig) -> Iterator[str]:
+    encoder = config.future_encoder
+    if encoder.enable != config.future_predictor.enable:
+        yield "future_encoder.enable and future_predictor.enable go together: one is the target, the other predicts it"
+    if not 1 <= encoder.shift_k < config.training.seq_len:
+        yield f"future_encoder.shift_k must be in 1..training.seq_len - 1 ({config.training.seq_len - 1}), got {encoder.shift_k}"
+    if encoder.temperature <= 0:
+        yield f"future_encoder.temperature must be > 0 (cosines are divided by it; 0.05-0.1 is usual), got {encoder.temperature}"
+    yield from at_least(
+        "future_encoder",
+        encoder,
+        LOSS_WEIGHT | {"future_k": (0, "0 = all the future"), "teacher_interval": (1, "1 = every step")},
+    )
+    yield from _check_teacher(config, encoder)
+
+
+def _check_teacher(config: FlameJobConfig, encoder: FutureEncoderSection) -> Iterator[str]:
+    batch, method = config.training.local_batch_size, encoder.summary_method
+    sequences = encoder.teacher_fraction * batch
+    whole = max(1, round(sequences))
+    if not 0 < encoder.teacher_fraction <= 1:
+        yield f"future_encoder.teacher_fraction must be in (0, 1], got {encoder.teacher_fraction}"
+    elif abs(sequences - whole) > 1e-6:
+        yield (
+            f"future_encoder.teacher_fraction ({encoder.teacher_fraction}) times training.local_batch_size ({batch}) must be "
+            f"a whole number of sequences; for {whole} of them, set it to {whole / batch:g}"
+        )
+    size = config.parallelism.pipeline_parallel_microbatch_size
+    if method == "anticausal":
+        if not encoder.detach_targets:
+            yield "future_encoder.detach_targets = false is for pooled summaries: the anticausal forward has no gradient"
+        return
+    if encoder.teacher_interval > 1 or encoder.teacher_fraction != 1:
+        yield (
+            "future_encoder.teacher_interval and teacher_fraction save the second forward of summary_method = 'anticausal'; "
+            f"{method!r} has none"
+        )
+    pipelined = encoder.enable and config.parallelism.pipeline_parallel_degree > 1
+    if pipelined and not encoder.detach_targets and batch != size:
+        yield (
+            f"future_encoder.detach_targets = false: the gradient of {method!r} summaries goes through the whole "
+            f"local batch, which a pipeline cuts: set parallelism.pipeline_parallel_microbatch_size ({size}) to "
+            f"training.local_batch_size ({batch}), with pipeline_parallel_schedule = 'GPipe', or detach_targets = true"
+        )
+
+
+def _check_model(config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterator[str]:
+    encoder, model_type = config.future_encoder, hf_config.model_type
+    if encoder.summary_method == "anticausal" and (reason := mask_problem(hf_config)) is not None:
+        yield (
+            f"future_encoder.summary_method = 'anticausal' cannot be right for {model_type!r}: {reason}; take "
+            "'mean', 'max' or 'attention'"
+        )
+    if encoder.teacher_attention == "flex" and not supports("flex_attn", hf_config):
+        yield (
+            f"future_encoder.teacher_attention = 'flex': transformers has no FlexAttention for {model_type!r}; take "
+            "'auto' or 'sdpa'"
+        )
+
+
+def _record(config: FlameJobConfig, step_batch: int) -> dict[str, Any]:
+    encoder = config.future_encoder
+    local = encoder.negatives == "local"
+    if encoder.summary_method == "anticausal" and not local:
+        return {}
+    # These losses compare within a micro-batch, of one rank or of all: here its size is no matter of layout.
+    return {"sequences_compared": config.training.local_batch_size if local else step_batch}
+
+
+HEAD = HeadSpec(
+    section=FutureEncoderSection,
+    build=build_future_encoder,
+    arguments=_arguments,
+    trains=lambda config: config.future_encoder.loss_weight > 0 and not config.future_encoder.detach_targets,
+    is_teacher=True,
+    uses_logits=False,
+    check=_check,
+    check_model=_check_model,
+    record=_record,
+    card_options=("summary_method", "loss_weight"),
+)

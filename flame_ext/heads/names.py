@@ -1,15 +1,7 @@
-"""What heads are called, without what builds them, which needs torch and the host: tools ask for names alone."""
+"""The names of the built-in heads. It imports neither torch nor torchtitan: tools need the names alone."""
 
-from __future__ import annotations
+from flame_ext.config.head_options import HEAD_NAMES, is_head_key
 
-HEAD_NAMES = ("future_encoder", "future_predictor", "action_layer")
-"""flame_ext's own."""
+__all__ = ["HEAD_NAMES", "is_head_key"]
 
-registered_names: set[str] = set()
-"""A user's (:func:`flame_ext.heads.own.register_head`)."""
-
-
-def is_heads(name: str) -> bool:
-    """Whether a plain name is that of a head's parameter."""
-    head = name.split(".")[0]
-    return head in HEAD_NAMES or head in registered_names
+HEAD_NAMES += ["future_encoder", "future_predictor", "action_layer"]

@@ -1,29 +1,35 @@
-"""What the backbone's attention can be asked for: windows by layer type, and boolean masks where its own code has none."""
+"""The backbone's attention: its windows by layer type, the masks that it takes, and an implementation for boolean masks."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-BOOLEAN_ATTENTION = "flame_ext_boolean"
-"""The name under which :func:`boolean_attention` is known to transformers."""
+from flame_ext.objective.masks import causal_block_mask, causal_mask
+
+if TYPE_CHECKING:
+    from flame_ext.model.hf_causal_lm import HFCausalLM
+
+BOOLEAN_ATTENTION = "flame_ext_boolean"  # transformers' name for boolean_attention
+
+MaskForm = Literal["dense", "windows", "flex"]
+"""A boolean tensor of T x T; blocks of one, where the window is short; FlexAttention's ``BlockMask``."""
 
 
 def attention_options(config: PreTrainedConfig) -> dict[str, Any]:
-    """What transformers has to be told to build the model by: before 5.21 it lets SDPA drop the soft-capping of scores."""
+    """Returns the options to build a model with: transformers before 5.21 lets SDPA drop the soft-capping of scores."""
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     return {"attn_implementation": "eager"} if capped else {}
 
 
 def attention_windows(config: PreTrainedConfig) -> dict[str, int]:
-    """Layer type to the number of positions that its causal attention sees, the own one included; 0 = all the past.
+    """Maps each layer type to the number of positions that its causal attention sees, its own included; 0 = all the past.
 
-    Raises:
-        ValueError: a layer type that does not attend by a mask over positions (linear attention, state spaces, chunks).
+    Raises a ValueError if a layer type does not attend by a mask over positions (linear attention, state spaces, chunks).
     """
     config = config.get_text_config()
     window = getattr(config, "sliding_window", None) or 0
@@ -37,9 +43,9 @@ def attention_windows(config: PreTrainedConfig) -> dict[str, int]:
 
 
 def mask_problem(config: PreTrainedConfig) -> str | None:
-    """Why a forward under a mask other than its own can not be right for a backbone; None if nothing speaks against it.
+    """Says why a backbone cannot run under a mask other than its own; None if no reason is known.
 
-    What code from elsewhere does is not known here; :func:`flame_ext.seeding.proof.anticausal.prove_anticausal` measures it.
+    For code from outside transformers, :func:`flame_ext.seeding.proof.attention.prove_anticausal` measures it instead.
     """
     try:
         attention_windows(config)
@@ -55,24 +61,53 @@ def mask_problem(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def supports_flex_attention(config: PreTrainedConfig) -> bool:
-    """Whether transformers says so of the architecture; of code from elsewhere, which it does not know, true."""
-    model_cls = _known_class(config)
-    return model_cls is None or bool(model_cls._supports_flex_attn)
+def supports(feature: Literal["flex_attn", "attention_backend"], config: PreTrainedConfig) -> bool:
+    """Whether an architecture supports FlexAttention, or attention by name; true for code from outside transformers."""
+    return bool(getattr(_known_class(config), f"_supports_{feature}", True))
 
 
-def supports_attention_backend(config: PreTrainedConfig) -> bool:
-    """Whether its attention can be exchanged for another by name; as :func:`supports_flex_attention`."""
-    model_cls = _known_class(config)
-    return model_cls is None or bool(model_cls._supports_attention_backend)
+def mask_form(teacher_attention: str, model: nn.Module, device: torch.device) -> MaskForm:
+    """Returns the form of masks that ``future_encoder.teacher_attention`` asks for; "auto" = what is fastest on ``device``."""
+    if teacher_attention != "auto":
+        return "flex" if teacher_attention == "flex" else "dense"
+    if device.type == "cuda" and model._supports_flex_attn:
+        return "flex"
+    return "windows" if model._supports_attention_backend else "dense"
+
+
+def causal_attention(
+    model: HFCausalLM,
+    input_dict: dict[str, Tensor],
+    within_documents: bool,
+    device: torch.device,
+    rows: slice = slice(None),
+) -> dict[str, Any]:
+    """Returns the forward's arguments beside the tokens; an empty dict if the model's own causal mask is right.
+
+    ``input_dict`` has the dataloader's (B, T) tensors: "input", and "doc_ids" and "positions" if there are documents;
+    ``rows`` are the sequences to use. With a ``model.context`` the first call for a sequence length is collective.
+    """
+    context = model.context
+    within = within_documents and "doc_ids" in input_dict
+    if not within and context is None:
+        return {}
+    batch_size, seq_len = input_dict["input"][rows].shape
+    queries = keys = torch.arange(seq_len, device=device)
+    if context is not None:
+        queries, keys = context.positions(seq_len), context.order(seq_len)
+    doc_ids, positions = None, queries.expand(batch_size, -1)
+    if within:
+        doc_ids, positions = (input_dict[name][rows].to(device) for name in ("doc_ids", "positions"))
+        positions = positions if context is None else context.shard(positions)
+    make = causal_block_mask if mask_form("auto", model, device) == "flex" else causal_mask
+    masks = {kind: make(doc_ids, window, queries, keys) for kind, window in attention_windows(model.config).items()}
+    mask = masks if len(masks) > 1 else next(iter(masks.values()))
+    return {"attention_mask": mask, "position_ids": positions, "part_of_sequence": context is not None}
 
 
 def _known_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    try:
-        known: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    except KeyError:
-        return None
-    return known
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    return mapping.get(type(config), None)
 
 
 def boolean_attention(
@@ -86,23 +121,17 @@ def boolean_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention with a boolean mask, zeros where nothing is allowed; for transformers' interface.
+    """Attends by a boolean mask, in the signature of transformers' interface; gives zeros where nothing is allowed.
 
-    For what transformers' own code lacks: masks in blocks; and soft-capping (Gemma-2), where it adds a boolean mask to the
-    scores as zeros and ones.
+    transformers' own code has no masks in blocks, and under soft-capping (Gemma-2) it adds a boolean mask to the scores as
+    zeros and ones. Returns (B, T, H, d), and None for the weights.
 
     Args:
-        module: the attention layer.
-        query: (B, H, T, d).
-        key, value: (B, H or fewer, T, d).
-        attention_mask: (B or 1, 1, T, T) bool; or (B or 1, n, C, K) in blocks of C queries and the K keys from the same
-            position on, n·C >= T (:func:`flame_ext.objective.masks.anticausal_window_mask`).
-        dropout: must be 0.
-        scaling: of the scores; d^-1/2 by default.
-        softcap: c in c·tanh(score / c), before the mask.
-
-    Returns:
-        (B, T, H, d), and no weights.
+        query, key, value: (B, H or fewer, T, d).
+        attention_mask: (B or 1, 1, T, T) bool; or (B or 1, n, C, K) bool, in blocks of C queries and the K keys from the
+            same position on, n·C >= T (:func:`flame_ext.objective.masks.anticausal_window_mask`).
+        scaling: factor of the scores; d^-1/2 by default.
+        softcap: c in c·tanh(score / c), which is applied before the mask.
     """
     if dropout or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise NotImplementedError(f"{type(module).__name__}: dropout, sinks and position biases are not supported here")
@@ -118,26 +147,20 @@ def boolean_attention(
     if softcap is None:
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
     else:
-        output = _soft_capped(query, key, value, attention_mask, scaling, softcap)
-    # Of blocks, (B·n, C, H, d), the sequences again; without them this changes nothing.
+        scores = (query @ key.transpose(2, 3)).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        scores = softcap * torch.tanh(scores / softcap)
+        weights = scores.masked_fill(~attention_mask, float("-inf")).softmax(dim=-1)
+        weights = weights.masked_fill(~attention_mask.any(dim=-1, keepdim=True), 0.0)
+        output = weights.to(value.dtype) @ value
+    # Joins blocks, (B·n, C, H, d), to sequences; without blocks this changes nothing.
     output = output.transpose(1, 2).unflatten(0, (batch_size, -1)).flatten(1, 2)
     return output[:, :seq_len].contiguous(), None
 
 
 def _blocks(states: Tensor, count: int, size: int, reach: int) -> Tensor:
-    """(B, H, T, d) to (B·count, H, reach, d): from every size-th position on, zeros after the end."""
+    """Cuts (B, H, T, d) into (B·count, H, reach, d), one block from every size-th position on, with zeros after the end."""
     states = F.pad(states, (0, 0, 0, (count - 1) * size + reach - states.shape[2]))
     return states.unfold(2, reach, size).permute(0, 2, 1, 4, 3).flatten(0, 1)
-
-
-def _soft_capped(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float
-) -> Tensor:
-    scores = (query @ key.transpose(2, 3)).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-    weights = weights.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
-    return weights.to(value.dtype) @ value
 
 
 AttentionInterface.register(BOOLEAN_ATTENTION, boolean_attention)

@@ -1,8 +1,6 @@
-"""Any decoder-only causal LM of transformers, with its own modelling code, as a torchtitan model.
+"""Any decoder-only causal LM of transformers as a torchtitan model: the Hugging Face module itself, with a mixin.
 
-The model *is* the Hugging Face module: its class gets :class:`HFCausalLM` mixed in, so parameter names are exactly the
-Hugging Face ones and every architecture's own ``forward`` runs. What the mixin adds is what the host's trainer asks
-for (meta initialisation, ``layers``, ``init_weights``), the state that no state dict holds, and the heads.
+Parameter names and ``forward`` are the architecture's own. The mixin adds what torchtitan asks for, and the heads.
 """
 
 from __future__ import annotations
@@ -10,10 +8,9 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +22,20 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightTransform, revert_weight_conversion
 
-from flame_ext.config.sections import HeadOptimization
+from flame_ext.config.head_options import HeadOptimization
 from flame_ext.errors import ConfigError
 from flame_ext.hf_config import load_hf_config
 from flame_ext.model.attention import BOOLEAN_ATTENTION, attention_options
 from flame_ext.model.context_parallel import ContextParallel
 from flame_ext.model.initialisation import ParameterInit
 
-POISON_VARIABLE = "FLAME_EXT_POISON_PARAMETERS"
+if TYPE_CHECKING:
+    from torch.distributed.tensor.parallel import ParallelStyle
 
 
 @dataclass
 class HFModelArgs(BaseModelArgs):
-    """The model's arguments are its ``config.json``; the host logs this dataclass as JSON."""
+    """The model's ``config.json``; torchtitan logs this dataclass as JSON."""
 
     hf_assets_path: str = ""
     trust_remote_code: bool = False
@@ -49,20 +47,17 @@ class HFModelArgs(BaseModelArgs):
         self.config = json.loads(self.load().to_json_string())
 
     def load(self) -> PreTrainedConfig:
-        """A fresh configuration object, as transformers reads it."""
         return load_hf_config(self.hf_assets_path, self.trust_remote_code)
 
     def get_nparams_and_flops(self, model: HFCausalLM, seq_len: int) -> tuple[int, int]:
-        """Parameters (tied ones once), and floating point operations per token of forward and backward.
+        """Counts parameters (tied ones once) and floating point operations per token of the student's forward and backward.
 
-        6 for each weight that multiplies, plus the attention scores and values, causal sparsity not counted (PaLM,
-        https://arxiv.org/abs/2204.02311, appendix B, as the host counts). The output embedding multiplies even where
-        it is tied; the input embedding does not. The gradient-free forward of the future encoder is not counted.
+        As in torchtitan, 6 for each weight that multiplies, which the input embedding does not, plus the attention scores and
+        values without causal sparsity (PaLM, https://arxiv.org/abs/2204.02311, appendix B).
         """
         config = self.load().get_text_config()
         nparams = sum(p.numel() for p in model.parameters())
-        lookup = model.get_input_embeddings().weight
-        output = model.get_output_embeddings()
+        lookup, output = model.get_input_embeddings().weight, model.get_output_embeddings()
         multiplying = nparams - (0 if output is not None and output.weight is lookup else lookup.numel())
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -71,7 +66,7 @@ class HFModelArgs(BaseModelArgs):
 
 @dataclass(frozen=True)
 class Stage:
-    """Which stage of a pipeline a model is."""
+    """The place of a model in a pipeline."""
 
     index: int
     count: int
@@ -85,84 +80,79 @@ class Stage:
         return self.index == self.count - 1
 
 
+@dataclass(frozen=True)
+class AttachedHead:
+    """A head as parallelisms and optimizers see it."""
+
+    optimization: HeadOptimization = field(default_factory=HeadOptimization)
+    uses_embedding: bool = False  # its loss looks tokens up in the input embedding
+    needs_logits: bool = False  # its loss reads the logits, so tensor parallelism must not leave them sharded
+    tensor_parallel_plan: Mapping[str, ParallelStyle] = field(default_factory=dict)  # modules left out are replicated
+
+
+class LossOutput(NamedTuple):
+    """The result of the student's forward in training: () local sums over numbers of the whole step."""
+
+    loss: Tensor  # optimised
+    parts: dict[str, Tensor]  # detached, only reported
+
+
 class HFCausalLM(nn.Module):
-    """Mixin over a transformers ``...ForCausalLM``; see :func:`build_hf_causal_lm`.
+    """Mixin over a transformers ``...ForCausalLM``; see :func:`build_hf_causal_lm`."""
 
-    Attributes:
-        model_args: the host's arguments.
-        head_names: children that are not the backbone's, in the order they were added.
-        head_optimization: name of a head to how its parameters are optimised, where that is not as the backbone's.
-        parameter_inits: name of a head's parameter to its initialisation.
-        tied_keys: name of a tied parameter to the name that the state dict keeps, e.g. lm_head to the embedding.
-        computed_buffers: names of the buffers that are in no state dict (RoPE frequencies and the like).
-        weight_transforms: what transformers does to the keys of this architecture's files while loading.
-        own_attention: name of transformers' attention that the backbone runs with where it makes its own masks.
-        context: the parts of sequences that ranks have; None = whole ones.
-        stage: of a pipeline; None = the whole model.
-        of_whole: the model, on meta, that this is a stage of, in a tuple, since it is no child.
-    """
-
-    # Of the class that this one is mixed into.
+    # Attributes of the class that this one is mixed into, and of torch's DDP and FSDP.
     config: PreTrainedConfig
     base_model: Any
     base_model_prefix: str
     get_input_embeddings: Callable[[], Any]
     get_output_embeddings: Callable[[], Any]
-    set_requires_gradient_sync: Callable[[bool], None]  # of torch's DDP and FSDP
-
-    # Heads; those that there are stand in head_names.
-    future_encoder: Any
-    future_predictor: Any
-    action_layer: Any
+    set_requires_gradient_sync: Callable[[bool], None]
 
     model_args: HFModelArgs
-    weight_transforms: tuple[WeightTransform, ...]
-    head_names: list[str]
-    head_optimization: dict[str, HeadOptimization]
-    parameter_inits: dict[str, ParameterInit]
-    tied_keys: dict[str, str]
-    computed_buffers: list[str]
-    own_attention: str
-    context: ContextParallel | None = None
-    stage: Stage | None = None
-    of_whole: tuple[HFCausalLM, ...] = ()
+    weight_transforms: tuple[WeightTransform, ...]  # with which transformers loads files of this architecture
+    heads: dict[str, AttachedHead]  # by name of the child module, in the order in which they were added
+    parameter_inits: dict[str, ParameterInit]  # by name of a head's parameter
+    tied_keys: dict[str, str]  # a tied parameter's name, e.g. of lm_head, to the one that the state dict keeps
+    computed_buffers: list[str]  # names of the buffers that are in no state dict (RoPE frequencies and the like)
+    own_attention: str  # transformers' name of the attention that the backbone uses with its own masks
+    context: ContextParallel | None = None  # splits sequences over ranks; None = they are whole
+    stage: Stage = Stage(0, 1)  # the whole model is the only stage
+    of_whole: tuple[HFCausalLM, ...] = ()  # the whole model; in a tuple, so that it does not become a child
 
     @property
     def whole(self) -> HFCausalLM:
-        """All of the model, for names, shapes and configuration: itself, or on a pipeline's stage the model on meta."""
+        """The whole model, for names, shapes and configuration; on a stage of a pipeline it is on meta."""
         return self.of_whole[0] if self.of_whole else self
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The decoder layers, where the host applies activation checkpointing and compilation."""
+        """The decoder layers, to which torchtitan applies activation checkpointing and compilation."""
         depth = self.config.get_text_config().num_hidden_layers
         for module in self.base_model.modules():
             if isinstance(module, nn.ModuleList) and len(module) == depth:
                 return module
-        raise ConfigError(
-            f"{type(self).__name__} has no list of {depth} decoder layers; this architecture is not supported"
-        )
+        raise ConfigError(f"{type(self).__name__} has no list of {depth} decoder layers; it is not supported")
 
     @property
     def vocabulary_keys(self) -> set[str]:
-        """Names of the parameters with one row for each token: the embeddings' weights, and a bias of the output's."""
+        """Names of the parameters with a row for each token: the embeddings' weights, and the output embedding's bias."""
         modules = [m for m in (self.get_input_embeddings(), self.get_output_embeddings()) if m is not None]
         owned = {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
         return {name for name, parameter in self.named_parameters() if id(parameter) in owned}
 
     def file_keys(self, keys: Iterable[str]) -> dict[str, str]:
-        """The model's keys to those that its architecture's files have, as ``save_pretrained`` writes them."""
+        """Maps the model's keys to the keys of files, as the architecture's ``save_pretrained`` writes them."""
         marked = {key: torch.tensor(number) for number, key in enumerate(keys)}
-        names = {
-            int(number): name for name, number in revert_weight_conversion(cast(PreTrainedModel, self), marked).items()
-        }
+        reverted = revert_weight_conversion(cast(PreTrainedModel, self), marked)
+        names = {int(number): name for name, number in reverted.items()}
         return {key: names[int(number)] for key, number in marked.items()}
 
-    def add_head(self, name: str, head: nn.Module, inits: dict[str, ParameterInit]) -> None:
-        """Attach a module beside the backbone; its parameters are named ``name.…`` and initialised by ``inits``.
+    def add_head(
+        self, name: str, head: nn.Module, inits: dict[str, ParameterInit], attached: AttachedHead | None = None
+    ) -> None:
+        """Attaches a module beside the backbone; its parameters are named ``name.…`` and initialised by ``inits``.
 
-        Raises:
-            ConfigError: if a parameter has no initialisation, or the backbone has something of this name.
+        Raises a ConfigError if a parameter has no initialisation, or the backbone has an attribute of this name.
         """
         missing = [n for n, _ in head.named_parameters() if n not in inits]
         if missing:
@@ -170,46 +160,41 @@ class HFCausalLM(nn.Module):
         if hasattr(self, name):
             raise ConfigError(f"head {name!r}: {type(self).__name__} has an attribute of this name; rename the head")
         self.add_module(name, head)
-        self.head_names.append(name)
+        self.heads[name] = attached or AttachedHead()
         self.parameter_inits.update({f"{name}.{n}": init for n, init in inits.items()})
 
     def remember_state(self) -> None:
-        """Note, before parallelisation, what the host's ``to_empty`` is going to lose: ties, and buffers by value.
+        """Records, before parallelisation, what torchtitan's ``to_empty`` will lose: ties, and the values of buffers.
 
-        Modules are noted rather than names, because wrappers change the names; values rather than recipes, because
-        which buffers there are, and how they are computed, differs between architectures and versions.
+        Ties are recorded by module, since wrappers change names, and buffers by value, since architectures and versions
+        compute them differently.
         """
         owners: dict[int, tuple[str, nn.Module, str]] = {}
-        self._ties = []
-        self._buffer_values = []
-        self.tied_keys = {}
-        self.computed_buffers = []
+        self._ties, self._buffer_values, self.tied_keys, self.computed_buffers = [], [], {}, []
         for prefix, module in self.named_modules():
-            for name, parameter in module._parameters.items():
-                key = f"{prefix}.{name}".lstrip(".")
-                owner = owners.setdefault(id(parameter), (key, module, name)) if parameter is not None else None
-                if owner is not None and owner[0] != key:
-                    self._ties.append((module, name, owner[1], owner[2]))
-                    self.tied_keys[key] = owner[0]
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    self._buffer_values.append((module, name, buffer.clone()))
-                    if name in module._non_persistent_buffers_set:
-                        self.computed_buffers.append(f"{prefix}.{name}".lstrip("."))
+            for key, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
+                name = key.rpartition(".")[2]
+                owner_key, owner, owner_name = owners.setdefault(id(parameter), (key, module, name))
+                if owner_key != key:
+                    self._ties.append((module, name, owner, owner_name))
+                    self.tied_keys[key] = owner_key
+            for key, buffer in module.named_buffers(prefix, recurse=False, remove_duplicate=False):
+                name = key.rpartition(".")[2]
+                self._buffer_values.append((module, name, buffer.clone()))
+                if name in module._non_persistent_buffers_set:
+                    self.computed_buffers.append(key)
 
     @property
     def tied_modules(self) -> set[nn.Module]:
-        """Modules that share a parameter with another one."""
-        return {module for tie in self._ties for module in (tie[0], tie[2])}
+        """The modules that share a parameter with another one."""
+        return {module for tie in self._ties for module in tie if isinstance(module, nn.Module)}
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
-        """Called by the host after ``to_empty``: put buffers and ties back.
+        """Restores buffers and ties; torchtitan calls it after ``to_empty``.
 
-        Parameters are left as they are: seeding or resuming writes every element and accounts for it, so a random
-        initialisation of the backbone would only be overwritten. With the environment variable
-        ``FLAME_EXT_POISON_PARAMETERS`` set they are NaN first, so that tests see anything that was not written.
+        Parameters are left to seeding or resuming; ``FLAME_EXT_POISON_PARAMETERS`` makes them NaN, to find what is not written.
         """
-        if os.environ.get(POISON_VARIABLE):
+        if os.environ.get("FLAME_EXT_POISON_PARAMETERS"):
             for parameter in self.parameters():
                 parameter.detach().fill_(float("nan"))
         device = buffer_device or next(self.parameters()).device
@@ -218,12 +203,12 @@ class HFCausalLM(nn.Module):
         self.restore_ties()
 
     def restore_ties(self) -> None:
-        """Make tied parameters one again, after each was replaced by itself."""
+        """Makes tied parameters one object again, after each of them was replaced."""
         for module, name, owner, owner_name in self._ties:
             module._parameters[name] = owner._parameters[owner_name]
 
     def get_attention_masks(self, *args: Any, **kwargs: Any) -> Any:
-        """The host's validator takes a TypeError for "this model makes its own masks"."""
+        """Raises the TypeError that tells torchtitan's validator that the model makes its own masks."""
         raise TypeError("masks are made by the model's own forward")
 
     def forward(
@@ -235,40 +220,33 @@ class HFCausalLM(nn.Module):
         compute: Callable[[Tensor, Tensor], Any] | None = None,
         part_of_sequence: bool = False,
     ) -> Any:
-        """One forward of the backbone, and of what ``compute`` does with its results.
-
-        FSDP gathers the parameters of heads and embeddings only while the root module's forward runs, so whatever uses
-        them has to run in here.
+        """Runs the backbone, and ``compute`` on its results: FSDP gathers heads and embeddings only while this runs.
 
         Args:
-            input_ids: (B, T); on a later stage of a pipeline (B, T, D), what the stage before gave.
+            input_ids: (B, T); on a later stage of a pipeline the (B, T, D) hidden states of the stage before.
             attention_mask: None = causal; or (B or 1, 1, T, T), true where attention is allowed, as a bool tensor or a
                 ``BlockMask``; or (B or 1, n, C, K) bool, see :func:`flame_ext.model.attention.boolean_attention`; or a
-                dict of them by layer type, no ``BlockMask`` beside a tensor.
+                dict of them by layer type, all tensors or all ``BlockMask``.
             position_ids: (B, T); None = 0..T-1.
-            output: "logits" (B, T, V), or "hidden_states" (B, T, D), after the final norm, without running the output
-                embedding.
-            compute: called with logits and hidden states; what it returns is returned. A stage that is not the last one
-                gives hidden states (B, T, D), whatever is asked of the whole.
-            part_of_sequence: of context parallelism. T is the number of this rank's positions, which ``position_ids`` are; the
-                columns of ``attention_mask`` are for all positions, in the order of :meth:`ContextParallel.order`. Collective.
+            output: "logits" (B, T, V), or "hidden_states" (B, T, D) after the final norm, as on all stages but the last.
+            compute: called with logits and hidden states; its result is returned instead.
+            part_of_sequence: whether the inputs are this rank's part of the sequences. Then the columns of
+                ``attention_mask`` are in the order of :meth:`ContextParallel.order`, and the call is collective.
         """
-        stage = self.stage
         inputs = {
-            "input_ids" if stage is None or stage.is_first else "inputs_embeds": input_ids,
+            "input_ids" if self.stage.is_first else "inputs_embeds": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "use_cache": False,
         }
         name = self._attention_for(attention_mask)
-        # It stays until the next forward: activation checkpointing runs the layers again in the backward.
+        # The setting stays until the next forward, since activation checkpointing runs the layers again in the backward.
         self.base_model.config._attn_implementation = ContextParallel.attention_name(name) if part_of_sequence else name
-        if output == "hidden_states" or (stage is not None and not stage.is_last):
+        if output == "hidden_states" or not self.stage.is_last:
             return self.base_model(**inputs).last_hidden_state
         if compute is None:
             return super().forward(**inputs).logits
-        # The architecture's own forward does more than lm_head(hidden) (soft-capping, scaling): run it as it is, and
-        # pick up the last hidden state on its way from the base model.
+        # The architecture's own forward may do more than lm_head(hidden), e.g. soft-capping: run it, and capture the hidden.
         captured: list[Tensor] = []
         hook = self.base_model.register_forward_hook(lambda _m, _i, result: captured.append(result.last_hidden_state))
         try:
@@ -278,7 +256,7 @@ class HFCausalLM(nn.Module):
         return compute(logits, captured.pop())
 
     def _attention_for(self, mask: Any) -> str:
-        """The attention that understands ``mask``: the backbone's own for None."""
+        """Returns the name of the attention that takes ``mask``: the backbone's own for None."""
         masks = mask.values() if isinstance(mask, dict) else [mask]
         if any(isinstance(mask, BlockMask) for mask in masks):
             return "flex_attention"
@@ -288,14 +266,14 @@ class HFCausalLM(nn.Module):
 
 
 def build_hf_causal_lm(model_args: HFModelArgs) -> HFCausalLM:
-    """Build the model of ``config.json``: parameters on meta, buffers computed for real (on CPU).
+    """Builds the model of ``config.json``, with parameters on meta and real buffers on the CPU.
 
-    Raises:
-        ConfigError: if the configuration is not one of a causal LM.
+    Raises a ConfigError if the configuration is not that of a causal LM.
     """
     config = model_args.load()
+    handle = register_module_parameter_registration_hook(_to_meta)
     try:
-        with torch.device("cpu"), parameters_on_meta():
+        with torch.device("cpu"):
             model: Any = AutoModelForCausalLM.from_config(
                 config,
                 dtype=torch.get_default_dtype(),
@@ -304,21 +282,17 @@ def build_hf_causal_lm(model_args: HFModelArgs) -> HFCausalLM:
             )
     except ValueError as e:
         raise ConfigError(f"model.hf_assets_path {model_args.hf_assets_path!r}: {str(e).splitlines()[0]}") from e
-    # Asked for before the class changes: transformers takes a class from elsewhere for one that it knows nothing of.
+    finally:
+        handle.remove()
+    # Read before the class changes, since transformers knows no conversions for a class from outside.
     model.weight_transforms = tuple(get_model_conversion_mapping(model))
-    # What save_pretrained takes back: not the renamings of old files, and no prefix that its files never had.
-    model._weight_conversions = [
-        transform
-        for transform in get_model_conversion_mapping(model, add_legacy=False)
-        if not isinstance(transform, PrefixChange)
-    ]
+    # The transforms that save_pretrained reverts: without renamings of old files, and without prefixes.
+    current = get_model_conversion_mapping(model, add_legacy=False)
+    model._weight_conversions = [transform for transform in current if not isinstance(transform, PrefixChange)]
     model_class: Any = type(model)
     model.__class__ = _with_training_interface(model_class)
-    model.model_args = model_args
     model.own_attention = model.base_model.config._attn_implementation
-    model.head_names = []
-    model.head_optimization = {}
-    model.parameter_inits = {}
+    model.model_args, model.heads, model.parameter_inits = model_args, {}, {}
     model.remember_state()
     return model
 
@@ -328,18 +302,8 @@ def _with_training_interface(cls: type[PreTrainedModel]) -> type[HFCausalLM]:
     return type(f"Titan{cls.__name__}", (HFCausalLM, cls), {})
 
 
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Move every parameter to the meta device as it is registered; buffers stay where they are made."""
-
-    def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta:  # a tied parameter is registered again and must stay one object
-            return None
-        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-
-    # torch's annotation has hooks return nothing; its documentation lets them return a parameter.
-    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        handle.remove()
+def _to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> Any:
+    """Moves a parameter to the meta device as it is registered; buffers stay on their device."""
+    if parameter is None or parameter.is_meta:  # a tied parameter is registered again and must stay one object
+        return None
+    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)

@@ -1,16 +1,14 @@
-"""Tensor parallelism for :class:`HFCausalLM`, by the plan that transformers has for the architecture.
+"""Tensor parallelism by transformers' plan, which names linear layers and embeddings, and how each is split.
 
-A plan names linear layers and embeddings, and how each is split. Between them the architecture's own code runs on plain
-local tensors, as it would on one device: with fewer heads, with a slice of the MLP, and, under sequence parallelism,
-between the blocks with a slice of the sequence. What no plan names has all its values on every rank.
+Between them the architecture's own code runs on plain local tensors: with fewer heads, a slice of the MLP, and, under sequence
+parallelism, a slice of the sequence between the blocks. Modules that no plan names are replicated.
 """
-
-from __future__ import annotations
 
 import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +25,12 @@ from flame_ext.model.hf_causal_lm import HFCausalLM
 
 @dataclass(frozen=True)
 class PlanStyle:
-    """What one word of a transformers plan means."""
+    """The meaning of one word of a transformers plan."""
 
+    # Maps the placement of activations between blocks to torch's style; None = the module is replicated.
     build: Callable[[Placement], ParallelStyle] | None
-    """The layout of activations between blocks to torch's style; None = its values are on every rank."""
-    splits: str | None = None
-    """The attribute of the module with the size that has to be divisible."""
-    gradient_is_partial: bool = False
-    """Of a module on every rank: whether each rank sees only a part of the activations."""
+    splits: str | None = None  # the attribute of the module that holds the size to be divided
+    gradient_is_partial: bool = False  # whether each rank sees only a part of the activations of this replicated module
 
 
 _colwise = PlanStyle(lambda _: ColwiseParallel(), "out_features")
@@ -45,7 +41,7 @@ _split_input = PlanStyle(
 )
 _embedding = PlanStyle(lambda _: RowwiseParallel(input_layouts=Replicate()), "num_embeddings")
 
-# The plans' words; those of experts, packed parameters and multi-head latent attention have no counterpart here.
+# The words of plans; those for experts, packed parameters and multi-head latent attention are not supported.
 PLAN_STYLES: dict[str, PlanStyle] = {
     "colwise": _colwise,
     "colwise_gather_output": _gathered,
@@ -59,43 +55,43 @@ PLAN_STYLES: dict[str, PlanStyle] = {
     "replicated_with_grad_allreduce": PlanStyle(None, gradient_is_partial=True),
 }
 
-# How attention code spells sizes that are not those of its part under tensor parallelism.
+# Sizes of the whole attention, as its code may read them, are wrong for a rank's part of it.
 _HEAD_COUNT = re.compile(
     r"\bself\.(num_heads|num_attention_heads|n_heads?|num_key_value_heads|num_kv_heads|hidden_size|embed_dim|inner_dim)\b"
     r"|\bconfig\.(num_attention_heads|num_key_value_heads|hidden_size)\b"
 )
 
-# Layers that take each position by itself, by the end of their class's name: they may see a slice of the sequence.
+# Class names of layers that treat each position by itself end so; they may be given a slice of the sequence.
 _POSITIONWISE = ("Norm", "Linear", "Dropout", "Activation", "Identity", "SiLU", "GELU", "ReLU")
 
 
 def tensor_parallel_problems(model: HFCausalLM, degree: int) -> list[str]:
-    """Why a model can not be split over ``degree`` ranks, one sentence each; from its shapes, names and code alone.
-
-    Args:
-        model: whole, on meta, before any parallelism.
-        degree: > 1.
-    """
+    """Lists the reasons why a whole model on meta cannot be split over ``degree`` ranks, judged by shapes, names and code."""
     where = f"parallelism.tensor_parallel_degree = {degree} with {type(model).__name__.removeprefix('Titan')}"
-    # Layers are alike: what is wrong with one is said once.
+    # A problem of every layer is reported once.
     problems = dict.fromkeys(replace_layer_number_by_wildcard(problem) for problem in _problems(model, degree))
     return [f"{where}: {problem}; or scale with data_parallel_shard_degree (FSDP)" for problem in problems]
 
 
 def _problems(model: HFCausalLM, degree: int) -> Iterator[str]:
-    plan, blocks = _Plan.of(model), _blocks(model)
+    styles, blocks = _styles(model), _blocks(model)
     if not blocks:
         yield "transformers has no tensor-parallel plan for its layers (base_model_tp_plan of its configuration)"
         return
-    yield from plan.unknown(model)
-    styles, vocabulary = plan.modules(model), _vocabulary_modules(model)
+    names = {replace_layer_number_by_wildcard(name) for name, _ in model.named_modules()}
+    parameters = {replace_layer_number_by_wildcard(name) for name, _ in model.named_parameters()}
+    for name, word in _plan(model).items():
+        if name in names and word not in PLAN_STYLES:
+            yield f"the plan of {name!r} is {word!r}, which is not supported (known: {', '.join(PLAN_STYLES)})"
+        elif name in parameters:
+            yield f"the plan of the parameter {name!r} is {word!r}; only plans of modules are supported"
+    vocabulary = (model.get_input_embeddings(), model.get_output_embeddings())
     for name, style in styles.items():
-        size = getattr(model.get_submodule(name), style.splits) if style.splits else 0
-        if size % degree and name in vocabulary:
-            yield (
-                f"the vocabulary ({size}) is not divisible; set vocab_size to a multiple of {degree} in config.json (of the source "
-                "as well: resize_token_embeddings)"
-            )
+        module = model.get_submodule(name)
+        size = getattr(module, style.splits) if style.splits else 0
+        if size % degree and module in vocabulary:
+            remedy = f"set vocab_size to a multiple of {degree} in config.json (of the source as well: resize_token_embeddings)"
+            yield f"the vocabulary ({size}) is not divisible; {remedy}"
         elif size % degree:
             yield f"{style.splits} of {name!r} ({size}) is not divisible; lower the degree"
     text = model.config.get_text_config()
@@ -112,19 +108,20 @@ def _problems(model: HFCausalLM, degree: int) -> Iterator[str]:
 
 
 def apply_tensor_parallel(model: HFCausalLM, mesh: DeviceMesh, loss_parallel: bool) -> None:
-    """Split a model, or a part of one, over ``mesh``; in place, on meta. Every parameter is a DTensor on ``mesh`` after.
+    """Splits a model, or a stage of one, on meta over a one-dimensional ``mesh``, in place; all parameters become DTensors.
 
-    Args:
-        model: any of embeddings, layers and output embedding may be missing.
-        mesh: of one dimension.
-        loss_parallel: leave the logits split over the vocabulary, as a DTensor, where the plan splits the output
-            embedding so.
+    Heads are split by their own plans; a head's other modules are replicated, and have to see whole activations.
+    ``loss_parallel`` leaves logits a DTensor that is sharded over the vocabulary, if the plan splits the output embedding so.
     """
     blocks, obstacle = _blocks(model), _no_sequence_parallel(model)
+    layers = list(model.layers.children())
     between: Placement = Replicate() if obstacle else Shard(1)
     output = model.get_output_embeddings()
-    partial = _partial_gradients(model, blocks, obstacle is None)
-    for name, style in _Plan.of(model).modules(model).items():
+    # A rank that sees a part of the activations of a replicated module has only a part of its gradient.
+    partial = {module: obstacle is None for layer in layers for module in layer.modules()}
+    for block in blocks:
+        partial |= dict.fromkeys(block.module.modules(), block.is_split_inside)
+    for name, style in _styles(model).items():
         module = model.get_submodule(name)
         if style.build is None:
             partial[module] = style.gradient_is_partial
@@ -134,15 +131,17 @@ def apply_tensor_parallel(model: HFCausalLM, mesh: DeviceMesh, loss_parallel: bo
             built = ColwiseParallel(use_local_output=False)
         parallelize_module(module, mesh, built, src_data_rank=None)
         if module is model.get_input_embeddings():
-            # Compiled code loses the gradient of a result that is still on its way; a copy has arrived.
+            # Compiled code loses the gradient of the asynchronous result; the copy waits for it.
             _on_output(module, torch.clone)
     for block in blocks:
         # One collective for all linear layers of the block, in the backward as well.
         _on_input(block.module, _redistribution(mesh, between, Replicate(), local=False))
-    layers = _layers(model)
     if obstacle is None and layers:
         _on_input(layers[0], _redistribution(mesh, Replicate(), Shard(1), local=True))
         _on_output(layers[-1], _redistribution(mesh, Shard(1), Replicate(), local=True))
+    for name, head in model.heads.items():
+        if head.tensor_parallel_plan:
+            parallelize_module(model.get_submodule(name), mesh, dict(head.tensor_parallel_plan), src_data_rank=None)
     for module in list(model.modules()):
         _replicate(module, mesh, partial.get(module, False))
     model.restore_ties()
@@ -150,79 +149,54 @@ def apply_tensor_parallel(model: HFCausalLM, mesh: DeviceMesh, loss_parallel: bo
     logger.info(f"Applied tensor parallelism to the model ({kinds})")
 
 
-# -- the plan ----------------------------------------------------------------------------------------------------
+def _plan(model: HFCausalLM) -> dict[str, str]:
+    """Maps names of modules, with ``*`` for layer numbers, to the words of the plan, which always splits the embeddings."""
+    words = dict(getattr(model, "_tp_plan", None) or {})
+    for name, module in model.named_modules():
+        if module is model.get_input_embeddings():
+            words.setdefault(name, "embedding_rowwise")
+        elif module is model.get_output_embeddings():
+            words.setdefault(name, "colwise_gather_output")
+    return words
 
 
-@dataclass(frozen=True)
-class _Plan:
-    words: dict[str, str]
-    """Name of a module, layer numbers as ``*``, to its word."""
-
-    @classmethod
-    def of(cls, model: HFCausalLM) -> _Plan:
-        words = dict(getattr(model, "_tp_plan", None) or {})
-        # The vocabulary is shared out whatever the plan says: tied embeddings have to be split alike.
-        embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-        for name, module in model.named_modules():
-            if module is embedding:
-                words.setdefault(name, "embedding_rowwise")
-            elif module is output:
-                words.setdefault(name, "colwise_gather_output")
-        return cls(words)
-
-    def modules(self, model: HFCausalLM) -> dict[str, PlanStyle]:
-        """Name of each module of this model that the plan names to its style."""
-        found = {}
-        for name, module in model.named_modules():
-            style = PLAN_STYLES.get(self.words.get(replace_layer_number_by_wildcard(name), ""))
-            # A stage of a pipeline has something else in the place of what lies on another one.
-            if style is not None and (style.splits is None or hasattr(module, style.splits)):
-                found[name] = style
-        return found
-
-    def unknown(self, model: HFCausalLM) -> Iterator[str]:
-        names = {replace_layer_number_by_wildcard(name) for name, _ in model.named_modules()}
-        parameters = {replace_layer_number_by_wildcard(name) for name, _ in model.named_parameters()}
-        for name, word in self.words.items():
-            if name in names and word not in PLAN_STYLES:
-                yield f"the plan of {name!r} is {word!r}, which is not supported (known: {', '.join(PLAN_STYLES)})"
-            elif name in parameters:
-                yield f"the plan of the parameter {name!r} is {word!r}; only plans of modules are supported"
+def _styles(model: HFCausalLM) -> dict[str, PlanStyle]:
+    words, found = _plan(model), {}
+    for name, module in model.named_modules():
+        style = PLAN_STYLES.get(words.get(replace_layer_number_by_wildcard(name), ""))
+        # On a stage of a pipeline, modules of other stages are replaced by ones without these sizes.
+        if style is not None and (style.splits is None or hasattr(module, style.splits)):
+            found[name] = style
+    return found
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A module in a decoder layer whose linear layers are split: attention, or an MLP."""
+    """An attention or MLP of a decoder layer whose linear layers are split."""
 
     name: str
     module: nn.Module
     linears: dict[str, PlanStyle]
-    named: frozenset[nn.Module]
-    """All its modules that the plan names."""
+    named: frozenset[nn.Module]  # all modules of the model that the plan names
 
     @property
     def is_split_inside(self) -> bool:
-        """Whether its own code works on a slice: of the heads, of the hidden width."""
+        """Whether the block's code works on a slice of the heads or of the hidden width."""
         return _colwise in self.linears.values()
 
     @property
     def has_heads(self) -> bool:
         return self.is_split_inside and ("attn" in self.name or "attention" in self.name)
 
-    def rest(self) -> Iterator[tuple[str, nn.Module]]:
-        """Modules with parameters of their own that the plan does not name."""
-        for name, module in self.module.named_modules():
-            if module not in self.named and any(True for _ in module.parameters(recurse=False)):
-                yield f"{self.name}.{name}".rstrip("."), module
-
     def problems(self, hidden_size: int) -> Iterator[str]:
-        """What of its own code or parameters can not be known to be right on a part of the activations."""
-        if self.has_heads and (name := _head_count_in_code(type(self.module))) is not None:
-            yield (
-                f"the code of {type(self.module).__name__} uses {name}, which is of all heads, where a rank has some"
-            )
-        for name, module in self.rest():
-            sizes = {size for p in module.parameters(recurse=False) for size in p.shape}
+        """Names code and parameters of the block that may be wrong on a part of the activations."""
+        if self.has_heads and (name := _head_count_in_code(attention := type(self.module))) is not None:
+            yield f"the code of {attention.__name__} uses {name}, which is of all heads, where a rank has some"
+        for inner, module in self.module.named_modules():
+            name, parameters = f"{self.name}.{inner}".rstrip("."), list(module.parameters(recurse=False))
+            if module in self.named or not parameters:
+                continue
+            sizes = {size for parameter in parameters for size in parameter.shape}
             if not type(module).__name__.endswith("Norm"):
                 yield f"the plan says nothing of {name!r} inside of {self.name!r}, which it splits"
             elif self.is_split_inside and (_gathered in self.linears.values() or hidden_size in sizes):
@@ -230,52 +204,32 @@ class _Block:
 
 
 def _head_count_in_code(attention: type[nn.Module]) -> str | None:
-    """The number of heads or the width of all of them, as the methods of an attention spell it; None if they go by shapes."""
+    """Finds where an attention's methods read the number or width of all heads; None if they take it from tensor shapes."""
     for cls in attention.__mro__:
         for name, method in vars(cls).items() if cls.__module__ != nn.Module.__module__ else ():
             if name == "__init__" or not inspect.isfunction(method):
                 continue
-            try:
-                found = _HEAD_COUNT.search(inspect.getsource(method))
-            except OSError:  # typed into a shell: there is no source to look at
-                continue
-            if found is not None:
-                return found.group()
+            with suppress(OSError):  # a class defined in a shell has no source
+                if found := _HEAD_COUNT.search(inspect.getsource(method)):
+                    return found.group()
     return None
 
 
 def _blocks(model: HFCausalLM) -> list[_Block]:
-    styles = _Plan.of(model).modules(model)
-    prefix = _name_of(model, model.layers)
+    styles, layers = _styles(model), model.layers
+    prefix = next(name for name, module in model.named_modules() if module is layers)
     parents: dict[str, dict[str, PlanStyle]] = {}
     for name, style in styles.items():
         if style.build is not None and name.startswith(f"{prefix}."):
             parents.setdefault(name.rpartition(".")[0], {})[name] = style
-    return [
-        _Block(name, model.get_submodule(name), linears, frozenset(model.get_submodule(n) for n in styles))
-        for name, linears in parents.items()
-    ]
-
-
-def _layers(model: HFCausalLM) -> list[nn.Module]:
-    """The decoder layers that are there."""
-    return [layer for _, layer in model.layers.named_children()]
-
-
-def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
-
-
-def _vocabulary_modules(model: HFCausalLM) -> set[str]:
-    """Names of input and output embedding."""
-    modules = {model.get_input_embeddings(), model.get_output_embeddings()}
-    return {name for name, module in model.named_modules() if module in modules}
+    named = frozenset(map(model.get_submodule, styles))
+    return [_Block(name, model.get_submodule(name), linears, named) for name, linears in parents.items()]
 
 
 def _no_sequence_parallel(model: HFCausalLM) -> str | None:
-    """Why layers can not run on slices of the sequence between their blocks; None if they can."""
+    """Says why layers cannot run on slices of the sequence between their blocks; None if they can."""
     blocks = {block.module for block in _blocks(model)}
-    for layer in _layers(model):
+    for layer in model.layers.children():
         if layer in blocks:
             return "linear layers lie in the decoder layer itself"
         if any(True for _ in layer.parameters(recurse=False)):
@@ -289,19 +243,8 @@ def _no_sequence_parallel(model: HFCausalLM) -> str | None:
     return None
 
 
-def _partial_gradients(model: HFCausalLM, blocks: list[_Block], sequence_parallel: bool) -> dict[nn.Module, bool]:
-    """Modules of the layers to whether a rank has only a part of their gradient, having seen a part of the activations."""
-    partial = {module: sequence_parallel for layer in _layers(model) for module in layer.modules()}
-    for block in blocks:
-        partial |= dict.fromkeys(block.module.modules(), block.is_split_inside)
-    return partial
-
-
-# -- activations -------------------------------------------------------------------------------------------------
-
-
 def _redistribution(mesh: DeviceMesh, source: Placement, target: Placement, local: bool) -> Callable[[Tensor], Tensor]:
-    """(B, T, D) activations from one layout to another; the backward takes gradients the other way."""
+    """Returns a function that moves (B, T, D) activations from one placement to another, and their gradients back."""
 
     def redistribute(states: Tensor) -> Tensor:
         if not isinstance(states, DTensor):
@@ -313,11 +256,9 @@ def _redistribution(mesh: DeviceMesh, source: Placement, target: Placement, loca
 
 
 def _on_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    """``change`` the hidden states that ``module`` is called with, which are named so or come first."""
+    """Applies ``change`` to the hidden states that ``module`` is called with, by that keyword or as the first argument."""
 
-    def hook(
-        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if "hidden_states" in kwargs:
             return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
         return (change(args[0]), *args[1:]), kwargs
@@ -326,7 +267,7 @@ def _on_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
 
 
 def _on_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    """``change`` the hidden states that ``module`` returns, alone or first."""
+    """Applies ``change`` to the hidden states that ``module`` returns, alone or first in a tuple."""
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
@@ -334,45 +275,31 @@ def _on_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
     module.register_forward_hook(hook)
 
 
-# -- parameters on every rank ------------------------------------------------------------------------------------
-
-
 def _replicate(module: nn.Module, mesh: DeviceMesh, gradient_is_partial: bool) -> None:
-    """Make what is left of a module's parameters DTensors with all values on every rank; its code sees plain tensors."""
-    names = [name for name, p in module._parameters.items() if p is not None and not isinstance(p, DTensor)]
-    if not names:
+    """Makes a module's plain parameters replicated DTensors, of which its code sees the local tensors."""
+    plain = {name: p for name, p in module._parameters.items() if p is not None and not isinstance(p, DTensor)}
+    if not plain:
         return
-    for name in names:
-        parameter = module._parameters[name]
-        assert parameter is not None
+    for name, parameter in plain.items():
         replicated = distribute_tensor(parameter, mesh, [Replicate()], src_data_rank=None)
         module.register_parameter(name, nn.Parameter(replicated, requires_grad=parameter.requires_grad))
     module_class: Any = type(module)
-    module.__class__ = _with_local_parameters(module_class, tuple(names), gradient_is_partial)
+    module.__class__ = _with_local_parameters(module_class, tuple(plain), gradient_is_partial)
 
 
 @functools.cache  # one class for all layers: compiled code is guarded by it
 def _with_local_parameters(cls: Any, names: tuple[str, ...], gradient_is_partial: bool) -> type[nn.Module]:
-    """A subclass whose attributes ``names`` are the local tensors of the parameters of these names.
-
-    ``nn.Module`` keeps parameters in ``_parameters``, where state dicts and optimizers find them as they are.
-    """
-    local = _local_with_partial_gradient if gradient_is_partial else _local
-    attributes = {name: property(functools.partial(_get, name=name, local=local)) for name in names}
-    return type(cls.__name__, (cls,), attributes)
+    """Makes a subclass whose attributes ``names`` are the local tensors of the DTensors in ``_parameters``."""
+    get = functools.partial(_local_parameter, gradient_is_partial=gradient_is_partial)
+    return type(cls.__name__, (cls,), {name: property(functools.partial(get, name=name)) for name in names})
 
 
-def _get(module: nn.Module, *, name: str, local: Callable[[DTensor], Tensor]) -> Tensor | None:
+def _local_parameter(module: nn.Module, *, name: str, gradient_is_partial: bool) -> Tensor | None:
     parameter = module._parameters[name]
-    # On more dimensions than the one of tensor parallelism it is FSDP's shard, which FSDP alone asks for.
-    return local(parameter) if isinstance(parameter, DTensor) and len(parameter.placements) == 1 else parameter
-
-
-def _local(parameter: DTensor) -> Tensor:
-    """Every rank computes the same with it, so every rank has the whole gradient."""
-    return parameter.to_local()
-
-
-def _local_with_partial_gradient(parameter: DTensor) -> Tensor:
-    """The gradient is the sum over ranks: the backward of a redistribution to where it is takes it there."""
+    # A DTensor on more mesh dimensions is FSDP's shard, which only FSDP asks for.
+    if not isinstance(parameter, DTensor) or len(parameter.placements) != 1:
+        return parameter
+    if not gradient_is_partial:
+        return parameter.to_local()
+    # The backward of the redistribution sums the gradient over ranks.
     return parameter.redistribute(placements=parameter.placements).to_local(grad_placements=[Partial()])

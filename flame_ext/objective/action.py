@@ -1,10 +1,7 @@
-"""Which next token leads where the text went: rewards for candidate tokens, and the losses that follow from them.
+"""Losses by rewards for candidate next tokens: how well each leads to where the text went.
 
-A candidate a at position t is scored by the cosine of F_t, the summary of what followed in the text, with the summary
-that the action layer predicts for "a comes next". Candidate 0 is the token that really came next.
+A candidate's score is the cosine of F_t, the summary of what followed, with the one that the action layer predicts for it.
 """
-
-from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -13,49 +10,37 @@ from torch import Tensor
 
 
 class ActionOutput(NamedTuple):
-    """Sums over the valid positions; all () float32."""
+    """() float32 sums over the valid positions; the losses have gradients for the log-probabilities and the scores."""
 
-    policy_loss_sum: Tensor
-    """-sum_a r_a log p(a | t), differentiable with respect to the log-probabilities."""
-    choice_loss_sum: Tensor
-    """-log softmax(score / tau) of the true token among the candidates, differentiable with respect to the scores."""
-    reward_sum: Tensor
-    """Reward of the true token, in 0..1."""
-    rank_sum: Tensor
-    """Rank of the true token among the candidates by score, 1 = first."""
-    cosine_sum: Tensor
-    """Score of the true token."""
+    policy_loss_sum: Tensor  # -sum_a r_a log p(a | t), with rewards r
+    choice_loss_sum: Tensor  # -log softmax(score / tau) of the true token among the candidates
+    reward_sum: Tensor  # rewards of the true tokens, each in 0..1
+    rank_sum: Tensor  # ranks of the true tokens among the candidates by score, 1 = first
+    cosine_sum: Tensor  # scores of the true tokens
 
 
 def candidate_mask(token_ids: Tensor) -> Tensor:
-    """Each candidate once: the true token counts in its own place, not again among the likeliest.
-
-    Args:
-        token_ids: (N, 1 + K) int64, the true token first, then K different ones.
-
-    Returns:
-        (N, 1 + K) bool, true in column 0.
-    """
+    """Returns (N, 1 + K) bool: true for the true token in column 0, but not where it returns among the K likeliest."""
     mask = token_ids != token_ids[:, :1]
     mask[:, 0] = True
     return mask
 
 
 def action_losses(scores: Tensor, log_probs: Tensor, candidates: Tensor, valid: Tensor, tau: float) -> ActionOutput:
-    """The policy loss, with rewards softmax(score / tau) as constants, and the loss that teaches the scores.
+    """Computes the policy loss, with constant rewards r = softmax(score / tau), and the loss that trains the scores.
 
-    The policy's gradient on the logits is p - r: it takes the distribution towards the rewards, with nothing to sample.
+    The policy loss needs no sampling: its gradient on the logits of the distribution p over tokens is p - r.
 
     Args:
         scores: (N, 1 + K) float32 cosines, the true token's first.
-        log_probs: (N, 1 + K) float32, of the same tokens under the model.
+        log_probs: (N, 1 + K) float32 log-probabilities of the same tokens.
         candidates: (N, 1 + K) bool, true in column 0.
         valid: (N,) bool, positions that have a future and a next token.
         tau: > 0, temperature of the rewards.
     """
     preferences = torch.log_softmax((scores / tau).masked_fill(~candidates, float("-inf")), dim=-1)
     rewards = preferences.detach().exp()
-    # A masked candidate has reward 0 and may have any log-probability; an infinite one would make 0 * inf.
+    # The log-probability of a masked candidate, whose reward is 0, may be infinite: avoid 0 * inf.
     policy = -(rewards * log_probs.masked_fill(~candidates, 0.0)).sum(dim=-1)
     true_score = scores[:, :1].detach()
     better = ((scores.detach() > true_score) & candidates).sum(dim=-1)

@@ -1,10 +1,4 @@
-"""The log-probabilities that the objective needs, from logits that are read twice and copied never.
-
-A float32 copy of the logits, its log-softmax and their gradients are what a language model's loss usually spends its
-memory on. Here only one chunk of rows at a time is in float32, in the forward and again in the backward.
-"""
-
-from __future__ import annotations
+"""Log-probabilities of tokens, with only one chunk of the logits at a time in float32, in the forward and the backward."""
 
 from typing import Any, NamedTuple
 
@@ -15,61 +9,48 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from flame_ext.objective.compilation import compiled
+from flame_ext.objective.chunks import chunks, compiled
 
-IGNORE_INDEX = -100
-"""The label of a position that does not count, as torch and the host have it."""
-
-# A chunk of rows is at most this many float32 elements (64 MiB).
-_CHUNK_ELEMENTS = 1 << 24
+IGNORE_INDEX = -100  # the label of a position that does not count, as in torch and torchtitan
+_CHUNK_ELEMENTS = 1 << 24  # of a chunk of rows in float32: 64 MiB
 
 
 class TokenLogProbs(NamedTuple):
-    """Log-probabilities of some tokens at each position."""
+    """Log-probabilities of the label and of the K likeliest tokens at each position."""
 
-    values: Tensor
-    """(N, 1 + K) float32, differentiable: of the label, and of the K likeliest tokens; finite for an ignored label."""
-    token_ids: Tensor
-    """(N, 1 + K) int64: which tokens these are; 0 for an ignored label."""
+    values: Tensor  # (N, 1 + K) float32, differentiable; finite for an ignored label
+    token_ids: Tensor  # (N, 1 + K) int64; 0 for an ignored label
 
 
 def token_log_probs(
     logits: Tensor, labels: Tensor, top_k: int = 0, compile_backend: str | None = None
 ) -> TokenLogProbs:
-    """log softmax(logits), in float32, of the label and of the ``top_k`` likeliest tokens of each row.
+    """Computes log softmax(logits), in float32, of the label and of the ``top_k`` likeliest tokens of each row.
 
     Args:
-        logits: (N, V); a DTensor whose ranks have a slice of the vocabulary each stays where it is (loss parallelism).
-        labels: (N,) int64, ``IGNORE_INDEX`` where there is none; the same on the ranks that share the logits out.
+        logits: (N, V), or a DTensor that loss parallelism has sharded over the vocabulary, which is not gathered.
+        labels: (N,) int64, ``IGNORE_INDEX`` where there is none; the same on all ranks of the DTensor.
         top_k: K, in 0..V.
-        compile_backend: of ``torch.compile``, for the arithmetic of a chunk; None = not compiled.
+        compile_backend: backend of ``torch.compile`` for the arithmetic of a chunk; None = not compiled.
     """
     with torch.autocast(logits.device.type, enabled=False):
         if isinstance(logits, DTensor):
-            shard = _VocabularyShard.of(logits)
+            if logits.placements != (Shard(1),):
+                raise ValueError(f"logits must be split over the vocabulary (Shard(1)), got {logits.placements}")
+            _, (_, first) = compute_local_shape_and_global_offset(logits.shape, logits.device_mesh, logits.placements)
+            shard = first, logits.device_mesh.get_group()
             return TokenLogProbs(*_ShardedTokenLogProbs.apply(logits.to_local(), labels, top_k, compile_backend, shard))
         return TokenLogProbs(*_TokenLogProbs.apply(logits, labels, top_k, compile_backend))
 
 
 def cross_entropy_sum(log_probs: Tensor, labels: Tensor) -> Tensor:
-    """-sum of the labels' log-probabilities, without those to be ignored, in the order that torch's own loss sums them.
-
-    Args:
-        log_probs: (N,) float32, of the labels.
-        labels: (N,) int64.
-    """
+    """Sums the cross-entropies of (N,) labels, given their (N,) float32 log-probabilities, in the order of torch's own loss."""
     first = torch.zeros_like(labels).masked_fill_(labels == IGNORE_INDEX, IGNORE_INDEX)
     return F.nll_loss(log_probs[:, None], first, reduction="sum", ignore_index=IGNORE_INDEX)
 
 
 def cross_entropy_loss(logits: Tensor, labels: Tensor, compile_backend: str | None = None) -> Tensor:
-    """The host's loss function: the sum of the cross-entropies, number for number.
-
-    Args:
-        logits: (B, T, V).
-        labels: (B, T) int64.
-        compile_backend: as in :func:`token_log_probs`.
-    """
+    """Sums the cross-entropies of (B, T, V) logits and (B, T) labels, equal to torchtitan's loss to the last bit."""
     labels = labels.flatten()
     log_probs = token_log_probs(logits.flatten(0, 1), labels, compile_backend=compile_backend)
     return cross_entropy_sum(log_probs.values[:, 0], labels)
@@ -101,65 +82,44 @@ class _TokenLogProbs(torch.autograd.Function):
         return logits_grad, None, None, None
 
 
-class _VocabularyShard(NamedTuple):
-    """The slice of the vocabulary that this rank has."""
-
-    group: dist.ProcessGroup
-    first: int
-    """Of its tokens."""
-
-    @classmethod
-    def of(cls, logits: DTensor) -> _VocabularyShard:
-        if logits.placements != (Shard(1),):
-            raise ValueError(f"logits must be split over the vocabulary (Shard(1)), got {logits.placements}")
-        _, (_, first) = compute_local_shape_and_global_offset(logits.shape, logits.device_mesh, logits.placements)
-        return cls(logits.device_mesh.get_group(), first)
-
-    def sum(self, values: Tensor) -> Tensor:
-        dist.all_reduce(values, group=self.group)
-        return values
-
-    def max(self, values: Tensor) -> Tensor:
-        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
-        return values
-
-    def concatenated(self, values: Tensor) -> Tensor:
-        """(N, K) of each rank, side by side."""
-        parts = [torch.empty_like(values) for _ in range(self.group.size())]
-        dist.all_gather(parts, values.contiguous(), group=self.group)
-        return torch.cat(parts, dim=1)
-
-
 class _ShardedTokenLogProbs(torch.autograd.Function):
-    """As :class:`_TokenLogProbs`, of (N, V / ranks) logits. Collective in the forward; the results are the same everywhere."""
+    """:class:`_TokenLogProbs` for (N, V / ranks) logits. The forward is collective; its results are the same on all ranks."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, top_k: int, compile_backend: str | None, shard: _VocabularyShard
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        top_k: int,
+        compile_backend: str | None,
+        shard: tuple[int, dist.ProcessGroup],
     ) -> tuple[Tensor, Tensor]:
+        first, group = shard  # the rank's first token, and all ranks
         own = labels.masked_fill(labels == IGNORE_INDEX, 0)[:, None]
-        column, inside = _columns(own, logits, shard.first)
+        column, inside = _columns(own, logits, first)
         maximum = torch.empty(logits.shape[0], device=logits.device)
         of_own = torch.empty(logits.shape[0], 1, device=logits.device)
         for rows in _chunks(logits):
             maximum[rows] = logits[rows].amax(dim=1).float()
             of_own[rows] = logits[rows].gather(1, column[rows]).float().masked_fill(~inside[rows], 0.0)
-        maximum = shard.max(maximum)
+        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
         total = torch.empty_like(maximum)
         sum_up = compiled(_sum_of_exponentials, compile_backend)
         for rows in _chunks(logits):
             total[rows] = sum_up(logits[rows], maximum[rows])
-        log_total = (maximum + shard.sum(total).log())[:, None]
-        values, token_ids = shard.sum(of_own), own
+        for summed in (total, of_own):
+            dist.all_reduce(summed, group=group)
+        log_total = (maximum + total.log())[:, None]
+        values, token_ids = of_own, own
         if top_k > 0:
             likeliest = logits.topk(min(top_k, logits.shape[1]), dim=1)
-            candidates = shard.concatenated(likeliest.values.float())
-            candidate_ids = shard.concatenated(likeliest.indices + shard.first)
+            candidates = _concatenated(likeliest.values.float(), group)
+            candidate_ids = _concatenated(likeliest.indices + first, group)
             found = candidates.topk(top_k, dim=1)
             values = torch.cat([values, found.values], dim=1)
             token_ids = torch.cat([own, candidate_ids.gather(1, found.indices)], dim=1)
         ctx.save_for_backward(logits, token_ids, log_total)
-        ctx.compile_backend, ctx.first = compile_backend, shard.first
+        ctx.compile_backend, ctx.first = compile_backend, first
         ctx.mark_non_differentiable(token_ids)
         return values - log_total, token_ids
 
@@ -175,19 +135,25 @@ class _ShardedTokenLogProbs(torch.autograd.Function):
         return logits_grad, None, None, None, None
 
 
+def _sum_of_exponentials(logits: Tensor, maximum: Tensor) -> Tensor:
+    return (logits.float() - maximum[:, None]).exp().sum(dim=1)
+
+
+def _concatenated(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    parts = [torch.empty_like(values) for _ in range(group.size())]
+    dist.all_gather(parts, values.contiguous(), group=group)
+    return torch.cat(parts, dim=1)
+
+
 def _columns(token_ids: Tensor, logits: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Where tokens are in this rank's logits, and whether they are there."""
+    """Returns the columns of tokens in this rank's logits, and whether the tokens are in its slice at all."""
     column = token_ids - first
     inside = (column >= 0) & (column < logits.shape[1])
     return column.clamp(0, logits.shape[1] - 1), inside
 
 
-def _sum_of_exponentials(logits: Tensor, maximum: Tensor) -> Tensor:
-    return (logits.float() - maximum[:, None]).exp().sum(dim=1)
-
-
 def _spread_shard(logits: Tensor, column: Tensor, of_tokens: Tensor, of_row: Tensor, log_total: Tensor) -> Tensor:
-    """The gradient of the logits: what the tokens are given, less each token's share of the row's sum."""
+    """Computes the gradient of the logits: that of the tokens, less each column's probability times the row's sum."""
     probabilities = (logits.float() - log_total).exp()
     return (-probabilities * of_row).scatter_add(1, column, of_tokens).to(logits.dtype)
 
@@ -196,20 +162,16 @@ def _look_up(logits: Tensor, own: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     log_probs = torch.log_softmax(logits.float(), dim=-1)
     if top_k == 0:
         return log_probs.gather(1, own), own
-    likeliest = log_probs.topk(top_k, dim=-1)
-    return (
-        torch.cat([log_probs.gather(1, own), likeliest.values], dim=1),
-        torch.cat([own, likeliest.indices], dim=1),
-    )
+    values, token_ids = log_probs.topk(top_k, dim=-1)
+    return torch.cat([log_probs.gather(1, own), values], dim=1), torch.cat([own, token_ids], dim=1)
 
 
 def _spread(logits: Tensor, token_ids: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of the logits, by the operation that torch's own backward calls: another exp has other last bits."""
+    """Computes the gradient of the logits by the operation of torch's own backward, whose last bits another exp would miss."""
     log_probs = torch.log_softmax(logits.float(), dim=-1)
     spread = torch.zeros_like(log_probs).scatter_add(1, token_ids, grad)
     return torch.ops.aten._log_softmax_backward_data(spread, log_probs, -1, torch.float32).to(logits.dtype)
 
 
 def _chunks(logits: Tensor) -> list[slice]:
-    rows = max(1, _CHUNK_ELEMENTS // logits.shape[1])
-    return [slice(begin, begin + rows) for begin in range(0, logits.shape[0], rows)]
+    return chunks(logits.shape[0], max(1, _CHUNK_ELEMENTS // logits.shape[1]))

@@ -1,6 +1,7 @@
-"""Which positions may see which, and which have a future at all. Pure functions; nothing loops over documents."""
+"""Attention masks over packed documents, and which positions have a future.
 
-from __future__ import annotations
+Each mask is one function, FlexAttention's ``mask_mod``, from which its dense, windowed and block forms are made.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -10,80 +11,74 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-_MIN_BLOCK = 64
-"""Queries in a block of a windowed mask; smaller blocks save scores, and cost more in copies of keys than that."""
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Maps integer tensors of sequences, heads, rows and columns, which broadcast, to a bool: whether attention is allowed."""
+
+_MIN_BLOCK = 64  # queries in a block of a windowed mask; smaller ones save scores, but copying keys costs more
+_compile = cache(torch.compile)
 
 
 def doc_ids_from_eos(input_ids: Tensor, eos_id: int) -> Tensor:
-    """Number the documents of packed sequences: an EOS is the last token of its document.
-
-    Args:
-        input_ids: (B, T) integer tokens.
-        eos_id: the tokenizer's end-of-sequence id.
-
-    Returns:
-        (B, T) int64, counted from 0 in each sequence.
-    """
+    """Numbers the documents of (B, T) packed tokens, from 0 in each sequence, as (B, T) int64; an EOS ends its document."""
     is_eos = (input_ids == eos_id).long()
     return is_eos.cumsum(dim=1) - is_eos
 
 
-def anticausal_mask(
-    seq_len: int, future_k: int = 0, doc_ids: Tensor | None = None, device: torch.device | str | None = None
-) -> Tensor:
-    """The strictly-future attention mask: i attends to j where i < j <= i + future_k, in the same document.
+def anticausal(future_k: int, doc_ids: Tensor | None) -> MaskMod:
+    """The strictly-future mask: position i attends to j where i < j <= i + future_k, in the same document.
 
-    Positions without a future (the last one, and the last of every document) get a row with nothing allowed. The mask
-    is boolean for that reason: scaled_dot_product_attention gives such a row zeros, while a large negative additive
-    mask makes it uniform over *all* keys, past included, and one layer later every position reads the past from it.
+    The last position of a document may attend to nothing. The mask is boolean for that reason: attention gives such a row
+    zeros, while a large negative additive mask makes it uniform over *all* keys, past included, and one layer later every
+    position reads the past from it.
 
-    Args:
-        seq_len: T.
-        future_k: window, 0 = all the future.
-        doc_ids: (B, T) integers, or None if the sequence is one document.
-        device: of the result; ``doc_ids.device`` by default.
-
-    Returns:
-        (B, 1, T, T) bool, true where attention is allowed; B is 1 without ``doc_ids``.
+    ``future_k`` 0 = all the future; ``doc_ids`` are (B, T) integers, or None if each sequence is one document.
     """
-    position = torch.arange(seq_len, device=doc_ids.device if device is None and doc_ids is not None else device)
-    distance = position[None, :] - position[:, None]  # (T, T): how far key j lies ahead of query i
-    allowed = distance > 0
-    if future_k > 0:
-        allowed = allowed & (distance <= future_k)
-    if doc_ids is None:
-        return allowed[None, None]
-    same_document = doc_ids[:, None, :, None] == doc_ids[:, None, None, :]
-    return allowed & same_document
+
+    def allowed(b: Tensor, _head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        result = (j > i) & (j <= i + future_k) if future_k else j > i
+        return result if doc_ids is None else result & (doc_ids[b, i] == doc_ids[b, j])
+
+    return allowed
+
+
+def causal(doc_ids: Tensor | None, window: int, queries: Tensor, keys: Tensor) -> MaskMod:
+    """The causal mask: position i attends to j where i - window < j <= i, in the same document; window 0 = all the past.
+
+    Its rows are for the (n,) positions ``queries`` and its columns for the (m,) ``keys``; ``doc_ids`` as in :func:`anticausal`.
+    """
+
+    def allowed(b: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        i, j = queries[row], keys[column]
+        result = (j <= i) & (j > i - window) if window else j <= i
+        return result if doc_ids is None else result & (doc_ids[b, i] == doc_ids[b, j])
+
+    return allowed
+
+
+def anticausal_mask(
+    seq_len: int, future_k: int = 0, doc_ids: Tensor | None = None, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Evaluates :func:`anticausal` as a (B, 1, T, T) bool tensor on ``device``, where ``doc_ids`` are; B is 1 without them."""
+    position = torch.arange(seq_len, device=device)
+    return _dense(anticausal(future_k, doc_ids), doc_ids, position[None, :, None], position)
 
 
 def anticausal_window_mask(
-    seq_len: int, future_k: int, doc_ids: Tensor | None = None, device: torch.device | str | None = None
+    seq_len: int, future_k: int, doc_ids: Tensor | None = None, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """:func:`anticausal_mask` for a window much shorter than the sequence, without its (T, T): block by block.
+    """Evaluates :func:`anticausal` only in the blocks that a window much shorter than the sequence can reach.
 
-    Block n of C = max(future_k, 64) queries, the positions nC .. nC + C - 1, can see no keys but those of nC .. nC + K - 1,
-    K = C + future_k. :func:`flame_ext.model.attention.boolean_attention` attends by it.
-
-    Args:
-        seq_len: T.
-        future_k: window, > 0.
-        doc_ids: (B, T) integers, or None if the sequence is one document.
-        device: of the result; ``doc_ids.device`` by default.
-
-    Returns:
-        (B, ceil(T / C), C, K) bool, true where attention is allowed; B is 1 without ``doc_ids``.
+    Block n holds the C = max(future_k, 64) queries nC .. nC + C - 1 and the only keys that they can attend to,
+    nC .. nC + C + future_k - 1. :func:`flame_ext.model.attention.boolean_attention` attends by it. Returns
+    (B, ceil(T / C), C, C + future_k) bool; B is 1 without ``doc_ids``.
     """
     size = max(future_k, _MIN_BLOCK)
     count = -(-seq_len // size)
-    query = torch.arange(count * size, device=doc_ids.device if device is None and doc_ids is not None else device)
-    query = query.view(count, size, 1)
-    key = query[:, :1] + torch.arange(size + future_k, device=query.device)  # (count, 1, K)
-    allowed = ((key > query) & (key <= query + future_k) & (key < seq_len))[None]
-    if doc_ids is None:
-        return allowed
-    doc_ids = F.pad(doc_ids, (0, count * size + future_k - seq_len), value=-1)
-    return allowed & (doc_ids[:, query] == doc_ids[:, key])
+    query = torch.arange(count * size, device=device).view(count, size, 1)
+    key = query[:, :1] + torch.arange(size + future_k, device=device)
+    if doc_ids is not None:
+        doc_ids = F.pad(doc_ids, (0, count * size + future_k - seq_len))
+    return _dense(anticausal(future_k, doc_ids), doc_ids, query, key) & (key < seq_len)
 
 
 def window_is_short(seq_len: int, future_k: int) -> bool:
@@ -92,98 +87,45 @@ def window_is_short(seq_len: int, future_k: int) -> bool:
 
 
 def anticausal_block_mask(
-    batch_size: int,
-    seq_len: int,
-    future_k: int = 0,
-    doc_ids: Tensor | None = None,
-    device: torch.device | str | None = None,
+    seq_len: int, future_k: int = 0, doc_ids: Tensor | None = None, device: torch.device | str = "cpu"
 ) -> BlockMask:
-    """:func:`anticausal_mask` for FlexAttention, which skips blocks where nothing is allowed and holds no (T, T) mask.
-
-    Args:
-        batch_size: B.
-        seq_len: T.
-        future_k: window, 0 = all the future.
-        doc_ids: (B, T) integers, or None if the sequence is one document.
-        device: of the result; ``doc_ids.device``, or the CPU, by default.
-    """
-
-    def allowed(b: Tensor, _head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        result = j > i
-        if future_k > 0:
-            result = result & (j <= i + future_k)
-        if doc_ids is not None:
-            result = result & (doc_ids[b, i] == doc_ids[b, j])
-        return result
-
-    # Not compiled, it holds the (B, T, T) mask for a moment.
-    if device is None:
-        device = "cpu" if doc_ids is None else doc_ids.device
-    create = _compiled_create_block_mask() if torch.device(device).type == "cuda" else create_block_mask
-    return create(allowed, None if doc_ids is None else batch_size, None, seq_len, seq_len, device=device)
+    """Makes the FlexAttention form of :func:`anticausal`; without ``doc_ids`` it fits any number of sequences."""
+    return _blocks(anticausal(future_k, doc_ids), doc_ids, seq_len, seq_len, torch.device(device))
 
 
 def causal_mask(doc_ids: Tensor | None, window: int, queries: Tensor, keys: Tensor) -> Tensor:
-    """Causal attention that does not leave a document: i attends to j where i - window < j <= i, in the same document.
-
-    Args:
-        doc_ids: (B, T) integers, or None if each sequence is one document.
-        window: positions that are seen, the own one included; 0 = all the past.
-        queries: (n,) positions that the rows are for.
-        keys: (m,) positions that the columns are for.
-
-    Returns:
-        (B, 1, n, m) bool, true where attention is allowed; B is 1 without ``doc_ids``.
-    """
-    behind = queries[:, None] - keys[None, :]
-    allowed = ((behind >= 0) & (behind < window) if window else behind >= 0)[None, None]
-    if doc_ids is None:
-        return allowed
-    return allowed & (doc_ids[:, None, queries, None] == doc_ids[:, None, None, keys])
+    """Evaluates :func:`causal` as a (B, 1, n, m) bool tensor; B is 1 without ``doc_ids``."""
+    rows, columns = (torch.arange(len(positions), device=queries.device) for positions in (queries, keys))
+    return _dense(causal(doc_ids, window, queries, keys), doc_ids, rows[None, :, None], columns)
 
 
 def causal_block_mask(doc_ids: Tensor | None, window: int, queries: Tensor, keys: Tensor) -> BlockMask:
-    """:func:`causal_mask` for FlexAttention, which skips blocks that are all masked."""
-
-    def allowed(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        i, j = queries[row], keys[column]
-        result = (j <= i) & (i - j < window) if window else j <= i
-        return result if doc_ids is None else result & (doc_ids[b, i] == doc_ids[b, j])
-
-    create = _compiled_create_block_mask() if queries.is_cuda else create_block_mask
-    batch_size = None if doc_ids is None else doc_ids.shape[0]
-    return create(allowed, batch_size, None, len(queries), len(keys), device=str(queries.device))
+    """Makes the FlexAttention form of :func:`causal`."""
+    return _blocks(causal(doc_ids, window, queries, keys), doc_ids, len(queries), len(keys), queries.device)
 
 
-@cache
-def _compiled_create_block_mask() -> Callable[..., BlockMask]:
-    return torch.compile(create_block_mask)
+def _dense(mask_mod: MaskMod, doc_ids: Tensor | None, rows: Tensor, columns: Tensor) -> Tensor:
+    """Evaluates a mask for (n, Q, 1) rows and for columns that broadcast against them, as one expression: (B, n, Q, K)."""
+    batch = torch.arange(1 if doc_ids is None else len(doc_ids), device=rows.device)[:, None, None, None]
+    return mask_mod(batch, batch, rows, columns).expand(len(batch), -1, -1, -1)
+
+
+def _blocks(mask_mod: MaskMod, doc_ids: Tensor | None, rows: int, columns: int, device: torch.device) -> BlockMask:
+    # Compiled, this holds no tensor of rows x columns.
+    create = _compile(create_block_mask) if device.type == "cuda" else create_block_mask
+    batch_size = None if doc_ids is None else len(doc_ids)
+    return create(mask_mod, batch_size, None, rows, columns, device=str(device))
 
 
 def has_future(doc_ids: Tensor) -> Tensor:
-    """Positions whose summary has something to summarise: the next position is in the same document.
-
-    Args:
-        doc_ids: (B, T) integers.
-
-    Returns:
-        (B, T) bool; the last position of a sequence is always False.
-    """
-    valid = torch.zeros_like(doc_ids, dtype=torch.bool)
-    valid[:, :-1] = doc_ids[:, 1:] == doc_ids[:, :-1]
-    return valid
+    """Marks the positions of (B, T) documents that have a future, as (B, T) bool: the next one is in the same document."""
+    return pair_mask(torch.ones_like(doc_ids, dtype=torch.bool), doc_ids, shift=1)
 
 
 def pair_mask(valid_mask: Tensor, doc_ids: Tensor, shift: int) -> Tensor:
-    """Positions t for which the pair (prediction at t, summary at t + shift) counts.
+    """Marks the positions t for which the pair (prediction at t, summary at t + shift) counts, as (B, T) bool.
 
-    Args:
-        valid_mask: (B, T) bool, positions with a valid summary.
-        doc_ids: (B, T) integers.
-        shift: >= 1.
-
-    Returns:
-        (B, T) bool: t + shift is inside the sequence, in the document of t, and has a valid summary.
+    It does if t + shift, with shift >= 1, is in the document of t and true in ``valid_mask``, the (B, T) valid summaries.
     """
     if shift < 1:
         raise ValueError(f"shift must be >= 1 (F_t itself contains token t), got {shift}")

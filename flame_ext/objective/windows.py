@@ -1,7 +1,5 @@
 """Sums and maxima over the positions that follow, without a loop over positions, documents or the batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -11,21 +9,16 @@ from torch import Tensor
 def reduce_following(
     values: Tensor, doc_ids: Tensor, future_k: int, combine: Callable[[Tensor, Tensor], Tensor], empty: float
 ) -> Tensor:
-    """``combine`` of ``values[t + 1 .. t + future_k]``, as far as they are in the document of t.
+    """Combines ``values[t + 1 .. t + future_k]``, as far as they are in the document of t.
 
-    By doubling: the result for 2^p positions is that for 2^(p-1) combined with that of the position 2^(p-1) further on.
-    log2(future_k) elementwise steps, and a result depends on its own positions only, to the last bit, which differences
-    of prefix sums do not.
+    It takes log2(future_k) steps, by doubling spans, and each result depends only on the values that it combines, to the
+    last bit, unlike differences of prefix sums.
 
     Args:
-        values: (B, T, D).
+        values: (B, T, D), like the result.
         doc_ids: (B, T) integers; a document is a run of equal ones.
         future_k: window, 0 = to the end of the document.
-        combine: associative and commutative, e.g. ``torch.add``.
-        empty: its neutral element, and the result of a position without any.
-
-    Returns:
-        (B, T, D)
+        combine: associative and commutative, e.g. ``torch.add``, with the neutral element ``empty``.
     """
     length = values.shape[1]
     window = min(future_k, length - 1) if future_k > 0 else length - 1
@@ -42,7 +35,7 @@ def reduce_following(
 
 
 def _ahead(values: Tensor, doc_ids: Tensor, steps: int, empty: float) -> Tensor:
-    """(B, T, D): row t holds ``values[t + steps]`` if that is in the document of t, else ``empty``."""
+    """Shifts (B, T, D): row t holds ``values[t + steps]`` if that is in the document of t, else ``empty``."""
     if steps >= values.shape[1]:
         return torch.full_like(values, empty)
     same = doc_ids[:, steps:] == doc_ids[:, :-steps]

@@ -1,28 +1,28 @@
-"""Command line and TOML to a checked configuration."""
-
-from __future__ import annotations
-
-import importlib
+"""Command line and TOML to a configuration that is checked before a process group exists."""
 
 from flame_ext.assembly import register
 from flame_ext.config.manager import FlameConfigManager
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError
-from flame_ext.preflight.checks import check_config
+from flame_ext.heads.registry import check_heads, check_heads_of_model, job_config_class
+from flame_ext.hf_config import load_hf_config
+from flame_ext.preflight.model import check_model, check_model_config
+from flame_ext.preflight.options import check_data, check_options
+from flame_ext.preflight.parallelism import check_parallelism, check_parallelism_of_model
 
 
 def parse(args: list[str]) -> FlameJobConfig:
-    """Command line and TOML to a checked configuration; the user's own imports come first, they may register things.
-
-    Raises:
-        ConfigError: before anything is built.
-    """
-    register()
-    config = FlameConfigManager().parse_args(args)
-    if config.experimental.custom_import:
-        try:
-            importlib.import_module(config.experimental.custom_import)
-        except ModuleNotFoundError as e:
-            raise ConfigError(f"experimental.custom_import: {e}; it must be importable from the current folder") from e
-    check_config(config)
+    """Returns the configuration; raises ConfigError, with a line for each finding, if it is wrong in itself or for the model."""
+    register()  # names that the configuration may use
+    config = FlameConfigManager(job_config_class).parse_args(args)
+    checks = (check_model, check_parallelism, check_options, check_heads, check_data)
+    problems = [problem for check in checks for problem in check(config)]
+    if not problems:
+        hf_config = load_hf_config(config.model.hf_assets_path, config.seed.trust_remote_code)
+        checks_of_model = (check_model_config, check_heads_of_model, check_parallelism_of_model)
+        problems = [problem for check in checks_of_model for problem in check(config, hf_config)]
+    if len(problems) > 1:
+        problems = ["\n  - ".join([f"{len(problems)} problems in the configuration:", *problems])]
+    if problems:
+        raise ConfigError(problems[0])
     return config

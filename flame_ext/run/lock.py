@@ -1,229 +1,145 @@
-"""One run writes to a ``job.dump_folder``: a second would delete, replace and purge the steps of the first.
-
-The lock is a file that says which process holds it. A process is known by its number *and* the kernel's count of when it
-started, so a number that was given away again is not mistaken for the holder, and no clock is ever compared.
+"""Lets one run at a time write to a ``job.dump_folder``. ``.lock``, created exclusively, names its process on any host; a kernel
+lock on ``.lock.HOST``, which ends with the process, tells the runs of that host whether the process is still there.
 """
 
-from __future__ import annotations
-
-import fcntl
+import errno
 import json
 import os
 import socket
-import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TextIO
 
+from filelock import FileLock, Timeout
 from torchtitan.tools.logging import logger
 
 from flame_ext.errors import CheckpointError
 
 LOCK_NAME = ".lock"
-
-# A lock is created empty and filled at once; one that stays unreadable for this long was not cut off a moment ago.
-_ATTEMPTS, _PAUSE = 50, 0.02
+_PATIENCE = 1.0  # seconds, in which another process that has the kernel lock has written its record
+_NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A process, as far as another one on any machine can tell it from others."""
+    """The process that uses the folder, since ``time``."""
 
-    host: str
-    pid: int
-    start: str
-    """Clock ticks between the kernel's boot and the process's start; "" where there is no /proc."""
-    boot: str
-    """The kernel's boot identifier."""
-    pid_namespace: str
-    """Process numbers mean something inside it only: containers on one machine do not see each other's."""
-    time: str
-    """When the lock was taken, for people."""
-    token: str
-    """Tells locks of the same process apart."""
+    host: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
+    time: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} (since {self.time})"
 
 
 class FolderLock:
-    """Exclusive use of a folder, from :meth:`acquire` to :meth:`release`; also a context manager. For one rank.
-
-    A lock whose process on this machine has ended is taken over. On another machine that can not be known, so the lock is
-    respected until someone removes it. Machines are told apart by their host names.
-
-    Args:
-        folder: is created if it is not there.
+    """Keeps a folder, which it creates, for this process. It takes over from a process of this host that has ended; the record of
+    another host stands until someone removes it. For one rank.
     """
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / LOCK_NAME
+        self._kernel_file = folder / f"{LOCK_NAME}.{socket.gethostname()}"
+        self._kernel = FileLock(self._kernel_file, fallback_to_soft=False, on_acquired=self._require_in_place)
         self._mine: Holder | None = None
 
     def acquire(self) -> None:
-        """Take the lock.
-
-        Raises:
-            CheckpointError: another process holds it, or the file is damaged.
-        """
+        """Takes the lock; raises a CheckpointError if another process holds it, or the record is damaged."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        mine = _this_process()
-        while not (self._create(mine) or self._take_over(mine)):
-            pass  # the lock that was in the way has gone
+        mine, no_flock = Holder(), ""
+        try:
+            self._kernel.acquire(timeout=_PATIENCE)
+        except Timeout:
+            raise self._in_use(self._read(), "wait until that process has ended, or end it") from None
+        except OSError as e:
+            if e.errno not in _NO_FLOCK:
+                raise
+            self._kernel_file.unlink(missing_ok=True)
+            no_flock = f"this file system has no flock ({e.strerror})"
+        try:
+            ended = self._read()
+            if ended is not None and ended.host != mine.host:
+                raise self._in_use(ended, f"if that process is known to have ended on its machine, remove {self.file}")
+            if ended is not None and no_flock:
+                remedy = f"make sure yourself that it has ended, as {no_flock}; remove {self.file} then"
+                raise self._in_use(ended, remedy)
+            if ended is not None:
+                self.file.unlink(missing_ok=True)
+            self._write(mine)
+        except BaseException:
+            self._kernel_file.unlink(missing_ok=True)
+            self._kernel.release()
+            raise
         self._mine = mine
+        if ended is not None:
+            logger.warning(f"{self.file}: {ended} has ended without releasing it; taken over")
+        if no_flock:
+            logger.warning(f"{no_flock}: if this run is killed, remove {self.file} before you start it again")
 
     def release(self) -> None:
-        """Remove the lock if it is ours; does nothing without one, or a second time."""
+        """Removes the lock, if :meth:`acquire` took it and the record is still this process's."""
         mine, self._mine = self._mine, None
         if mine is None:
             return
         try:
             holder = self._read()
+            if holder == mine:
+                self.file.unlink(missing_ok=True)
+                self._kernel_file.unlink(missing_ok=True)
+            elif holder is not None:
+                logger.warning(f"{self.file} now names {holder}: left to it")
         except CheckpointError as e:
             logger.warning(f"{e} (left as it is)")
-            return
-        if holder == mine:
-            self.file.unlink(missing_ok=True)
-        elif holder is not None:
-            logger.warning(f"{self.file} now names {_named(holder)}: left to it")
+        finally:
+            self._kernel.release()
 
     @contextmanager
     def released_on_error(self) -> Iterator[None]:
-        """Nobody else is there to release it while its owner is being built."""
+        """Releases the lock if the body, which builds the object that releases it later, fails."""
         try:
             yield
         except BaseException:
             self.release()
             raise
 
-    def __enter__(self) -> FolderLock:
-        self.acquire()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def _create(self, mine: Holder) -> bool:
-        """Whether there was no lock and now there is ours."""
-        try:
-            descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        except FileExistsError:
-            return False
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                _write(stream, mine)
-        except BaseException:  # a full disk must not leave a lock that nobody holds
-            self.file.unlink(missing_ok=True)
-            raise
-        return True
-
-    def _take_over(self, mine: Holder) -> bool:
-        """Replace the lock of a process that has ended; False if someone else was faster, or it was released.
-
-        Only processes on the holder's machine get here with a dead holder, so a kernel's lock on the file is enough to make
-        them go one by one. The file is never absent meanwhile: nobody can create one.
-        """
-        holder = self._read()
-        if holder is None:
-            return False
-        self._require_dead(holder, mine)
-        try:
-            stream = self.file.open("r+b")  # over NFS, only what is open for writing can be locked
-        except FileNotFoundError:
-            return False
-        with stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX)
-            except OSError as e:
-                raise CheckpointError(
-                    f"{self.file}: {_named(holder)} has ended, but its lock can not be taken over on this file system "
-                    f"({e.strerror}); remove {self.file}"
-                ) from e
-            # Whoever had the kernel's lock before us has put another file there.
-            if not self._is_still(stream.fileno()) or self._read() != holder:
-                return False
-            temporary = self.file.with_name(f"{LOCK_NAME}.{mine.token}")
-            try:
-                with temporary.open("w", encoding="utf-8") as new:
-                    _write(new, mine)
-                temporary.replace(self.file)
-            finally:
-                temporary.unlink(missing_ok=True)
-        logger.warning(f"{self.file}: {_named(holder)} has ended without releasing it; taken over")
-        return True
-
-    def _is_still(self, descriptor: int) -> bool:
-        try:
-            return os.path.samestat(os.fstat(descriptor), self.file.stat())
-        except FileNotFoundError:
-            return False
-
-    def _require_dead(self, holder: Holder, mine: Holder) -> None:
-        in_use = (
-            f"{self.file.parent} is in use by {_named(holder)}, and two runs in one job.dump_folder destroy each other's "
-            "steps; give this run another one, or "
-        )
-        if holder.host != mine.host or (holder.boot == mine.boot and holder.pid_namespace != mine.pid_namespace):
-            place = "machine" if holder.host != mine.host else "container"
-            raise CheckpointError(f"{in_use}if that process is known to have ended on its {place}, remove {self.file}")
-        if holder.boot == mine.boot and _start_of(holder.pid) == holder.start:
-            raise CheckpointError(f"{in_use}wait until that process has ended, or end it")
+    def _require_in_place(self, descriptor: int) -> None:
+        """Refuses a locked file that its last holder has removed since: the next process would lock a new one."""
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), self._kernel_file.stat()):
+                return
+        raise CheckpointError(f"{self.file.parent} was in use until this moment: start again")
 
     def _read(self) -> Holder | None:
-        """Who holds the lock; None if there is none.
+        try:
+            values = json.loads(self.file.read_bytes())
+            holder = Holder(values["host"], values["pid"], values["time"])
+            if [type(value) for value in asdict(holder).values()] != [str, int, str]:
+                raise TypeError("a value has the wrong type")
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, LookupError, RecursionError) as e:
+            damage = f"does not say which process holds it ({e}): damaged file"
+            raise CheckpointError(f"{self.file}: {damage}; if no run uses {self.file.parent}, remove it") from e
+        return holder
 
-        Raises:
-            CheckpointError: the file does not say.
-        """
-        for attempt in range(_ATTEMPTS):
-            if attempt:
-                time.sleep(_PAUSE)
-            try:
-                return _parse(self.file.read_bytes())
-            except FileNotFoundError:
-                return None
-            except (ValueError, TypeError, RecursionError) as e:
-                reason = e
-        raise CheckpointError(
-            f"{self.file}: does not say which process holds it ({reason}): damaged file; if no run uses {self.file.parent}, "
-            "remove it"
+    def _write(self, mine: Holder) -> None:
+        try:
+            stream = self.file.open("x", encoding="utf-8")
+        except FileExistsError:  # a run on another host was faster
+            raise self._in_use(self._read(), "wait until that process has ended, or end it") from None
+        try:
+            with stream:
+                json.dump(asdict(mine), stream, indent=2)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except BaseException:  # such as a full disk: no record may stay that nobody holds
+            self.file.unlink(missing_ok=True)
+            raise
+
+    def _in_use(self, holder: Holder | None, remedy: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.file.parent} is in use by {holder or f'a process that has locked {self._kernel_file}'}, and two runs in "
+            f"one job.dump_folder destroy each other's steps; give this run another one, or {remedy}"
         )
-
-
-def _parse(raw: bytes) -> Holder:
-    holder = Holder(**json.loads(raw))
-    if type(holder.pid) is not int or not all(isinstance(v, str) for k, v in asdict(holder).items() if k != "pid"):
-        raise TypeError("a value has the wrong type")
-    return holder
-
-
-def _write(stream: TextIO, holder: Holder) -> None:
-    json.dump(asdict(holder), stream, indent=2)
-    stream.write("\n")
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _named(holder: Holder) -> str:
-    return f"process {holder.pid} on {holder.host} (since {holder.time})"
-
-
-def _this_process() -> Holder:
-    boot, namespace = "", ""
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = str(Path("/proc/self/ns/pid").readlink())
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    pid = os.getpid()
-    return Holder(socket.gethostname(), pid, _start_of(pid) or "", boot, namespace, now, uuid.uuid4().hex)
-
-
-def _start_of(pid: int) -> str | None:
-    """When a process started, in ticks since boot; None if it has ended, "" if the system does not say."""
-    try:
-        # The second field, the command's name, may hold spaces and parentheses: count from its end (proc(5)).
-        state, *fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None if Path("/proc/self/stat").exists() else ""
-    return None if state in "ZXx" else fields[18]

@@ -1,9 +1,4 @@
-"""Optimizers and learning-rate schedules with a parameter group for each head that asks for one.
-
-Built by the host's own builders first; only then are the heads' parameters taken out of the one group.
-"""
-
-from __future__ import annotations
+"""Builds optimizers and learning-rate schedules with a parameter group for each head that has options for them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,26 +7,23 @@ from typing import Any
 import torch
 from torch import nn
 from torchtitan.components.lr_scheduler import LRSchedulersContainer
-from torchtitan.components.lr_scheduler import build_lr_schedulers as build_host_lr_schedulers
+from torchtitan.components.lr_scheduler import build_lr_schedulers as build_torchtitan_lr_schedulers
 from torchtitan.components.optimizer import OptimizersContainer
-from torchtitan.components.optimizer import build_optimizers as build_host_optimizers
+from torchtitan.components.optimizer import build_optimizers as build_torchtitan_optimizers
 from torchtitan.config import LRScheduler as LRSchedulerConfig
 from torchtitan.config import Optimizer as OptimizerConfig
 from torchtitan.distributed import ParallelDims
 
-from flame_ext.config.sections import HeadOptimization
+from flame_ext.config.head_options import HeadOptimization
 from flame_ext.model.hf_causal_lm import HFCausalLM
 
 
 def build_optimizers(
     model_parts: list[HFCausalLM], optimizer_config: OptimizerConfig, parallel_dims: ParallelDims, *args: Any
 ) -> OptimizersContainer:
-    """The host's optimizers; a head with options of its own (``model.head_optimization``) is a group of its own.
-
-    DCP saves every group's options with each of its parameters, so they come back with the state, whatever the layout.
-    """
-    container = build_host_optimizers(model_parts, optimizer_config, parallel_dims, *args)
-    if optimizer_config.early_step_in_backward:  # an optimizer for each parameter; preflight/checks.py refuses groups
+    """Builds torchtitan's optimizers, then takes each head with options out of their one parameter group."""
+    container = build_torchtitan_optimizers(model_parts, optimizer_config, parallel_dims, *args)
+    if optimizer_config.early_step_in_backward:  # an optimizer for each parameter; preflight refuses groups
         return container
     for model, optimizer in zip(model_parts, container, strict=True):
         (rest,) = optimizer.param_groups
@@ -39,13 +31,9 @@ def build_optimizers(
             owned = {id(p) for p in head.parameters()}
             rest["params"] = [p for p in rest["params"] if id(p) not in owned]
             decay = optimizer_config.weight_decay if options.weight_decay is None else options.weight_decay
-            optimizer.add_param_group(
-                {
-                    "params": [p for p in head.parameters() if p.requires_grad],
-                    "lr": optimizer_config.lr * options.lr_scale,
-                    "weight_decay": decay,
-                }
-            )
+            trained = [p for p in head.parameters() if p.requires_grad]
+            lr = optimizer_config.lr * options.lr_scale
+            optimizer.add_param_group({"params": trained, "lr": lr, "weight_decay": decay})
         if not rest["params"]:  # the backbone is frozen
             optimizer.param_groups.remove(rest)
     return container
@@ -54,59 +42,43 @@ def build_optimizers(
 def build_lr_schedulers(
     optimizers: OptimizersContainer, config: LRSchedulerConfig, training_steps: int
 ) -> LRSchedulersContainer:
-    """The host's schedule for each group, with the group's own warm-up where it has one."""
+    """Builds torchtitan's schedule for each group, with the group's warm-up where it has one."""
     if not any(own_groups(model.whole) for model in optimizers.model_parts):
-        return build_host_lr_schedulers(optimizers, config, training_steps)
+        return build_torchtitan_lr_schedulers(optimizers, config, training_steps)
     schedules = []
     for model, optimizer in zip(optimizers.model_parts, optimizers, strict=True):
         warmups = [options.warmup_steps for _, options in own_groups(model)]
-        if len(optimizer.param_groups) > len(warmups):  # what is in no group of its own comes first
+        if len(optimizer.param_groups) > len(warmups):  # the group of everything else comes first
             warmups.insert(0, None)
         schedules.append([_schedule(config, training_steps, warmup) for warmup in warmups])
     return GroupedLRSchedulers(optimizers, schedules)
 
 
 class GroupedLRSchedulers(LRSchedulersContainer):
-    """The host's, where the stages of a pipeline have different groups: a step brings the time alone, the rates are at hand.
-
-    Args:
-        optimizers: of this rank's parts of the model.
-        schedules: of each of their groups.
-    """
+    """Loads only the step and computes the rates from it, since the stages of a pipeline have different groups."""
 
     def __init__(self, optimizers: OptimizersContainer, schedules: list[list[Any]]) -> None:
-        self.schedulers = [
-            torch.optim.lr_scheduler.LambdaLR(optimizer, of_groups)
-            for optimizer, of_groups in zip(optimizers, schedules, strict=True)
-        ]
+        pairs = zip(optimizers, schedules, strict=True)
+        self.schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, of_groups) for optimizer, of_groups in pairs]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for scheduler in self.schedulers:
             scheduler.last_epoch, scheduler._step_count = state_dict["last_epoch"], state_dict["_step_count"]
-            scheduler._last_lr = [
-                rate * schedule(scheduler.last_epoch)
-                for rate, schedule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-            ]
+            scheduler._last_lr = _rates(scheduler)
 
 
 def configured_again(optimizers: OptimizersContainer, lr_schedulers: LRSchedulersContainer) -> Callable[[], None]:
-    """What is to be called after a step is loaded to have these options and rates instead of the saved ones.
-
-    A step brings each group's options and base rates along, so a changed configuration would change nothing.
-    """
+    """Returns a function to call after a step is loaded. It sets the present options and rates again, which the step replaces."""
     options = [[{k: v for k, v in group.items() if k != "params"} for group in o.param_groups] for o in optimizers]
-    rates = [list(scheduler.base_lrs) for scheduler in lr_schedulers.schedulers]
+    base_lrs = [list(scheduler.base_lrs) for scheduler in lr_schedulers.schedulers]
 
     def configure() -> None:
         for optimizer, fresh in zip(optimizers, options, strict=True):
             for group, values in zip(optimizer.param_groups, fresh, strict=True):
                 group.update(values)
-        for scheduler, base_lrs in zip(lr_schedulers.schedulers, rates, strict=True):
-            scheduler.base_lrs = base_lrs
-            scheduler._last_lr = [
-                rate * schedule(scheduler.last_epoch)
-                for rate, schedule in zip(base_lrs, scheduler.lr_lambdas, strict=True)
-            ]
+        for scheduler, rates in zip(lr_schedulers.schedulers, base_lrs, strict=True):
+            scheduler.base_lrs = rates
+            scheduler._last_lr = _rates(scheduler)
             for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
                 group["lr"] = rate
 
@@ -114,21 +86,26 @@ def configured_again(optimizers: OptimizersContainer, lr_schedulers: LRScheduler
 
 
 def own_groups(model: HFCausalLM) -> list[tuple[nn.Module, HeadOptimization]]:
-    """The trained heads of ``model`` that are not optimised as the backbone is."""
-    default = HeadOptimization()
+    """Returns the trained heads of ``model`` that are not optimised as the backbone is, with their options."""
     groups = []
-    for name, section in model.head_optimization.items():
+    for name, attached in model.heads.items():
+        section, head = attached.optimization, model.get_submodule(name)
         options = HeadOptimization(section.lr_scale, section.weight_decay, section.warmup_steps)
-        head = model.get_submodule(name)
-        if options != default and any(p.requires_grad for p in head.parameters()):
+        if options != HeadOptimization() and any(p.requires_grad for p in head.parameters()):
             groups.append((head, options))
     return groups
 
 
+def _rates(scheduler: torch.optim.lr_scheduler.LambdaLR) -> list[Any]:
+    """Returns the learning rate of each group at the scheduler's step."""
+    lrs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    return [base * schedule(scheduler.last_epoch) for base, schedule in lrs]
+
+
 def _schedule(config: LRSchedulerConfig, training_steps: int, warmup_steps: int | None) -> Any:
-    """The host's function of the step; it has it only inside of a scheduler, and a scheduler only of an optimizer."""
+    """Returns torchtitan's function from step to factor, which it keeps in the scheduler of an optimizer."""
     if warmup_steps is not None:
         config = replace(config, warmup_steps=warmup_steps)
     nothing = torch.optim.SGD([torch.zeros(())], lr=1.0)
-    (scheduler,) = build_host_lr_schedulers([nothing], config, training_steps)
+    (scheduler,) = build_torchtitan_lr_schedulers([nothing], config, training_steps)
     return scheduler.lr_lambdas[0]

@@ -1,10 +1,4 @@
-"""How a run ends before its last step: stop signals, and the one agreement of all ranks that each step begins with.
-
-A signal reaches ranks at different moments, data can end on one of them, and a save in the background can fail on one.
-What follows from it has to happen on all ranks at the same step, or the others wait in a collective for ever.
-"""
-
-from __future__ import annotations
+"""Stop signals, and the agreement of all ranks on them before each step, without which some would wait in a collective for ever."""
 
 import os
 import signal
@@ -16,26 +10,25 @@ import torch
 import torch.distributed as dist
 
 EXIT_PREEMPTED = 75
-"""The exit code of a run that was told to stop, and has saved: start it again. EX_TEMPFAIL of sysexits.h."""
-
+"""The exit code of a run that a signal has stopped and that has saved: start it again. EX_TEMPFAIL of sysexits.h."""
 EXIT_FILE_VARIABLE = "FLAME_EXT_EXIT_FILE"
-"""Names a file that is to hold the exit code: torchrun answers every failure of its workers with 1."""
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what torchrun and Slurm send before they kill
+"""Names a file for the exit code, since torchrun exits with 1 after every failure of its workers."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # torchrun and Slurm send them before they kill
 
 
 class StopSignals:
-    """From :meth:`install` to :meth:`restore` a stop signal is remembered instead of ending the process."""
+    """Remembers a stop signal instead of ending the process, from :meth:`install` to :meth:`restore`."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
-        """In the main thread, which is where Python runs handlers."""
+        """Sets the handlers; Python allows it in the main thread only."""
         self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
 
     def restore(self) -> None:
+        """Sets the handlers that were there before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -45,20 +38,16 @@ class StopSignals:
 
 
 class Circumstances(NamedTuple):
-    """What a step begins with. True on any rank counts for all."""
+    """The state in which a step begins. True on any rank counts for all ranks."""
 
-    stop: bool = False
-    """A stop signal has come: this step is the last one of this process."""
-    data_ended: bool = False
-    """There is not enough data for this step."""
-    data_failed: bool = False
-    """The data of this step can not be read."""
-    save_failed: bool = False
-    """A save in the background has failed."""
+    stop: bool = False  # a stop signal has come: this step is the last one of this process
+    data_ended: bool = False  # there is not enough data for this step
+    data_failed: bool = False  # the data of this step cannot be read
+    save_failed: bool = False  # a save in the background has failed
 
 
 def agree(circumstances: Circumstances, device: torch.device) -> Circumstances:
-    """The circumstances of all ranks. Collective: one all-reduce of four bytes."""
+    """Combines the circumstances of all ranks. Collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return circumstances
     flags = torch.tensor(circumstances, dtype=torch.uint8, device=device)
@@ -67,6 +56,6 @@ def agree(circumstances: Circumstances, device: torch.device) -> Circumstances:
 
 
 def note_exit_code(code: int) -> None:
-    """Leave the exit code where the launching script looks for it, if it does."""
+    """Writes the exit code to the file that ``FLAME_EXT_EXIT_FILE`` names, if the launching script has set it."""
     if file := os.environ.get(EXIT_FILE_VARIABLE):
         Path(file).write_text(f"{code}\n")

@@ -1,53 +1,40 @@
-"""The host's validation pass (``[validation]``), with the future metrics beside the cross-entropy."""
-
-from __future__ import annotations
+"""Validates on held-out text (``[validation]``), with the metrics of the objective beside the cross-entropy."""
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from itertools import islice
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torchtitan.components import validate
-from torchtitan.components.validate import Validator
+from torchtitan.components.validate import BaseValidator
 from torchtitan.config import JobConfig
+from torchtitan.hf_datasets.text_datasets import build_text_validation_dataloader
+from torchtitan.tools.logging import logger
 
 from flame_ext.data.build import build_validation_dataloaders
 from flame_ext.errors import ConfigError
+from flame_ext.run.metrics import FutureMetricsProcessor
+
+Loaders = Mapping[str, tuple[Any, int | None]]
+"""Label of each source, "" for ``validation.dataset``, to its dataloader and number of batches (None = all)."""
 
 
-class FutureValidator(Validator):
-    """Evaluates ``validation.steps`` batches of held-out text, the same ones every time, of each source by itself."""
+class FutureValidator(BaseValidator):
+    """Evaluates the same held-out batches every time, of each source separately."""
 
     evaluate: Callable[[dict[str, Tensor], Tensor], dict[str, Tensor]]
-    """Set by the trainer; collective. A dataloader's batch to metrics that add up over ranks."""
+    """Maps a dataloader's batch and its labels to metrics, to be summed over ranks. The trainer sets it. Collective."""
+    reduce: Callable[[dict[str, Tensor]], dict[str, float]]  # Sums metrics over ranks. The trainer sets it. Collective
 
-    reduce: Callable[[dict[str, Tensor]], dict[str, float]]
-    """Set by the trainer; collective. Sums over ranks."""
-
-    def __init__(self, job_config: JobConfig, dp_world_size: int, dp_rank: int, tokenizer: Any, **kwargs: Any) -> None:
-        self._loaders: Mapping[str, tuple[Any, int | None]] = {}
-        """Label of a source, "" for ``validation.dataset``, to its dataloader and how many batches there are (None = to the end)."""
-        sources = job_config.validation.sources
-        with mock.patch.object(validate, "build_text_validation_dataloader", _none) if sources else nullcontext():
-            super().__init__(job_config, dp_world_size, dp_rank, tokenizer, **kwargs)
-        if sources:
-            self._loaders = build_validation_dataloaders(dp_world_size, dp_rank, tokenizer, job_config)
-        else:
-            # Each pass draws a seed for workers: not from the default generator, which a resumed run continues.
-            self.validation_dataloader.generator = torch.Generator()
-            steps = job_config.validation.steps
-            self._loaders = {"": (self.validation_dataloader, None if steps == -1 else steps)}
-        self._starts = {label: copy.deepcopy(loader.state_dict()) for label, (loader, _) in self._loaders.items()}
+    def __init__(self, job_config: JobConfig, metrics_processor: FutureMetricsProcessor, loaders: Loaders) -> None:
+        super().__init__(job_config)
+        self.metrics_processor, self._loaders = metrics_processor, loaders
+        self._starts = {label: copy.deepcopy(loader.state_dict()) for label, (loader, _) in loaders.items()}
 
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
-        """As the host's: the mean over batches of each metric, logged as ``validation_metrics/…``; with several sources,
-        ``validation_metrics/LABEL/…``, and the loss is the mean of theirs.
-        """
+        """Logs the mean of each metric as ``validation_metrics/…``; with several sources as ``validation_metrics/LABEL/…``."""
         for model in model_parts:
             model.eval()
         found = {label: self._validated(label, *of_source) for label, of_source in self._loaders.items()}
@@ -55,11 +42,8 @@ class FutureValidator(Validator):
         parts = {f"{label}/{name}": value for label, metrics in found.items() for name, value in metrics.items()}
         if "" in found:
             parts = {name: value for name, value in found[""].items() if name != "loss_ce"}
-        self.metrics_processor.log_validation(
-            loss=sum(losses) / len(losses),
-            step=step,
-            extra_metrics={f"validation_metrics/{name}": value for name, value in parts.items()},
-        )
+        extra = {f"validation_metrics/{name}": value for name, value in parts.items()}
+        self.metrics_processor.log_validation(loss=sum(losses) / len(losses), step=step, extra_metrics=extra)
         for model in model_parts:
             model.train()
 
@@ -67,11 +51,10 @@ class FutureValidator(Validator):
         loader.load_state_dict(copy.deepcopy(self._starts[label]))
         sums: dict[str, Tensor] = {}
         count = 0
-        for input_dict, labels in islice(loader, steps):
+        for count, (input_dict, labels) in enumerate(islice(loader, steps), start=1):  # noqa: B007
             self.metrics_processor.ntokens_since_last_log += labels.numel()
             parts = self.evaluate(input_dict, labels)
             sums = {name: sums.get(name, 0.0) + value for name, value in parts.items()}
-            count += 1
         if count == 0:
             raise ConfigError(
                 f"validation.dataset {label or self.job_config.validation.dataset!r} gives no batch of "
@@ -80,10 +63,22 @@ class FutureValidator(Validator):
         return {name: value / count for name, value in self.reduce(sums).items()}
 
 
-def _none(**_: Any) -> None:
-    """In the place of the host's dataloader."""
-
-
-def build_validator(**kwargs: Any) -> FutureValidator:
-    """The TrainSpec's validator."""
-    return FutureValidator(**kwargs)
+def build_validator(
+    job_config: JobConfig,
+    dp_world_size: int,
+    dp_rank: int,
+    tokenizer: Any,
+    metrics_processor: FutureMetricsProcessor,
+    **_: Any,
+) -> FutureValidator:
+    """Builds the validator of the TrainSpec over ``validation.sources``, else over ``validation.dataset``."""
+    if job_config.validation.sources:
+        loaders = build_validation_dataloaders(dp_world_size, dp_rank, tokenizer, job_config)
+        return FutureValidator(job_config, metrics_processor, loaders)
+    steps = None if job_config.validation.steps == -1 else job_config.validation.steps
+    loader = build_text_validation_dataloader(dp_world_size, dp_rank, tokenizer, job_config, infinite=steps is not None)
+    # Every pass draws a seed for workers, which must not advance the default generator.
+    loader.generator = torch.Generator()
+    if steps is None:
+        logger.warning("validation.steps = -1 hangs if the ranks have unequal numbers of validation batches")
+    return FutureValidator(job_config, metrics_processor, {"": (loader, steps)})

@@ -1,156 +1,161 @@
-"""The exact account between what the model needs and what the source holds. Placement-free and file-free: pure data."""
-
-from __future__ import annotations
+"""Checks, before a weight is read, that a source fits the model: names, shapes, dtypes and ``config.json``."""
 
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
 
 from flame_ext.errors import SeedError
-from flame_ext.seeding.sources.source import Source, TensorEntry
+from flame_ext.seeding.sources.source import Source, TensorEntry, dtype_name
 
-# What a weight can be seeded from: numbers that mean themselves. Quantised ones mean something only with their scales.
+# Numbers that mean themselves; quantised ones mean something only with their scales.
 SOURCE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-_SHOWN_PROBLEMS = 10
-
-
-@dataclass(frozen=True)
-class ModelKey:
-    """What the model needs under one key."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    is_vocabulary: bool = False
-    """Whether its first dimension is the vocabulary: an input or output embedding."""
+# Fields that do not change the function of given weights on given tokens; all others are compared. The vocabulary's size is
+# compared by shape, with its own message.
+_HARMLESS = {
+    "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "initializer_range",
+    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "return_dict", "transformers_version",
+    "use_cache", "vocab_size",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Account:
-    """Each key of the model and of the source, in exactly one list. Sorted, the same on every rank."""
+    """Holds each key of the model and of the source in one sorted list; every rank has the same."""
 
     loaded: list[str]
-    """In the model and in the source."""
     initialised: list[str]
-    """In the model alone, and declared new."""
-    tied: list[str]
-    """Other names of a parameter of the model. Where the source holds one too, it has to be equal."""
-    buffers: list[str]
-    """Computed with the model, in no state dict."""
-    ignored: list[str]
-    """In the source alone, and declared to be ignored."""
+    tied: list[str]  # Other names of parameters; a tensor that the source holds under such a name has to be equal
+    buffers: list[str]  # Buffers in no state dict, which are computed with the model
+    ignored: list[str]  # Keys of the source that are left unread
 
 
 def account(
-    model: Mapping[str, ModelKey],
+    model: Mapping[str, Tensor],
     tied: Mapping[str, str],
     computed_buffers: Collection[str],
     initialisable: Collection[str],
     source: Source,
-    new_parameters: Iterable[str],
-    ignore_source_keys: Iterable[str],
+    new_parameters: Collection[str],
+    ignore_source_keys: Collection[str],
+    vocabulary: Collection[str] = (),
 ) -> Account:
-    """Match the model's keys with the source's, before any weight is read.
+    """Match the model's keys with the source's; raise SeedError with every missing, unexpected, misshapen or unreadable key.
 
     Args:
-        model: everything in the model's state dict, each tied parameter once.
-        tied: name of a tied parameter to the key in ``model`` that it shares its values with.
-        computed_buffers: names of the buffers outside the state dict.
+        model: state dict with each tied parameter once, for shapes and dtypes.
+        tied: other name of a tied parameter to its key in ``model``.
         initialisable: keys that have an initialisation.
-        source: what lies there, under the model's names.
+        source: under the model's names.
         new_parameters: patterns of the keys that may be missing from the source.
         ignore_source_keys: patterns of the source's keys that may be left unread.
-
-    Raises:
-        SeedError: one message with every missing, unexpected, misshapen or unreadable key.
+        vocabulary: keys of input and output embeddings, whose first dimension is the vocabulary.
     """
-    new_parameters, ignore_source_keys = list(new_parameters), list(ignore_source_keys)
-    loaded, initialised, ignored, problems = [], [], [], []
+    loaded, initialised, ignored = [], [], []
+    problems: list[str] = []
     for key, needed in sorted(model.items()):
         # A tied weight may be saved under any of its names.
         names = [key, *sorted(alias for alias, owner in tied.items() if owner == key)]
         held = [source.entries[name] for name in names if name in source.entries]
         if held:
             loaded.append(key)
-            problems += [problem for entry in held for problem in _misfits(entry, needed)]
-        elif _matches(key, new_parameters) and key in initialisable:
-            initialised.append(key)
-        elif _matches(key, new_parameters):
-            problems.append(
-                f"{key!r} {list(needed.shape)} is missing from the source; seed.new_parameters matches it, but it belongs to "
-                "the backbone, which has no initialisation here: narrow the pattern"
-            )
-        else:
+            for entry in held:
+                problems += _misfits(entry, needed, key in vocabulary)
+        elif not _matches(key, new_parameters):
             problems.append(
                 f"{key!r} {list(needed.shape)} is missing from the source; if it is meant to start from its initialisation, "
                 "declare it in seed.new_parameters"
             )
-    unexpected = []
-    for name, entry in sorted(source.entries.items()):
-        if name in model or name in tied:
-            continue
-        if _matches(entry.key, ignore_source_keys) or _matches(name, ignore_source_keys):
-            ignored.append(entry.key)
+        elif key in initialisable:
+            initialised.append(key)
         else:
-            unexpected.append(entry.key)
-            problems.append(f"{entry.key!r} {list(entry.shape)} in {entry.place} is not in the model")
-    for key, file in sorted(source.objects.items()):
-        if _matches(key, ignore_source_keys):
+            problems.append(
+                f"{key!r} {list(needed.shape)} is missing from the source; seed.new_parameters matches it, but it belongs to "
+                "the backbone, which has no initialisation here: narrow the pattern"
+            )
+    beyond = [
+        (name, entry.key, f"{list(entry.shape)} in {entry.place} is not in the model")
+        for name, entry in sorted(source.entries.items())
+        if name not in model and name not in tied
+    ]
+    beyond += [(key, key, f"in {file.name} is not a tensor") for key, file in sorted(source.objects.items())]
+    unexpected = []
+    for name, key, problem in beyond:
+        if _matches(key, ignore_source_keys) or _matches(name, ignore_source_keys):
             ignored.append(key)
         else:
             unexpected.append(key)
-            problems.append(f"{key!r} in {file.name} is not a tensor")
+            problems.append(f"{key!r} {problem}")
     if problems:
-        shown = problems[:_SHOWN_PROBLEMS]
-        if len(problems) > _SHOWN_PROBLEMS:
-            shown.append(f"… and {len(problems) - _SHOWN_PROBLEMS} more")
+        shown = problems[:10] + ([f"… and {len(problems) - 10} more"] if len(problems) > 10 else [])
         if unexpected:
-            patterns = ", ".join(f'"{pattern}"' for pattern in _patterns(unexpected))
+            groups = defaultdict(list)  # keys that differ in numbers alone share a pattern
+            for key in unexpected:
+                groups[re.sub(r"(?<=\.)\d+(?=\.|$)", "*", key)].append(key)
+            patterns = ", ".join(f'"{name if len(keys) > 1 else keys[0]}"' for name, keys in groups.items())
             shown.append(f"to leave out what is not in the model: seed.ignore_source_keys = [{patterns}]")
         raise SeedError(f"{source.path} does not fit the model:\n  - " + "\n  - ".join(shown))
     return Account(loaded, initialised, sorted(tied), sorted(computed_buffers), sorted(ignored))
 
 
-def _matches(key: str, patterns: list[str]) -> bool:
+def _matches(key: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
-def _patterns(keys: Iterable[str]) -> list[str]:
-    """One pattern for keys that differ in numbers alone."""
-    groups: dict[str, list[str]] = {}
-    for key in keys:
-        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", key), []).append(key)
-    return [pattern if len(group) > 1 else group[0] for pattern, group in groups.items()]
-
-
-def _misfits(entry: TensorEntry, needed: ModelKey) -> Iterable[str]:
-    """What keeps one tensor of the source out of the model."""
+def _misfits(entry: TensorEntry, needed: Tensor, is_vocabulary: bool) -> Iterable[str]:
     # An integer buffer is the same integers in the model, or nothing.
-    if entry.dtype not in SOURCE_DTYPES and (entry.dtype != needed.dtype or needed.dtype.is_floating_point):
+    if entry.dtype not in SOURCE_DTYPES and (entry.dtype != needed.dtype or needed.is_floating_point()):
         yield (
-            f"{entry.key!r} in {entry.place} has dtype {_name(entry.dtype)}; only unquantised weights can be seeded from "
-            f"({', '.join(map(_name, SOURCE_DTYPES))}): dequantise the model first"
+            f"{entry.key!r} in {entry.place} has dtype {dtype_name(entry.dtype)}; only unquantised weights can be seeded from "
+            f"({', '.join(map(dtype_name, SOURCE_DTYPES))}): dequantise the model first"
         )
-    if entry.shape != needed.shape:
-        yield _misshapen(entry, needed)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _misshapen(entry: TensorEntry, needed: ModelKey) -> str:
-    found, expected = entry.shape, needed.shape
+    found, expected = entry.shape, tuple(needed.shape)
+    if found == expected:
+        return
     message = f"{entry.key!r}: shape {list(found)} in {entry.place}, the model has {list(expected)}"
-    if needed.is_vocabulary and len(found) == len(expected) and found[1:] == expected[1:]:
-        return (
-            f"{message}: a vocabulary of {found[0]} in the source, of {expected[0]} in the model. Set vocab_size = {found[0]} "
+    if is_vocabulary and len(found) == len(expected) and found[1:] == expected[1:]:
+        message += (
+            f": a vocabulary of {found[0]} in the source, of {expected[0]} in the model. Set vocab_size = {found[0]} "
             "in config.json at model.hf_assets_path (rows beyond the tokenizer's are padding and do no harm), or save the "
             f"source anew after resize_token_embeddings({expected[0]})"
         )
-    if expected == found[::-1]:
-        return message + " (transposed)"
-    return message
+    elif expected == found[::-1]:
+        message += " (transposed)"
+    yield message
+
+
+def require_same_function(source: Source, model_config: PreTrainedConfig, trust_remote_code: bool) -> None:
+    """Raise SeedError with each field that differs, in the configurations as transformers completes them with defaults."""
+    try:
+        config = AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as e:
+        hint = " (seed.trust_remote_code = true runs the folder's code)" if "trust_remote_code" in str(e) else ""
+        raise SeedError(f"{source.path / 'config.json'}: {str(e).strip().splitlines()[0]}{hint}") from e
+    found, expected = _flat(config.to_dict()), _flat(model_config.to_dict())
+    differences = [
+        f"{field}: {found.get(field, 'absent')!r} in the source, {expected.get(field, 'absent')!r} in the model"
+        for field in sorted(found.keys() | expected.keys())
+        if found.get(field) != expected.get(field)
+    ]
+    if differences:
+        raise SeedError(
+            f"{source.path / 'config.json'} describes another function than config.json at model.hf_assets_path; the same "
+            "weights would compute something else. Make them agree:\n  - " + "\n  - ".join(differences)
+        )
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the fields to compare, those of nested tables under their full names."""
+    flat: dict[str, Any] = {}
+    for key, value in fields.items():
+        if key in _HARMLESS or "dropout" in str(key):
+            continue
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

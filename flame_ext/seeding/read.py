@@ -1,36 +1,40 @@
-"""Read each rank's own part out of the files, straight into the parameters, and know that nothing was left out."""
-
-from __future__ import annotations
+"""Reads each rank's part of the files into its parameters, and checks that nothing was left out."""
 
 import math
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import groupby
 
 import torch
 from torch import Tensor
+from torchtitan.tools.logging import logger
 
+from flame_ext.distributed import is_main_rank
 from flame_ext.errors import SeedError
 from flame_ext.seeding.sources.boxes import Box, inside, intersection, local_part, tiles_exactly, volume
-from flame_ext.seeding.sources.source import Chunk, ReadBox, Source, TensorEntry
+from flame_ext.seeding.sources.source import Chunk, Source, TensorEntry
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """What one chunk of the source holds of one local tensor."""
+    """Elements that one chunk of the source and one local tensor have in common."""
 
     key: str
+    again: bool
+    """Whether a tied parameter's values are there under another name already; then they are compared, last of all."""
     entry: TensorEntry
     chunk: Chunk
-    box: Box
-    """Of the full tensor."""
-    local: Tensor
-    """Just that part of the parameter."""
+    box: Box  # Place in the full tensor
+    local: Tensor  # Part of the parameter to write
 
     @property
     def nbytes(self) -> int:
         return volume(self.box) * self.entry.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.chunk.file}: {self.entry.key!r}"
 
 
 @torch.no_grad()
@@ -41,83 +45,60 @@ def read_weights(
     check_finite: bool,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Fill the tensors of ``state`` that the source holds, file by file in the order of the bytes.
+    """Fill, in place, the tensors of ``state`` that the source holds; returns the bytes that this rank has read.
 
-    Files are memory-mapped and sliced, so beside the parameters there is one slice in memory at a time. Where the
-    source holds a tied parameter under several names, all have to be equal.
+    Files are read in the order of their bytes; one slice is in memory at a time beside the parameters.
 
     Args:
-        source: the checked description of the files, under the model's names.
-        state: key to parameter or buffer, DTensor or plain, to be written in place.
+        source: under the model's names.
+        state: key to parameter or buffer, DTensor or plain.
         tied: other name to key in ``state``.
-        check_finite: whether NaN and infinities are refused. An overflow in the cast always is.
-        progress: called with the bytes read so far and in all, of this rank.
-
-    Returns:
-        Bytes of the source that this rank has read.
+        check_finite: refuse NaN and infinities; an overflow in the cast is always refused.
+        progress: called with the bytes that this rank has read so far and will read in all.
 
     Raises:
-        SeedError: naming file and key: a slice of another shape than the parameter's, a value that is not finite (in
-            the file, or after the cast), two different values for one tied parameter, an element that was not written
-            exactly once.
+        SeedError: a file has changed, a value is not finite, tied values differ, or an element was not written exactly once.
     """
-    first: list[_Piece] = []
-    again: list[_Piece] = []
+    pieces: list[_Piece] = []
+    boxes: dict[str, Box] = {}
     for key, tensor in state.items():
-        held = [
-            name for name in (key, *sorted(n for n, owner in tied.items() if owner == key)) if name in source.entries
-        ]
-        for name in held:
-            pieces = list(_pieces(key, source.entries[name], tensor))
-            (first if name == held[0] else again).extend(pieces)
-    total, done = sum(piece.nbytes for piece in [*first, *again]), 0
+        local, box = local_part(tensor)
+        names = [key, *sorted(name for name, owner in tied.items() if owner == key)]
+        for i, entry in enumerate(source.entries[name] for name in names if name in source.entries):
+            boxes[key] = box
+            for chunk in entry.chunks:
+                if (common := intersection(chunk.box, box)) is not None:
+                    pieces.append(_Piece(key, i > 0, entry, chunk, common, local[inside(common, box)]))
+    total, done = sum(piece.nbytes for piece in pieces), 0
     written: dict[str, list[Box]] = defaultdict(list)
-    for piece, values in _read(source, first):
-        piece.local.copy_(values)
-        written[piece.key].append(piece.box)
-        _require_finite(piece, values, check_finite)
-        done += piece.nbytes
-        progress(done, total)
-    for piece, values in _read(source, again):
-        if not torch.equal(piece.local, values.to(device=piece.local.device, dtype=piece.local.dtype)):
+    pieces.sort(key=lambda piece: (piece.again, piece.chunk.file, piece.chunk.position))
+    for (_, file), group in groupby(pieces, key=lambda piece: (piece.again, piece.chunk.file)):
+        with source.open(file) as read_box:
+            for piece in group:
+                _put(piece, read_box(piece.entry, piece.chunk, piece.box), check_finite)
+                written[piece.key] += [] if piece.again else [piece.box]
+                done += piece.nbytes
+                progress(done, total)
+    for key, box in sorted(boxes.items()):
+        if volume(box) > 0 and not tiles_exactly(box, written[key]):
             raise SeedError(
-                f"{piece.chunk.file}: {piece.entry.key!r} differs from {piece.key!r}, but the model ties them "
-                "(tie_word_embeddings); set tie_word_embeddings = false in config.json, or remove the one that is not meant"
+                f"{source.path}: {key!r}: elements {box} were to be written exactly once, written were {written[key]}"
             )
-        done += piece.nbytes
-        progress(done, total)
-    _require_complete(source, state, tied, written)
     return done
 
 
-def _pieces(key: str, entry: TensorEntry, tensor: Tensor) -> Iterator[_Piece]:
-    local, box = local_part(tensor)
-    for chunk in entry.chunks:
-        common = intersection(chunk.box, box)
-        if common is not None:
-            yield _Piece(key, entry, chunk, common, local[inside(common, box)])
-
-
-def _read(source: Source, pieces: list[_Piece]) -> Iterator[tuple[_Piece, Tensor]]:
-    by_file: dict[Path, list[_Piece]] = defaultdict(list)
-    for piece in pieces:
-        by_file[piece.chunk.file].append(piece)
-    for file in sorted(by_file):
-        with source.open(file) as read_box:
-            for piece in sorted(by_file[file], key=lambda p: p.chunk.position):
-                values = _values(piece, read_box)
-                yield piece, values
-                del values  # a view would keep the whole file mapped
-
-
-def _values(piece: _Piece, read_box: ReadBox) -> Tensor:
-    values = read_box(piece.entry, piece.chunk, piece.box)
-    if values.shape != piece.local.shape or values.dtype != piece.entry.dtype:
+def _put(piece: _Piece, values: Tensor, check_finite: bool) -> None:
+    """Write the piece, or compare it if it is written already."""
+    local = piece.local
+    if values.shape != local.shape or values.dtype != piece.entry.dtype:
+        raise SeedError(f"{piece} is {list(values.shape)} {values.dtype} now: the file has changed")
+    if not piece.again:
+        local.copy_(values)
+        _require_finite(piece, values, check_finite)
+    elif not torch.equal(local, values.to(device=local.device, dtype=local.dtype)):
         raise SeedError(
-            f"{piece.chunk.file}: {piece.entry.key!r}: got {list(values.shape)} {values.dtype}, expected "
-            f"{list(piece.local.shape)} {piece.entry.dtype}: the file has changed"
+            f"{piece} differs from {piece.key!r}, but the model ties them; set tie_word_embeddings = false in config.json, or remove one"
         )
-    return values
 
 
 def _require_finite(piece: _Piece, values: Tensor, check_finite: bool) -> None:
@@ -130,25 +111,21 @@ def _require_finite(piece: _Piece, values: Tensor, check_finite: bool) -> None:
     if math.isfinite(local.sum(dtype=torch.float32).item()) or bool(torch.isfinite(local).all()):
         return
     if bool(torch.isfinite(values).all()):
-        raise SeedError(
-            f"{piece.chunk.file}: {piece.entry.key!r} ({values.dtype}) overflows {local.dtype}; set training.dtype to a "
-            "wider type"
-        )
+        raise SeedError(f"{piece} ({values.dtype}) overflows {local.dtype}; set training.dtype to a wider type")
     if check_finite:
-        raise SeedError(
-            f"{piece.chunk.file}: {piece.entry.key!r} holds NaN or infinity; the file is damaged or its training had diverged"
-        )
+        raise SeedError(f"{piece} holds NaN or infinity; the file is damaged or its training had diverged")
 
 
-def _require_complete(
-    source: Source, state: Mapping[str, Tensor], tied: Mapping[str, str], written: Mapping[str, list[Box]]
-) -> None:
-    """Every element of this rank's part of every loaded tensor was written exactly once."""
-    loaded = {tied.get(name, name) for name in source.entries} & state.keys()
-    for key in sorted(loaded):
-        _, box = local_part(state[key])
-        if volume(box) > 0 and not tiles_exactly(box, written[key]):
-            raise SeedError(
-                f"{source.path}: {key!r}: elements {box} were to be written exactly once, written were {written[key]}; the "
-                "source is not what its headers describe"
-            )
+def logged_progress(interval: float = 5.0, clock: Callable[[], float] = time.monotonic) -> Callable[[int, int], None]:
+    """Return a ``progress`` for :func:`read_weights` that logs on the main rank, at most every ``interval`` seconds."""
+    begin = last = clock()
+
+    def log(done: int, total: int) -> None:
+        nonlocal last
+        now = clock()
+        if is_main_rank() and now - last >= interval and done < total:
+            last = now
+            mib, rate = done / 2**20, done / 2**20 / (now - begin)
+            logger.info(f"Reading weights: {mib:,.0f} of {total / 2**20:,.0f} MiB on this rank, {rate:,.0f} MiB/s")
+
+    return log

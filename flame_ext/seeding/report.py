@@ -1,14 +1,13 @@
-"""``seed_report.json``: what was put into the model, from where, and how it was proved."""
+"""Writes ``seed_report.json``, which records what was put into the model, from where, and how it was proved."""
 
-from __future__ import annotations
-
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from flame_ext.files import write_json
+from flame_ext.errors import SeedError
 from flame_ext.seeding.accounting import Account
 from flame_ext.seeding.proof.parity import Verification
+from flame_ext.seeding.sources.hub import HUB_PREFIX
+from flame_ext.seeding.sources.open import open_source
 
 REPORT_NAME = "seed_report.json"
 
@@ -20,29 +19,38 @@ class SeedReport:
     source: str
     layout: str
     keys: Account
-    bytes_read: int
-    """Over all ranks."""
-    seconds: float
-    """Of the slowest rank, from the first header to the last weight; the proof is not counted."""
+    bytes_read: int  # Sum over all ranks
+    seconds: float  # Time of the slowest rank from the first header to the last weight, without the proof
     world_size: int
     source_digest: str
-    """Of the files' names, sizes and headers."""
     verification: Verification
-    revision: str | None
-    """The Hub's commit, for a source on the Hub."""
+    revision: str | None  # The Hub's commit, for a source on the Hub
     weights_digest: str
-    """Of the loaded values as they are in the model; does not depend on the number of ranks or the parallelism."""
+    """SHA-256 over the loaded values as they are in the model, whatever the number of ranks and the parallelism."""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What later steps remember of where they come from."""
-        return {
-            "source": self.source,
-            "revision": self.revision,
-            "source_digest": self.source_digest,
-            "weights_digest": self.weights_digest,
-        }
+        """The fields that manifests of later steps carry on."""
+        return {name: getattr(self, name) for name in ("source", "revision", "source_digest", "weights_digest")}
 
-    def write(self, folder: Path) -> None:
-        """Write the file atomically."""
-        write_json(folder / REPORT_NAME, asdict(self))
+
+def changed_source(identity: dict[str, Any] | None, path: str | None, allow_pickle: bool) -> str | None:
+    """Return a warning if ``path`` (``checkpoint.initial_load_path``) holds other weights than ``identity`` says, else None.
+
+    A source on the Hub is compared by name only; one that cannot be read any more is not compared.
+    """
+    if identity is None or path is None:
+        return None
+    on_hub = path.startswith(HUB_PREFIX)
+    try:
+        now = "another name" if on_hub else f"digest {open_source(path, allow_pickle).digest[:12]}"
+    except SeedError:
+        return None
+    then = f"digest {identity['source_digest'][:12]}"
+    if now == then or (on_hub and path == identity["source"]):
+        return None
+    return (
+        f"This run was seeded from {identity['source']} ({then}), but "
+        f"checkpoint.initial_load_path is now {path} ({now}). The run goes on with the weights of its step; to start from the "
+        "other source, give it another job.dump_folder"
+    )

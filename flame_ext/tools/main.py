@@ -1,6 +1,4 @@
-"""``flame-ext``: thin commands over the library, a module each."""
-
-from __future__ import annotations
+"""``flame-ext``: thin commands over the library, one module each. Starts without torch and torchtitan."""
 
 import argparse
 import signal
@@ -10,21 +8,16 @@ from collections.abc import Sequence
 from flame_ext.errors import UserError
 from flame_ext.tools import convert, inspect, plot
 
-COMMANDS = (inspect, convert, plot)
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns its exit code: 0 done, 2 if something can not be read or written, said in one line."""
-    parser = argparse.ArgumentParser(
-        prog="flame-ext", description="Look at, compare and convert checkpoints; draw the curves of runs."
-    )
+    """Runs one command; returns its exit code, 2 after a UserError, which is printed in one line."""
+    about = "Look at, compare and convert checkpoints; draw the curves of runs."
+    parser = argparse.ArgumentParser(prog="flame-ext", description=about)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in COMMANDS:
+    for command in (inspect, convert, plot):
         command.add_parser(commands)
     options = parser.parse_args(arguments)
-    if (
-        arguments is None
-    ):  # a reader that leaves, `| head`, ends the command as it ends others, not with a 1 that means "differs"
+    if arguments is None:  # `| head` ends the command by the signal, not with exit code 1, which means "differs"
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         return options.run(options)

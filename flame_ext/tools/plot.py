@@ -1,4 +1,4 @@
-"""``flame-ext plot``: curves of runs, from their ``metrics.jsonl``."""
+"""``flame-ext plot``: draws curves of runs from their ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -8,40 +8,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flame_ext.errors import UserError
+from flame_ext.files import METRICS_NAME
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-METRICS_NAME = "metrics.jsonl"
 DEFAULT_METRICS = ("loss_ce", "loss_future", "future_top1")
 _FORMATS = (".png", ".svg", ".pdf")
 
 Curve = tuple[list[int], list[float]]
 
 
-class PlotError(UserError):
-    """There is nothing to draw, or nothing to draw with."""
-
-
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command and what runs it."""
+    """Declares the command and its options."""
     parser = commands.add_parser("plot", help="draw metrics of runs over their steps")
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help=f"a dump folder, or its {METRICS_NAME}")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="PNG, SVG or PDF (default: curves.png)")
-    parser.add_argument(
-        "--metrics", nargs="+", metavar="NAME", help=f"default: those of {', '.join(DEFAULT_METRICS)} there are"
-    )
+    default = f"default: those of {', '.join(DEFAULT_METRICS)} there are"
+    parser.add_argument("--metrics", nargs="+", metavar="NAME", help=default)
     parser.add_argument("--labels", nargs="+", metavar="NAME", help="one for each run (default: the folders' names)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Returns 0. Everything that is wrong is raised as a UserError, before anything is written."""
+    """Returns 0; every failure is raised as a UserError before anything is written."""
     if options.output.suffix not in _FORMATS:
-        raise PlotError(f"--output {str(options.output)!r}: expected a name that ends in {', '.join(_FORMATS)}")
+        raise UserError(f"--output {str(options.output)!r}: expected a name that ends in {', '.join(_FORMATS)}")
     labels = options.labels or [(path.parent if path.is_file() else path.resolve()).name for path in options.runs]
     if len(labels) != len(options.runs):
-        raise PlotError(f"--labels names {len(labels)}, for {len(options.runs)} runs; give one for each")
+        raise UserError(f"--labels names {len(labels)}, for {len(options.runs)} runs; give one for each")
     runs = [read_metrics(path) for path in options.runs]
     figure = draw(list(zip(labels, runs, strict=True)), options.metrics)
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -51,19 +46,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def read_metrics(path: Path) -> dict[str, Curve]:
-    """Name of each metric to its steps and values; a step without a value of it is left out.
-
-    Args:
-        path: a dump folder, or the file itself.
-
-    Raises:
-        PlotError: there is no such file, or a line of it is not a step's. A last line that was cut off by a kill is passed over.
-    """
+    """Returns the curve of each metric of a dump folder or its ``metrics.jsonl``, whose last line a kill may have cut off."""
     file = path / METRICS_NAME if path.is_dir() else path
     try:
         lines = file.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        raise PlotError(f"{file}: can not be read: {e}; name the dump folder of a run") from e
+        raise UserError(f"{file}: cannot be read: {e}; name the dump folder of a run") from e
     curves: dict[str, Curve] = {}
     for number, line in enumerate(lines, start=1):
         try:
@@ -72,36 +60,28 @@ def read_metrics(path: Path) -> dict[str, Curve]:
         except (ValueError, KeyError, TypeError) as e:
             if number == len(lines) and number > 1:
                 break
-            raise PlotError(f"{file}, line {number}: not a step of a run ({type(e).__name__}: {e})") from e
+            raise UserError(f"{file}, line {number}: not a step of a run ({type(e).__name__}: {e})") from e
         for name, value in values.items():
             if name != "step" and isinstance(value, int | float):
                 steps, drawn = curves.setdefault(name, ([], []))
                 steps.append(step)
                 drawn.append(float(value))
     if not curves:
-        raise PlotError(f"{file}: holds no step with a number; has the run made one?")
+        raise UserError(f"{file}: holds no step with a number; has the run made one?")
     return curves
 
 
 def draw(runs: list[tuple[str, dict[str, Curve]]], metrics: list[str] | None = None) -> Figure:
-    """One panel for each metric, one line for each run that has it.
-
-    Args:
-        runs: label and curves of each.
-        metrics: names; None = those of :data:`DEFAULT_METRICS` that any run has.
-
-    Raises:
-        PlotError: no run has one of the metrics, or matplotlib is not installed.
-    """
+    """Draws a panel for each metric (None = the default ones, else the first three) with a line for each run (label, curves)."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError as e:
-        raise PlotError(f"flame-ext plot draws with matplotlib: pip install 'flame_ext[plot]' ({e})") from e
+        raise UserError(f"flame-ext plot draws with matplotlib: pip install 'flame_ext[plot]' ({e})") from e
     there = sorted({name for _, curves in runs for name in curves})
     metrics = metrics or [name for name in DEFAULT_METRICS if name in there] or there[:3]
     if absent := [name for name in metrics if name not in there]:
-        raise PlotError(f"no run has {', '.join(absent)}; there are: {', '.join(there)}")
+        raise UserError(f"no run has {', '.join(absent)}; there are: {', '.join(there)}")
     figure = Figure(figsize=(4.2 * len(metrics), 3.2), dpi=120, layout="constrained")
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for panel, name in zip(panels, metrics, strict=True):

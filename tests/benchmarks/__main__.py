@@ -1,7 +1,7 @@
 """All benchmarks: ``python -m tests.benchmarks [--only startup,steps] [--quick] [--json FILE] [--markdown FILE]``.
 
 Each topic is a module with ``measure(quick)``, which returns tables. They are printed; ``--markdown`` writes them to a file, or,
-where the file has places for them (``<!-- table: name -->`` … ``<!-- end of table -->``, as docs/performance.md has), into those;
+where the file has places for them (``<!-- table: name -->`` … ``<!-- end of table -->``), into those;
 ``--json`` keeps hardware, versions and every run. Both are written after each topic, so that what was measured is not lost.
 """
 

@@ -144,7 +144,7 @@ def documents_of(folder: Path, path: Path, streaming: bool) -> Iterator[int]:
 
 
 def share_of_debug_step() -> float:
-    """What the host says that the dataloader takes of a step of the debug job, median, in percent."""
+    """What torchtitan says that the dataloader takes of a step of the debug job, median, in percent."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Jobs whose steps are timed one by one: ours and the host's, of any shape, each in a process of its own."""
+"""Jobs whose steps are timed one by one: ours and torchtitan's, of any shape, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Job:
 
 
 def save_backbone(folder: Path, shape: Shape) -> Path:
-    """A random Hugging Face Llama of that shape, untied as the host's is, with the tiny OLMo's tokenizer."""
+    """A random Hugging Face Llama of that shape, untied as torchtitan's is, with the tiny OLMo's tokenizer."""
     from transformers import LlamaConfig
 
     from tests.benchmarks.seeding import make_checkpoint
@@ -75,7 +75,7 @@ def save_backbone(folder: Path, shape: Shape) -> Path:
 
 
 def give_host_the_shape(shape: Shape, text: str) -> None:
-    """The host's llama3 in a flavor ``bench``, and ``text``, a folder of JSON lines, in the place of its test data."""
+    """torchtitan's llama3 in a flavor ``bench``, and ``text``, a folder of JSON lines, in the place of its test data."""
     from torchtitan.hf_datasets.text_datasets import DATASETS
     from torchtitan.models.llama3 import llama3_args
     from torchtitan.models.llama3.model.args import TransformerModelArgs
@@ -93,7 +93,7 @@ def give_host_the_shape(shape: Shape, text: str) -> None:
 
 
 def host_options(shape: Shape, folder: str) -> list[str]:
-    """The debug job's options, as far as the host has them."""
+    """The debug job's options, as far as torchtitan has them."""
     return [
         *("--model.name=llama3", "--model.flavor=bench", f"--model.hf_assets_path={TINY_OLMO}"),
         *(f"--training.local_batch_size={shape.batch}", f"--training.seq_len={shape.seq_len}"),
@@ -115,7 +115,7 @@ def our_options(backbone: str | None, shape: Shape | None, folder: str) -> list[
 
 
 def write_text(folder: Path) -> Path:
-    """The debug job's text as a folder of JSON lines, as the host's test data are."""
+    """The debug job's text as a folder of JSON lines, as torchtitan's test data are."""
     from flame_ext.data.python_stdlib import read_stdlib
 
     folder.mkdir(parents=True)
@@ -125,7 +125,7 @@ def write_text(folder: Path) -> Path:
 
 
 def build(job: Job, shape: Shape | None, backbone: str | None, text: str | None, folder: str) -> Any:
-    """A trainer at step 0, seeded or, the host's, random. Once in a process."""
+    """A trainer at step 0, seeded or, torchtitan's, random. Once in a process."""
     os.environ.update(rank_environment())
     os.chdir(REPOSITORY)
     prepare_host()
@@ -160,13 +160,13 @@ def worker(pipe: Connection, *arguments: Any) -> None:
     logger.setLevel("ERROR")
     trainer = build(*arguments)
     batches = trainer.batch_generator(trainer.dataloader)
-    objective = getattr(trainer, "objective", None)
+    stopwatch = trainer.stopwatch if getattr(trainer, "teacher", None) is not None else None
     while pipe.recv():
         trainer.step += 1
         wall, cpu = time.perf_counter(), cpu_seconds()
         trainer.train_step(batches)
         synchronise()
-        parts = {} if objective is None else objective.stopwatch.seconds()
+        parts = {} if stopwatch is None else stopwatch.seconds()
         found = {"wall": time.perf_counter() - wall, "cpu": cpu_seconds() - cpu, "peak_gib": _peak_gib()}
         pipe.send({**found, "parts": parts, "flops_per_token": trainer.metrics_processor.num_flops_per_token})
     trainer.close()

@@ -1,7 +1,7 @@
 """What the objective costs: ``python -m tests.benchmarks.objective [--rounds 3] [--steps 40]`` prints Markdown tables.
 
 Each figure stands beside its peer from the same run: the tiled InfoNCE beside the naive formula, our cross-entropy beside
-the host's, a step with the objective beside one of plain cross-entropy. They alternate, steps of training one by one, so
+torchtitan's, a step with the objective beside one of plain cross-entropy. They alternate, steps of training one by one, so
 that a slow minute of the machine falls on all of them.
 """
 

@@ -1,4 +1,4 @@
-"""Start-up: from the start of the process to the end of step 1, against the bare host's; what imports and tools take.
+"""Start-up: from the start of the process to the end of step 1, against bare torchtitan's; what imports and tools take.
 
 ``python -m tests.benchmarks.startup [--rounds 5]`` prints a Markdown table. Every row is a fresh process on one rank, and
 they take turns.
@@ -7,7 +7,7 @@ The peer is ``torchtitan.train`` with its own ``llama3``, in a flavor of the tin
 the same tokenizer, batch, optimizer and TensorBoard, on the same text, which it reads as its own test data are read: a folder
 of JSON lines, by ``load_dataset``, already in that library's cache. It starts from random weights, saves nothing, and reads
 no checkpoint: what our job does beside (seeding, the proof against ``from_pretrained``, the heads) has no peer. On a CPU
-the host can not start as it is; it gets the device that :func:`flame_ext.host.device.prepare_host` gives it, and nothing else.
+torchtitan cannot start as it is; it gets the device that :func:`flame_ext.host.device.prepare_host` gives it, and nothing else.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def report(now: float, modules: int, loaded: list[str]) -> None:
 def train_once(kind: str, folder: str, data: str, options: list[str]) -> None:
     """In a process of its own: start a job as its command does, report at the end of step 1, and end there."""
     if kind == "host":
-        # The host binds the command line when it is imported.
+        # torchtitan binds the command line when it is imported.
         sys.argv = ["torchtitan.train", *host_options(TINY, folder), "--metrics.enable_tensorboard", *options]
         prepare_host()
         from torchtitan.train import Trainer, main
@@ -115,7 +115,7 @@ def measure_training(rounds: int, rows: dict[str, tuple[str, list[str]]] = TRAIN
     with tempfile.TemporaryDirectory() as name:
         data = write_text(Path(name) / "data")
         cache = {"HF_DATASETS_CACHE": f"{name}/cache"}
-        # The first round fills caches: of the kernel's files, and of the host's data.
+        # The first round fills caches: of the kernel's files, and of torchtitan's data.
         for number in range(rounds + 1):
             for row, (kind, options) in rows.items():
                 with tempfile.TemporaryDirectory() as dump:
@@ -145,10 +145,10 @@ def measure(quick: bool = False, rounds: int | None = None) -> list[Table]:
     of_cpu = quartiles(ratios(_column(training[OURS], "cpu"), _column(training[PEER], "cpu")))[1]
     notes = [
         f"Processes of one rank and one thread, {rounds} rounds, in turns; ratios are medians over the rounds. CPU: user and "
-        "system time. The host starts from random weights and reads no checkpoint.",
+        "system time. torchtitan starts from random weights and reads no checkpoint.",
         verdict("Time to the first step of the debug job", ratio, GOAL) + f" By CPU time: {of_cpu:.2f}x.",
     ]
-    columns = ["to the end of step 1", "s", "to the host's", "CPU s", "to the host's", "modules"]
+    columns = ["to the end of step 1", "s", "to torchtitan's", "CPU s", "to torchtitan's", "modules"]
     return [
         Table("startup", columns, _rows(training, PEER), notes, training),
         Table(

@@ -1,4 +1,4 @@
-"""A step against the host's own model of the same shape, and what each addition costs: ``python -m tests.benchmarks --only steps``.
+"""A step against torchtitan's own model of the same shape, and what each addition costs: ``python -m tests.benchmarks --only steps``.
 
 The peer is torchtitan's ``llama3`` with random weights; ours is a Hugging Face Llama of the same shape, seeded from random
 weights, on the same text. On a CPU all jobs live at once and take turns step by step. On an accelerator the shape is OLMo-1B's

@@ -23,7 +23,7 @@ from flame_ext.checkpoint.card import card_of_step, model_card
 from flame_ext.checkpoint.manager import SeedingCheckpointManager
 from flame_ext.errors import SeedError
 from flame_ext.run.background_export import BackgroundExports
-from flame_ext.seeding.sources.tensors import same_bits
+from flame_ext.seeding.sources.source import same_bits
 from tests.ranks import TINY_OLMO, TrainRun, train
 from tests.sources import load_dcp
 
@@ -160,8 +160,10 @@ def test_a_step_that_an_export_still_reads_is_not_deleted(run: TrainRun) -> None
     manifest = json.loads((folder / "step-1" / "manifest.json").read_text())
     queued: queue.Queue[str] = queue.Queue()
     manager = SimpleNamespace(
-        keep_latest_k=2, folder=str(folder), purge_queue=queued, _facts=lambda: {"run": manifest["run"]},
-        _exports=SimpleNamespace(in_use=lambda: {folder / "step-1"}),
+        keep_latest_k=2, folder=str(folder), purge_queue=queued,
+        hooks=SimpleNamespace(
+            facts=lambda: {"run": manifest["run"]}, exports=SimpleNamespace(in_use=lambda: {folder / "step-1"})
+        ),
     )  # fmt: skip
     SeedingCheckpointManager._purge_stale_checkpoints(manager)
     assert list(queued.queue) == [str(folder / "step-2")], "of the four, two are kept and one is in use"

@@ -1,4 +1,4 @@
-"""Packed documents that do not see each other, against the stock model on each document alone."""
+"""Attention within documents: a packed sequence gives the same as transformers' model on each document alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 
 from flame_ext.data.loader import positions_in_documents
 from flame_ext.data.packing import PADDING
-from flame_ext.model.causal_attention import causal_attention
+from flame_ext.model.attention import causal_attention
 from flame_ext.model.hf_causal_lm import HFCausalLM, HFModelArgs, build_hf_causal_lm
 from flame_ext.objective.masks import causal_block_mask, causal_mask
 from tests.tiny_models import load_stock, save_tiny
@@ -57,7 +57,7 @@ def test_a_document_is_computed_as_if_it_were_alone(name: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["olmo-tied", "gemma2", "olmo3-sliding-window"])
 def test_layers_that_run_again_in_the_backward_attend_as_before(name: str, tmp_path: Path) -> None:
-    """The attention that understands these masks is not the one that Gemma-2 has where it makes its own."""
+    """Gemma-2 makes its own masks for another attention than the one that takes these masks."""
     gradients = []
     for mode in ("none", "full"):
         model, _ = stock_and_ours(name, tmp_path / mode)

@@ -19,7 +19,7 @@ LANES, LOCAL_BATCH = 8, 1
 
 
 def saved_and_read(state: dict[str, Any]) -> dict[str, Any]:
-    """Through a file, as DCP writes and a careful reader reads: nothing in it is code."""
+    """Writes a state to a file and reads it with ``weights_only``, as a DCP checkpoint is read."""
     stream = io.BytesIO()
     torch.save(state, stream)
     stream.seek(0)
@@ -47,7 +47,7 @@ def read_steps(loaders: list[PackedDataloader], steps: int) -> list[list[list[in
 
 
 def position(loaders: list[PackedDataloader]) -> dict[str, Any]:
-    """What the ranks' saves make together."""
+    """The states of all ranks, merged and written to a file."""
     parts = [loader.state_dict() for loader in loaders]
     assert sum(map(len, parts)) == len({name for part in parts for name in part}), "each name from one rank"
     return saved_and_read({name: value for part in parts for name, value in part.items()})

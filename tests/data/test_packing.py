@@ -1,4 +1,4 @@
-"""Packing against a naive walk through the documents; the same global batches on any number of ranks; exact resume."""
+"""Packing compared with a naive walk through the documents; the same global batches on any number of ranks; exact resume."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_positions_count_from_the_beginning_of_a_document() -> None:
 
 @pytest.mark.parametrize("num_lanes", [1, 16])
 def test_a_mixture_has_the_weights_that_were_asked_for(num_lanes: int) -> None:
-    """Over 20,000 documents, within 2 %, the rarest of them too."""
+    """Each source has its share of 20,000 documents within 2 %, also the rarest."""
     weights = [0.7, 0.2, 0.09, 0.01]
     sources = [indexed([[source]] * 999, num_lanes, name=str(source)) for source in range(4)]
     data = PackedDocuments(sources, 99, range(num_lanes), num_lanes, weights=weights, rng_seed=1)

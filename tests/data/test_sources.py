@@ -1,4 +1,4 @@
-"""Every kind of source, on any number of ranks and workers, against what lies in the files and the tokenizer's own words."""
+"""Every kind of source, on any number of ranks and workers, gives the documents in its files as the tokenizer encodes them."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def txt(folder: Path) -> DataSource:
 
 
 def hub(folder: Path) -> DataSource:
-    """As a dataset on the Hub is named, but of this disk: the library finds its files by itself."""
+    """A name that the datasets library resolves, as for a dataset on the Hub, with files on this disk."""
     (folder / "data").mkdir()
     Dataset.from_dict({"text": TEXTS}).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
     return DataSource("parquet", data_files=[str(folder / "data" / "*.parquet")])
@@ -104,7 +104,7 @@ def input_ids(folder: Path) -> DataSource:
 
 
 def flat_tokens(folder: Path) -> DataSource:
-    """As OLMo's are: no header, uint16."""
+    """Files like OLMo's: no header, uint16."""
     for part in range(2):
         tokens = [token for text in TEXTS[part::2] for token in tokens_of(text)]
         np.array(tokens, dtype=np.uint16).tofile(folder / f"{part}.npy")
@@ -147,7 +147,7 @@ def read(these: list[PackedDataloader], steps: int) -> list[torch.Tensor]:
 
 
 def documents_in(batches: list[torch.Tensor]) -> list[tuple[int, ...]]:
-    """The documents that the lanes hold, end to end, by EOS."""
+    """The documents in the lanes, which end with EOS."""
     found: list[tuple[int, ...]] = []
     for lane in range(LANES):
         current: list[int] = []
@@ -161,6 +161,7 @@ def documents_in(batches: list[torch.Tensor]) -> list[tuple[int, ...]]:
     return sorted(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
 @pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: maker.__name__)
 def test_an_epoch_has_every_document_once_on_any_ranks_and_workers(
@@ -200,10 +201,11 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> list[DataSource]:
     return sources
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.booleans(), st.integers(0, 4)), min_size=2, max_size=4))
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_breaks_anywhere_change_nothing(three: list[DataSource], runs: list[tuple[int, bool, int]]) -> None:
-    """Of a mixture; the position goes through a file, as DCP writes it."""
+    """Reads a mixture; the position is written to a file, as DCP does."""
     unbroken = read(loaders(job(*three), 1, 0), sum(steps for *_, steps in runs) + 1)
     batches: list[torch.Tensor] = []
     saved: dict[str, Any] | None = None
@@ -253,7 +255,7 @@ def test_epochs_of_a_source_differ(tmp_path: Path) -> None:
 
 
 def test_bos_and_eos_are_the_tokenizers(tmp_path: Path) -> None:
-    """With BOS where the tokenizer has one."""
+    """A tokenizer with BOS puts it before each document."""
     folder = tmp_path / "model"
     tokenizer = AutoTokenizer.from_pretrained(TINY_OLMO)
     tokenizer.add_special_tokens({"bos_token": "<s>"})
@@ -272,7 +274,7 @@ def test_bos_and_eos_are_the_tokenizers(tmp_path: Path) -> None:
 def test_each_file_is_opened_once_in_an_epoch_however_many_lanes_there_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading one anew means reading it from its beginning."""
+    """A file that is opened again is read from its beginning."""
     monkeypatch.setattr(documents, "BLOCK", 8)
     monkeypatch.setattr(documents, "BLOCKS_KEPT", 2)
     monkeypatch.setattr(documents, "FILES_OPEN", 2)
@@ -280,7 +282,7 @@ def test_each_file_is_opened_once_in_an_epoch_however_many_lanes_there_are(
         (tmp_path / f"{part:02}.jsonl").write_bytes(json_lines(TEXTS[:40]))
     config = job(DataSource(str(tmp_path), streaming=True), global_batch_size=16, epochs=1)
     (loader,) = loaders(config, 1, 0)
-    data = loader.dataset.sources[0]._data
+    data = loader.dataset.sources[0].data
     opened: list[int] = []
     shard = type(data).shard
     monkeypatch.setattr(type(data), "shard", lambda self, **kw: opened.append(kw["index"]) or shard(self, **kw))
@@ -297,7 +299,7 @@ def test_bytes_tell_that_a_streamed_source_is_another_one(tmp_path: Path) -> Non
 
 
 def test_a_registered_dataset_that_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: list) -> None:
-    """As the host's c4 is."""
+    """torchtitan's c4 is such a dataset."""
     from datasets import load_dataset
 
     jsonl(tmp_path)

@@ -1,4 +1,4 @@
-"""What stands around a document, and whether a tokenizer is the model's."""
+"""The tokens before and after a document, and whether a tokenizer belongs to the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.ranks import TINY_OLMO
 
 
 def tokenizer_in(folder: Path, **changes: Any):
-    """The tiny OLMo's with other entries in tokenizer_config.json; None removes one."""
+    """The tiny OLMo's tokenizer with other entries in tokenizer_config.json; None removes one."""
     AutoTokenizer.from_pretrained(TINY_OLMO).save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     entries = json.loads(file.read_text()) | changes

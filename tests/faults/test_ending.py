@@ -166,4 +166,4 @@ def test_data_that_can_not_be_read_on_one_rank_are_said_by_all(dump_folder: Path
     )
     assert run.exit_codes == [1, 1] and steps_of(dump_folder) == [2]
     for rank in run.ranks:
-        assert rank.output.splitlines()[-1] == "error: [rank 1] RuntimeError: this sequence can not be read"
+        assert rank.output.splitlines()[-1] == "error: [rank 1] RuntimeError: this sequence cannot be read"

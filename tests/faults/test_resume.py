@@ -18,7 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from flame_ext.checkpoint.rng import RankRNG
+from flame_ext.checkpoint.files import RankRNG
 from tests.ranks import DEBUG_TOML, TrainRun, run_ranks
 
 BATCH, LENGTH, STEPS = 4, 64, 4

@@ -171,7 +171,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "disk"
     place.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], capture_output=True).returncode:
-        pytest.skip("file systems can not be mounted here")
+        pytest.skip("file systems cannot be mounted here")
     try:
         yield place
     finally:
@@ -258,12 +258,14 @@ def test_only_complete_steps_of_this_run_are_deleted(unbroken: TrainRun, dump_fo
 
 def test_a_second_run_in_the_folder_is_refused(unbroken: TrainRun, dump_folder: Path) -> None:
     broken_after(2, unbroken, dump_folder)
-    with FolderLock(dump_folder):
-        before = contents(dump_folder)
-        second = train(dump_folder, *FAST, check=False)
-        assert second.exit_codes == [1] and contents(dump_folder) == before
-        error = second.ranks[0].output.splitlines()[-1]
-        assert error.startswith("error: ") and f"in use by process {os.getpid()} on " in error
+    lock = FolderLock(dump_folder)
+    lock.acquire()
+    before = contents(dump_folder)
+    second = train(dump_folder, *FAST, check=False)
+    assert second.exit_codes == [1] and contents(dump_folder) == before
+    error = second.ranks[0].output.splitlines()[-1]
+    assert error.startswith("error: ") and f"in use by process {os.getpid()} on " in error
+    lock.release()
     failed = train(dump_folder, *FAST, "--training.dataset=nowhere", check=False)
     assert failed.exit_codes == [1] and not (dump_folder / LOCK_NAME).exists(), "released by a run that fails early"
     train(dump_folder, *FAST)

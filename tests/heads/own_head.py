@@ -1,15 +1,12 @@
-"""A user's own head, for ``job.custom_config_module`` and ``experimental.custom_import``: which of 264 bytes comes next.
+"""A user's own head, for ``experimental.custom_import``: which of 264 bytes comes next."""
 
-No ``from __future__ import annotations`` here: the host merges the section by ``field.type``, which has to be a type.
-"""
-
-from dataclasses import dataclass, field
+from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flame_ext.config.sections import OwnHead
-from flame_ext.heads.own import HeadBatch, HeadSpec, register_head
+from flame_ext.heads.registry import register_head
+from flame_ext.heads.spec import HeadBatch, HeadSpec
 from flame_ext.model.initialisation import ParameterInit, linear_inits
 
 
@@ -25,14 +22,9 @@ def loss(head: nn.Module, batch: HeadBatch) -> Tensor:
     return F.cross_entropy(head(batch.hidden_states.detach()).flatten(0, 1), batch.labels.flatten(), reduction="sum")
 
 
-@dataclass
-class JobConfig:
-    next_byte: OwnHead = field(default_factory=OwnHead)
+def arguments(_section: object, backbone: nn.Module) -> dict[str, int]:
+    config = backbone.config.get_text_config()
+    return {"in_features": config.hidden_size, "out_features": config.vocab_size}
 
 
-register_head(
-    "next_byte",
-    HeadSpec(
-        NextByte, lambda _section, config: {"in_features": config.hidden_size, "out_features": config.vocab_size}, loss
-    ),
-)
+register_head("next_byte", HeadSpec(NextByte, arguments, loss))

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from flame_ext.errors import ConfigError, SeedError
 from flame_ext.run.metrics import FutureMetricsProcessor
-from flame_ext.seeding.proof.parts import prove_context_parallel
+from flame_ext.seeding.proof.attention import prove_context_parallel
 from flame_ext.train import parse
 from tests.faults.test_resume import assert_resumed_exactly, resumed_from, train
 from tests.layouts import COMPILE, CP2, NO_HEADS, PER_OP, TP2, assert_same_step, steps
@@ -121,7 +121,7 @@ def seed_with_flex_attention(dump_folder: str) -> int:
     """In a rank: seed, with the proof's parts under FlexAttention; how many masks of blocks that took."""
     from torchtitan.tools.logging import init_logger
 
-    from flame_ext.model import causal_attention as attention
+    from flame_ext.model import attention
     from flame_ext.trainer import FutureTrainer
 
     init_logger()
@@ -146,7 +146,7 @@ def test_flex_attention_computes_the_same(tmp_path: Path) -> None:
         assert rank.value == 1 and "sequences in parts give the logits of whole ones" in rank.output
 
 
-# -- what can not be right ---------------------------------------------------------------------------------------
+# -- what cannot be right ---------------------------------------------------------------------------------------
 
 
 def seed_with_keys_out_of_order(dump_folder: str) -> str:
@@ -212,7 +212,7 @@ def refusal(folder: Path, config: PreTrainedConfig, *options: str, world_size: i
     [
         (["--parallelism.context_parallel_degree=0", *NO_HEADS], "context_parallel_degree must be >= 1"),
         (["--parallelism.context_parallel_degree=3", *NO_HEADS], "must divide the number of processes (4)"),
-        ([], "goes without heads (future_encoder enabled)"),
+        ([], "goes without heads (future_encoder, future_predictor enabled)"),
         (["--parallelism.pipeline_parallel_degree=2", *NO_HEADS], "does not go with parallelism.pipeline_parallel_degree > 1"),
         (["--parallelism.context_parallel_load_balancer=ptrr", *NO_HEADS], "must be one of 'headtail', None, got 'ptrr'"),
         (["--parallelism.context_parallel_rotate_method=alltoall", *NO_HEADS], "must be 'allgather', got 'alltoall'"),
@@ -229,10 +229,10 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path, options: li
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (MambaConfig(vocab_size=264, hidden_size=32, num_hidden_layers=2), "can not be right for 'mamba': it "),
+        (MambaConfig(vocab_size=264, hidden_size=32, num_hidden_layers=2), "cannot be right for 'mamba': it "),
         (
             FalconConfig(vocab_size=264, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True),
-            "'falcon': its own attention code can not be exchanged",
+            "'falcon': its own attention code cannot be exchanged",
         ),
         (
             Phi3Config(**_SHAPE, max_position_embeddings=128, original_max_position_embeddings=64, rope_parameters=_LONG),
@@ -247,4 +247,4 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path, options: li
 )  # fmt: skip
 def test_a_model_that_needs_whole_sequences_is_refused(tmp_path: Path, config: PreTrainedConfig, expected: str) -> None:
     message = refusal(tmp_path, config, *NO_HEADS)
-    assert expected in message and "parallelism.context_parallel_degree > 1 can not be right for" in message
+    assert expected in message and "parallelism.context_parallel_degree > 1 cannot be right for" in message

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
-from flame_ext.seeding.accounting import ModelKey, account
-from flame_ext.seeding.key_names import KeyNames, in_model_names
+from flame_ext.seeding.accounting import account
+from flame_ext.seeding.names import KeyNames, in_model_names
 from flame_ext.seeding.read import read_weights
 from flame_ext.seeding.sources.open import open_source
 
@@ -31,8 +31,7 @@ def test_a_gated_linear_attention_model_is_seeded(tmp_path: Path) -> None:
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
     names = KeyNames(type(model).__name__, shapes, model.weight_transforms, model.base_model_prefix)
     source = in_model_names(open_source(tmp_path), names)
-    needed = {key: ModelKey(shapes[key], tensor.dtype) for key, tensor in state.items()}
-    keys = account(needed, model.tied_keys, model.computed_buffers, [], source, [], [])
+    keys = account(state, model.tied_keys, model.computed_buffers, [], source, [], [])
     read_weights(source, state, model.tied_keys, check_finite=True)
     held = load_file(tmp_path / "model.safetensors")
     assert set(keys.loaded) == set(held) and all(torch.equal(state[key], held[key]) for key in held)

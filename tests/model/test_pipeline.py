@@ -19,7 +19,7 @@ from transformers import OlmoConfig
 from transformers.models.olmo.modeling_olmo import OlmoModel
 
 from flame_ext.errors import ConfigError
-from flame_ext.model.pipeline import layers_of_stages
+from flame_ext.model.pipeline_stages import layers_of_stages
 from tests.faults.test_resume import AFTER_RESUME, assert_resumed_exactly
 from tests.ranks import DEBUG_TOML, RankResult, TrainRun, run_ranks
 from tests.step.test_objective_runs import assert_same_run
@@ -118,7 +118,7 @@ def _embedding_digests(trainer: Any) -> dict[str, str]:
 
 
 def jobs_on(world_size: int, jobs: list[Job], folder: Path) -> list[RankResult]:
-    ranks = run_ranks(run_jobs, world_size, jobs, folder=folder, timeout=300)
+    ranks = run_ranks(run_jobs, world_size, jobs, folder=folder, timeout=800)
     assert all(rank.exit_code == 0 for rank in ranks), "\n".join(rank.output[-3000:] for rank in ranks)
     return ranks
 
@@ -321,7 +321,7 @@ def parse_debug(*options: str) -> Any:
 def test_an_architecture_without_a_plan_is_refused_by_name(name: str, tmp_path: Path) -> None:
     folder = save_tiny(name, tmp_path / name)
     with pytest.raises(
-        ConfigError, match=r"can not be right for '(gpt2|falcon)': transformers has no pipeline plan for it"
+        ConfigError, match=r"cannot be right for '(gpt2|falcon)': transformers has no pipeline plan for it"
     ):
         parse_debug(PP2, f"--model.hf_assets_path={folder}")
 

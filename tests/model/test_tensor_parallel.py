@@ -10,7 +10,12 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from transformers import (
     CodeGenConfig,
     DeepseekV2Config,
@@ -24,10 +29,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from flame_ext.checkpoint.manager import SeedingCheckpointManager
 from flame_ext.checkpoint.steps import CompleteStep
 from flame_ext.errors import ConfigError
+from flame_ext.model.hf_causal_lm import AttachedHead, HFModelArgs, build_hf_causal_lm
+from flame_ext.model.initialisation import linear_inits
+from flame_ext.model.tensor_parallel import apply_tensor_parallel
 from flame_ext.train import parse
 from tests.faults.test_resume import assert_resumed_exactly, resumed_from, saved, train
 from tests.layouts import COMPILE, NO_HEADS, PER_OP, TP2, assert_same_step, steps
-from tests.ranks import DEBUG_TOML, TINY_OLMO
+from tests.ranks import DEBUG_TOML, TINY_OLMO, run_ranks
 from tests.tiny_models import CONFIGS
 
 # -- one step ----------------------------------------------------------------------------------------------------
@@ -91,6 +99,61 @@ def test_every_architecture_under_every_layout(models: Path, tmp_path: Path, lay
             assert_same_step(rank[name], expected[name])
 
 
+class SplitHead(nn.Module):
+    """An MLP to be split between its two maps, behind a norm that is on every rank."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size)
+        self.up = nn.Linear(hidden_size, 4 * hidden_size)
+        self.down = nn.Linear(4 * hidden_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.nn.functional.silu(self.up(self.norm(hidden_states))))
+
+
+def head_of_its_own_plan(split: bool) -> dict[str, torch.Tensor]:
+    """In a rank: what the head gives for the hidden states of a whole forward, and all gradients."""
+    model = build_hf_causal_lm(HFModelArgs(hf_assets_path=str(TINY_OLMO)))
+    with torch.device("meta"):
+        head = SplitHead(model.config.hidden_size)
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    model.add_head("split_head", head, linear_inits(head), AttachedHead(tensor_parallel_plan=plan))
+    model.remember_state()
+    if split:
+        dist.init_process_group("gloo")
+        apply_tensor_parallel(model, init_device_mesh("cpu", (2,)), loss_parallel=True)
+    model.to_empty(device="cpu")
+    model.init_weights()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        value = torch.randn(parameter.shape, generator=generator) * 0.1
+        placed = isinstance(parameter, DTensor)
+        parameter.data.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements) if placed else value)
+    tokens = torch.randint(0, 264, (2, 16), generator=generator)
+    output = model(tokens, compute=lambda _logits, states: model.split_head(states))
+    (output * torch.randn(output.shape, generator=generator)).sum().backward()
+    results = {"output": output.detach()}
+    for name, parameter in model.named_parameters():
+        if (grad := parameter.grad) is not None:
+            results[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad
+    if split:
+        assert model.split_head.up.weight.to_local().shape[0] == 2 * model.config.hidden_size, "half of the rows"
+        dist.destroy_process_group()
+    return results
+
+
+def test_a_head_is_split_by_its_own_plan(tmp_path: Path) -> None:
+    expected = head_of_its_own_plan(split=False)
+    for rank in run_ranks(head_of_its_own_plan, 2, True, folder=tmp_path):
+        assert rank.exit_code == 0, rank.output[-3000:]
+        assert set(rank.value) == set(expected)
+        assert {"split_head.norm.weight", "split_head.down.bias", "model.embed_tokens.weight"} < set(rank.value)
+        for name, value in rank.value.items():
+            scale = expected[name].abs().max().item()
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5 * scale, msg=name)
+
+
 # -- saved steps and exports -------------------------------------------------------------------------------------
 
 
@@ -124,7 +187,7 @@ def test_a_run_goes_on_under_another_layout(tmp_path: Path, layout: str, tail: s
 
 def test_other_ranks_generators_are_not_taken_over(tmp_path: Path) -> None:
     """Two ranks that share a model must draw the same; two stages of a pipeline do not."""
-    manager = SimpleNamespace(_facts=lambda: {"parallelism": {"tp": 2}})
+    manager = SimpleNamespace(hooks=SimpleNamespace(facts=lambda: {"parallelism": {"tp": 2}}))
     for parallelism, shared in (({"tp": 2}, True), ({"tp": 1}, False), ({}, False), ({"tp": 2, "pp": 2}, False)):
         step = CompleteStep(1, tmp_path, {"parallelism": parallelism})
         assert SeedingCheckpointManager._shares_models_as(manager, step) is shared
@@ -197,7 +260,7 @@ def test_a_model_that_can_not_be_split_is_refused(
             "training.seq_len (63) must be a multiple of parallelism.tensor_parallel_degree (2)",
         ),
         (["--validation.enable", "--validation.seq_len=63"], "validation.seq_len (63) must be a multiple of"),
-        (["--parallelism.data_parallel_replicate_degree=2"], "the host's DDP goes with no other parallelism; set"),
+        (["--parallelism.data_parallel_replicate_degree=2"], "torchtitan's DDP goes with no other parallelism; set"),
         (
             ["--parallelism.enable_async_tensor_parallel"],
             "enable_async_tensor_parallel needs compile.enable with 'model'",

@@ -1,4 +1,4 @@
-"""The chunked log-probabilities: the host's loss bit for bit, its gradient too, and no copy of the logits."""
+"""The chunked log-probabilities: torchtitan's loss bit for bit, its gradient too, and no copy of the logits."""
 
 from __future__ import annotations
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
+import socket
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -69,19 +73,43 @@ def change(folder: Path, **values: Any) -> None:
 
 
 def left_behind(folder: Path, **values: Any) -> None:
-    """A lock that nobody releases, of a process on this machine with our number that started at another time."""
-    FolderLock(folder).acquire()
-    change(folder, **({"start": "1"} | values))
+    """A record of this host whose process nobody knows."""
+    record = {"host": socket.gethostname(), "pid": 2**22 + 1, "time": "2020-01-01T00:00:00+00:00", **values}
+    (folder / ".lock").write_text(json.dumps(record))
 
 
-def test_the_lock_names_its_process_and_goes_with_it(tmp_path: Path) -> None:
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    folder_lock = FolderLock(folder)
+    folder_lock.acquire()
+    try:
+        yield
+    finally:
+        folder_lock.release()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "_PATIENCE", 0.05)
+
+
+@pytest.fixture
+def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_the_lock_names_its_process_and_goes_with_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "new"
-    with FolderLock(folder):
-        assert contents(folder)["pid"] == os.getpid() and contents(folder)["start"].isdigit()
+    with held(folder):
+        assert contents(folder).keys() == {"host", "pid", "time"} and contents(folder)["pid"] == os.getpid()
         with pytest.raises(CheckpointError, match=f"{folder} is in use by process {os.getpid()} on .* .since 20"):
             FolderLock(folder).acquire()
-        assert [p.name for p in folder.iterdir()] == [".lock"]
-    assert list(folder.iterdir()) == []
+        assert sorted(p.name for p in folder.iterdir()) == [".lock", f".lock.{socket.gethostname()}"]
+    assert list(folder.iterdir()) == [] and not caplog.text
 
 
 def test_a_second_process_is_refused_while_the_first_lives_and_not_after_it_was_killed(
@@ -91,19 +119,33 @@ def test_a_second_process_is_refused_while_the_first_lives_and_not_after_it_was_
     first.pipe.send("go")
     assert first.pipe.recv() == "acquired"
     second.pipe.send("go")
-    refused, held = second.pipe.recv(), contents(tmp_path)
+    refused, held_by = second.pipe.recv(), contents(tmp_path)
     assert refused == (
-        f"{tmp_path} is in use by process {first.process.pid} on {held['host']} (since {held['time']}), and two runs in one "
+        f"{tmp_path} is in use by process {first.process.pid} on {held_by['host']} (since {held_by['time']}), and two runs in one "
         "job.dump_folder destroy each other's steps; give this run another one, or wait until that process has ended, or "
         "end it"
     )
     second.leave()  # a lock that was not had is not released
-    assert contents(tmp_path) == held
+    assert contents(tmp_path) == held_by
     first.process.kill()
     os.waitid(os.P_PID, first.process.pid, os.WEXITED | os.WNOWAIT)  # ended, but not reaped: a zombie holds nothing
-    with FolderLock(tmp_path):
+    with held(tmp_path):
         assert contents(tmp_path)["pid"] == os.getpid()
-    assert f"process {first.process.pid} on {held['host']}" in caplog.text and "taken over" in caplog.text
+    assert f"process {first.process.pid} on {held_by['host']}" in caplog.text
+    assert "has ended without releasing it; taken over" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_the_holder_has_forked_does_not_keep_the_lock(
+    tmp_path: Path, contend: Callable[[Path], Contender]
+) -> None:
+    """A dataloader's worker outlives a killed run for a moment."""
+    folder_lock = FolderLock(tmp_path)
+    folder_lock.acquire()
+    contend(tmp_path / "elsewhere")  # a fork of this process, which has the lock
+    folder_lock._kernel.release()  # the kernel does so when the holder is killed
+    with held(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize("_", range(3))
@@ -119,77 +161,137 @@ def test_of_eight_processes_at_a_dead_lock_exactly_one_gets_it(
     winner = contenders[answers.index("acquired")]
     assert contents(tmp_path)["pid"] == winner.process.pid
     assert all(f"in use by process {winner.process.pid} " in text for text in answers if text != "acquired")
-    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", f".lock.{socket.gethostname()}"]
     winner.leave()
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("impatient")
 def test_two_that_have_seen_the_same_dead_holder_do_not_both_win(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left_behind(tmp_path)
     faster, slower = FolderLock(tmp_path), FolderLock(tmp_path)
-    flock = lock.fcntl.flock
+    flock = fcntl.flock
 
     def overtaken(*arguments: Any) -> None:
-        monkeypatch.setattr(lock.fcntl, "flock", flock)
+        monkeypatch.setattr(fcntl, "flock", flock)
         faster.acquire()
         flock(*arguments)
 
-    monkeypatch.setattr(lock.fcntl, "flock", overtaken)
+    monkeypatch.setattr(fcntl, "flock", overtaken)
     with pytest.raises(CheckpointError, match="is in use by"):
         slower.acquire()
     faster.release()
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("values", [{"pid": os.getppid()}, {"boot": "another"}, {"pid": 2**22 + 1}])
-def test_a_number_given_to_another_process_and_a_reboot_are_seen(tmp_path: Path, values: dict[str, Any]) -> None:
-    left_behind(tmp_path, **values)
-    with FolderLock(tmp_path):
+def test_a_kernel_lock_on_a_file_that_its_holder_has_removed_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS keeps the removed file, with a link, as long as a process has it open; filelock cannot see that it is gone."""
+    holder, late = FolderLock(tmp_path), FolderLock(tmp_path)
+    holder.acquire()
+    flock = fcntl.flock
+
+    def released_meanwhile(*arguments: Any) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        (tmp_path / ".nfs").hardlink_to(tmp_path / f".lock.{socket.gethostname()}")
+        holder.release()
+        flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", released_meanwhile)
+    with pytest.raises(CheckpointError, match="was in use until this moment: start again"):
+        late.acquire()
+    with held(tmp_path):
         assert contents(tmp_path)["pid"] == os.getpid()
 
 
-@pytest.mark.parametrize(
-    ("values", "place"), [({"host": "elsewhere"}, "machine"), ({"pid_namespace": "pid:[1]"}, "container")]
-)
-def test_what_can_not_be_known_to_have_ended_is_respected(tmp_path: Path, values: dict[str, str], place: str) -> None:
+def test_of_two_hosts_that_find_no_record_one_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel locks of hosts do not know of each other, the record is created by one of them."""
+    read = FolderLock._read
+
+    def overtaken(self: FolderLock) -> lock.Holder | None:
+        monkeypatch.setattr(FolderLock, "_read", read)
+        found = self._read()
+        left_behind(tmp_path, host="elsewhere")
+        return found
+
+    monkeypatch.setattr(FolderLock, "_read", overtaken)
+    with pytest.raises(CheckpointError, match="is in use by process .* on elsewhere"):
+        FolderLock(tmp_path).acquire()
+    assert contents(tmp_path)["host"] == "elsewhere"
+
+
+@pytest.mark.parametrize("values", [{"pid": os.getppid()}, {"pid": os.getpid()}, {"pid": 1}])
+def test_a_number_given_to_another_process_and_a_reboot_are_seen(tmp_path: Path, values: dict[str, Any]) -> None:
     left_behind(tmp_path, **values)
+    with held(tmp_path):
+        assert contents(tmp_path)["pid"] == os.getpid()
+
+
+def test_a_record_of_another_host_is_respected_until_someone_removes_it(tmp_path: Path) -> None:
+    left_behind(tmp_path, host="elsewhere")
     before = contents(tmp_path)
     with pytest.raises(CheckpointError) as e:
         FolderLock(tmp_path).acquire()
-    assert str(e.value).endswith(f"known to have ended on its {place}, remove {tmp_path / '.lock'}")
+    assert str(e.value).endswith(f"known to have ended on its machine, remove {tmp_path / '.lock'}")
     assert before["host"] in str(e.value) and contents(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+    (tmp_path / ".lock").unlink()
+    with held(tmp_path):
+        assert contents(tmp_path)["pid"] == os.getpid()
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("day", ["1999-01-01T00:00:00+00:00", "2999-01-01T00:00:00+00:00"])
 def test_clocks_do_not_matter(tmp_path: Path, day: str) -> None:
-    with FolderLock(tmp_path):
+    with held(tmp_path):
         change(tmp_path, time=day)
         with pytest.raises(CheckpointError, match="is in use by"):
             FolderLock(tmp_path).acquire()
-    left_behind_at = tmp_path / "dead"
-    left_behind(left_behind_at, time=day)
-    FolderLock(left_behind_at).acquire()
+    left_behind(tmp_path, time=day)
+    with held(tmp_path):
+        pass
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_live_process_whose_record_was_removed_is_still_seen(tmp_path: Path) -> None:
+    with held(tmp_path):
+        (tmp_path / ".lock").unlink()
+        with pytest.raises(CheckpointError, match=r"in use by a process that has locked .*\.lock\..*wait until"):
+            FolderLock(tmp_path).acquire()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}', "\0" * 100, "[" * 100_000])
-def test_a_damaged_lock_is_reported_and_left(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "_PAUSE", 0.001)
+def test_a_damaged_lock_is_reported_and_left(tmp_path: Path, text: str) -> None:
     (tmp_path / ".lock").write_text(text)
     with pytest.raises(CheckpointError, match=r"\.lock: does not say which process holds it .*remove it"):
         FolderLock(tmp_path).acquire()
     assert (tmp_path / ".lock").read_text() == text
+    (tmp_path / ".lock").unlink()
+    with held(tmp_path):
+        pass
 
 
-def test_without_locks_of_the_kernel_nothing_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unsupported(*_: Any) -> None:
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
+@pytest.mark.usefixtures("without_flock")
+def test_without_locks_of_the_kernel_nothing_is_taken_over(tmp_path: Path) -> None:
     left_behind(tmp_path)
     with pytest.raises(CheckpointError, match=r"Function not implemented\); remove .*\.lock"):
         FolderLock(tmp_path).acquire()
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.usefixtures("without_flock")
+def test_without_locks_of_the_kernel_the_record_is_the_lock_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with held(tmp_path):
+        assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+        assert "no flock (Function not implemented)" in caplog.text and f"remove {tmp_path / '.lock'}" in caplog.text
+        with pytest.raises(CheckpointError, match=f"in use by process {os.getpid()} "):
+            FolderLock(tmp_path).acquire()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_release_leaves_the_lock_of_another_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -203,10 +305,13 @@ def test_release_leaves_the_lock_of_another_alone(tmp_path: Path, caplog: pytest
     FolderLock(tmp_path).release()
 
 
-def test_a_full_disk_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_full_disk_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dead: bool) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
+    if dead:
+        left_behind(tmp_path)
     monkeypatch.setattr(lock.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         FolderLock(tmp_path).acquire()

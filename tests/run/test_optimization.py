@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 from torchtitan.components.lr_scheduler import LRSchedulersContainer
-from torchtitan.components.lr_scheduler import build_lr_schedulers as build_host_lr_schedulers
+from torchtitan.components.lr_scheduler import build_lr_schedulers as build_torchtitan_lr_schedulers
 from torchtitan.components.optimizer import OptimizersContainer
-from torchtitan.components.optimizer import build_optimizers as build_host_optimizers
+from torchtitan.components.optimizer import build_optimizers as build_torchtitan_optimizers
 from torchtitan.config import LRScheduler, Optimizer
 
-from flame_ext.config.sections import HeadOptimization
+from flame_ext.config.head_options import HeadOptimization
+from flame_ext.model.hf_causal_lm import AttachedHead
 from flame_ext.run.optimization import build_lr_schedulers, build_optimizers, own_groups
 
 OPTIMIZER = Optimizer(lr=0.01, weight_decay=0.1, implementation="for-loop")
@@ -30,7 +31,7 @@ class Model(nn.Module):
         self.backbone = nn.Linear(3, 3)
         self.predictor = nn.Linear(3, 2)
         self.action = nn.Linear(3, 1, bias=False)
-        self.head_optimization = head_optimization
+        self.heads = {name: AttachedHead(options) for name, options in head_optimization.items()}
 
     @property
     def whole(self) -> Model:
@@ -66,11 +67,11 @@ def train(
 
 
 def host_factors(warmup_steps: int) -> list[float]:
-    """What the host multiplies a learning rate by, step by step."""
+    """What torchtitan multiplies a learning rate by, step by step."""
     model = nn.Linear(1, 1)
-    optimizers = build_host_optimizers([model], Optimizer(lr=1.0, implementation="for-loop"), None)
+    optimizers = build_torchtitan_optimizers([model], Optimizer(lr=1.0, implementation="for-loop"), None)
     config = LRScheduler(warmup_steps, SCHEDULE.total_steps, 0.3, "cosine", 0.1)
-    schedulers = build_host_lr_schedulers(optimizers, config, STEPS)
+    schedulers = build_torchtitan_lr_schedulers(optimizers, config, STEPS)
     factors = []
     for _ in range(STEPS):
         factors += rates(optimizers)
@@ -98,7 +99,7 @@ def test_heads_without_options_are_optimised_as_the_host_does() -> None:
     model = Model(predictor=HeadOptimization(), action=HeadOptimization())
     optimizers, schedulers = build(model)
     assert own_groups(model) == [] and len(rates(optimizers)) == 1
-    host = build_host_optimizers([model], OPTIMIZER, None)
+    host = build_torchtitan_optimizers([model], OPTIMIZER, None)
     assert [id(p) for p in optimizers.optimizers[0].param_groups[0]["params"]] == [
         id(p) for p in host.optimizers[0].param_groups[0]["params"]
     ]

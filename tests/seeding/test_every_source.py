@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -48,11 +49,13 @@ def seed_all(assets: str, paths: dict[str, str], folder: str, options: list[str]
     from flame_ext.trainer import FutureTrainer
 
     seeded = {}
+    arguments = [f"--job.config_file={DEBUG_TOML}", f"--model.hf_assets_path={assets}", "--training.seq_len=64"]
+    arguments += ["--metrics.no-enable-tensorboard", "--seed.allow_pickle", "--seed.verify=parity", *options]
+    parsed = parse(arguments)  # once: it takes as long as to build and seed a trainer
     for name, path in paths.items():
-        arguments = [f"--job.config_file={DEBUG_TOML}", f"--model.hf_assets_path={assets}", "--training.seq_len=64"]
-        arguments += [f"--checkpoint.initial_load_path={path}", f"--job.dump_folder={folder}/{name}", *options]
-        arguments += ["--metrics.no-enable-tensorboard", "--seed.allow_pickle", "--seed.verify=parity"]
-        trainer = FutureTrainer(parse(arguments))
+        config = deepcopy(parsed)
+        config.checkpoint.initial_load_path, config.job.dump_folder = path, f"{folder}/{name}"
+        trainer = FutureTrainer(config)
         trainer.checkpointer.load()
         state = trainer.checkpointer.states[MODEL].state_dict()
         seeded[name] = {k: v.full_tensor() if isinstance(v, DTensor) else v.detach() for k, v in state.items()}

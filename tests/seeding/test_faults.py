@@ -228,8 +228,8 @@ FAULTS: list[tuple[Callable[[Path], None], list[str]]] = [
     (wrong_vocabulary, ["'model.embed_tokens.weight'", "a vocabulary of 200 in the source", "resize_token_embeddings"]),
     (truncated, ["model.safetensors", "truncated or damaged"]),
     (appended, ["model.safetensors", "truncated or damaged"]),
-    (empty_file, ["model.safetensors", "0 bytes can not hold a header"]),
-    (endless_header, ["model.safetensors", "header of 9223372036854775808 bytes"]),
+    (empty_file, ["model.safetensors: has 0 bytes", "header too small", "truncated or damaged"]),
+    (endless_header, ["model.safetensors: has", "header too large", "truncated or damaged"]),
     (integer_dtype, ["'model.norm.weight' in model.safetensors has dtype int32", "dequantise"]),
     (flipped_dtype, ["'model.norm.weight' in model.safetensors has dtype int16", "dequantise"]),
     (one_nan, ["'model.layers.2.self_attn.q_proj.weight' holds NaN or infinity", "model.safetensors"]),
@@ -245,7 +245,7 @@ FAULTS: list[tuple[Callable[[Path], None], list[str]]] = [
     (dcp_truncated, ["__0_3.distcp: has", "truncated or damaged"]),
     (dcp_one_nan, ["'model.model.layers.2.self_attn.q_proj.weight' holds NaN or infinity", ".distcp"]),
     (dcp_runs_code, [".metadata: asks for posix.mkdir", "made to run code"]),
-    (pickled_code, ["pytorch_model.bin: can not be read as tensors alone"]),
+    (pickled_code, ["pytorch_model.bin: cannot be read as tensors alone"]),
     (steps_of_a_run, ["holds checkpoints (step-7); name one of them"]),
 ]
 

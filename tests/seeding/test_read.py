@@ -1,7 +1,8 @@
-"""Reading: casts and overflow, ties, integer buffers, and what it costs in memory."""
+"""Reading: casts and overflow, ties, integer buffers, the line that is logged meanwhile, and what it costs in memory."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flame_ext.errors import SeedError
 from flame_ext.model.initialisation import Uniform
-from flame_ext.seeding.accounting import ModelKey, account
+from flame_ext.seeding.accounting import account
 from flame_ext.seeding.new_parameters import initialise
-from flame_ext.seeding.read import read_weights
+from flame_ext.seeding.read import logged_progress, read_weights
 from flame_ext.seeding.sources.open import open_source
 from tests.ranks import run_ranks
 from tests.sources import save_dcp
@@ -62,7 +63,7 @@ def test_an_integer_buffer_is_read_as_it_is_and_never_cast(tmp_path: Path) -> No
     source = open_source(save_source(tmp_path / "s", {"steps": torch.tensor([2**62 + 1])}))
 
     def fits(dtype: torch.dtype) -> list[str]:
-        return account({"steps": ModelKey((1,), dtype)}, {}, [], [], source, [], []).loaded
+        return account({"steps": torch.empty(1, dtype=dtype)}, {}, [], [], source, [], []).loaded
 
     state = {"steps": torch.zeros(1, dtype=torch.int64)}
     assert fits(torch.int64) == ["steps"]
@@ -81,6 +82,21 @@ def test_a_piece_that_is_left_out_is_noticed(tmp_path: Path, monkeypatch: pytest
 
 
 MIB = 2**20
+
+
+def test_a_line_at_most_every_few_seconds(caplog: pytest.LogCaptureFixture) -> None:
+    now = [0.0]
+    progress = logged_progress(interval=5.0, clock=lambda: now[0])
+    with caplog.at_level(logging.INFO):
+        for seconds in range(1, 13):
+            now[0] = float(seconds)
+            progress(seconds * 10 * MIB, 120 * MIB)
+    assert [r.getMessage() for r in caplog.records] == [
+        "Reading weights: 50 of 120 MiB on this rank, 10 MiB/s",
+        "Reading weights: 100 of 120 MiB on this rank, 10 MiB/s",
+    ]
+
+
 LARGE = {f"layer.{i}": (2048, 4096) for i in range(6)}  # 16 MiB each in bfloat16, 32 MiB in float32
 
 

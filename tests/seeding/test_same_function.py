@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoConfig
 
 from flame_ext.errors import SeedError
-from flame_ext.seeding.same_function import require_same_function
+from flame_ext.seeding.accounting import require_same_function
 from flame_ext.seeding.sources.open import open_source
 from tests.tiny_models import save_tiny
 

@@ -123,6 +123,15 @@ def test_a_frozen_backbone_stays_as_it_is(dump_folder: Path) -> None:
     assert lines[0]["future_keys"] > 900 and 0 <= lines[0]["future_top1"] <= 1
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_frozen_backbone_rests_with_its_heads(dump_folder: Path, world_size: int) -> None:
+    options = [*THREE_STEPS, "--future_predictor.freeze_backbone", "--future_encoder.teacher_interval=2"]
+    run = train(dump_folder, *options, world_size=world_size)
+    norms = run.values("grad_norm")
+    assert norms[0] > 0 and norms[1] == 0 and norms[2] > 0
+    assert run.values("skipped_steps") == [0, 0, 0] and run.values("loss_future")[1] is None
+
+
 def test_a_group_for_each_head_is_resumed_bit_for_bit(dump_folder: Path) -> None:
     options = [*THREE_STEPS, *ACTION, "--training.steps=4", "--checkpoint.interval=2"]
     options += ["--future_predictor.lr_scale=5", "--future_predictor.warmup_steps=1", "--action_layer.weight_decay=0"]

@@ -1,4 +1,4 @@
-"""Every layout to every layout, against the readers of others: from_pretrained, torch's DCP, the host's loader."""
+"""Every layout to every layout, against the readers of others: from_pretrained, torch's DCP, torchtitan's loader."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 from flame_ext.analysis import load_future_heads
 from flame_ext.checkpoint import export
 from flame_ext.heads.future_predictor import FuturePredictor
-from flame_ext.seeding.sources.tensors import same_bits
-from flame_ext.tools import conversion as offline_convert
+from flame_ext.seeding.sources.source import same_bits
+from flame_ext.tools import conversion
 from flame_ext.tools.main import main
 from tests.ranks import train
 from tests.sources import load_dcp, save_dcp
@@ -213,7 +213,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(
     assert "is not overwritten" in convert(capsys, original, there, "--to", "dcp", code=2)
     assert "inside the source" in convert(capsys, original, original / "dcp", "--to", "dcp", code=2)
 
-    write_hf, write_dcp = export.save_file, offline_convert.write_dcp
+    write_hf, write_dcp = export.save_file, conversion.write_dcp
 
     def damaging_hf(tensors: dict[str, Tensor], file: Path, **kwargs: object) -> None:
         write_hf(tensors, file, **kwargs)
@@ -239,7 +239,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(
         ("dcp-nested", damaging_dcp, "with other keys"),
         ("dcp", full, "No space left"),
     ):
-        monkeypatch.setattr(*((export, "save_file") if layout == "hf" else (offline_convert, "write_dcp")), writer)
+        monkeypatch.setattr(*((export, "save_file") if layout == "hf" else (conversion, "write_dcp")), writer)
         assert message in convert(capsys, plain, tmp_path / "out", "--to", layout, "--assets", original, code=2)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["original", "plain", "there"]
 
@@ -268,20 +268,6 @@ def test_code_of_a_folder_runs_only_where_it_is_trusted(tmp_path: Path, capsys: 
     assert "asks for modelling code" in error
     error = convert(capsys, original, tmp_path / "hf", "--to", "hf", "--trust-remote-code", code=2)
     assert "it ran" in error
-
-
-def test_progress_ends_with_all_that_is_written(tmp_path: Path) -> None:
-    original = save_tiny("olmo-tied", tmp_path / "original")
-    for layout, options in (
-        ("hf", offline_convert.Conversion(dtype=torch.bfloat16)),
-        ("dcp", offline_convert.Conversion()),
-    ):
-        seen: list[tuple[int, int]] = []
-        converted = offline_convert.convert(
-            str(original), tmp_path / layout, layout, options, lambda done, total, seen=seen: seen.append((done, total))
-        )
-        assert [done for done, _ in seen] == sorted({done for done, _ in seen}) and len(seen) == converted.tensors
-        assert {total for _, total in seen} == {converted.nbytes} and seen[-1][0] == converted.nbytes
 
 
 def test_integers_stay_integers(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -20,9 +20,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from flame_ext.heads.future_predictor import FuturePredictor
-from flame_ext.seeding.sources.source import Source
-from flame_ext.seeding.sources.tensors import read_tensor
-from flame_ext.tools import compare
+from flame_ext.seeding.sources.source import Source, read_tensor
+from flame_ext.tools import describe
 from flame_ext.tools.main import main
 from tests.benchmarks.seeding import OLMO_1B
 from tests.ranks import DEBUG_TOML, REPOSITORY, TINY_OLMO
@@ -136,7 +135,7 @@ def test_a_dump_folder_is_its_newest_complete_step(
 
 
 def test_each_kind_of_difference(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
-    monkeypatch.setattr(compare, "_CHUNK", 100)  # a tensor is compared in many parts
+    monkeypatch.setattr(describe, "_CHUNK", 100)  # a tensor is compared in many parts
     original = save_tiny("olmo-untied", tmp_path / "original")
     tensors = load_file(original / "model.safetensors")
     q, k = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qk")
@@ -193,7 +192,7 @@ def test_one_tensor_of_each_side_is_in_memory_at_a_time(
         assert sum(reference() is not None for reference in handed_out) <= 2
         return tensor
 
-    monkeypatch.setattr(compare, "read_tensor", watched)
+    monkeypatch.setattr(describe, "read_tensor", watched)
     assert len(inspect(capsys, one, "--against", two, "--values", code=1)["against"]["differences"]) == 3
     assert len(handed_out) == 12
 
@@ -237,7 +236,7 @@ def test_whether_a_job_could_be_seeded(tmp_path: Path, capsys: pytest.CaptureFix
     facts = inspect(capsys, folder, config, code=1)
     assert "'model.layers.0.mlp.up_proj.weight' [512, 128] is missing from the source" in facts["why_not_seedable"]
     assert main(["inspect", str(folder), config]) == 1
-    assert "can not seed this job" in capsys.readouterr().out
+    assert "cannot seed this job" in capsys.readouterr().out
 
 
 def test_whether_heads_could_be_seeded(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:

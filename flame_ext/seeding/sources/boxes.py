@@ -1,6 +1,4 @@
-"""Which part of a full tensor lies where: boxes of index ranges. Arithmetic only; no file, no weight."""
-
-from __future__ import annotations
+"""Computes with boxes of index ranges, which say where a part lies in a full tensor."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -9,42 +7,38 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-# A box of a full tensor: one (begin, end) for each dimension. Of a scalar: ().
+# A box of a full tensor has one (begin, end) for each dimension; a scalar's is ().
 Box = tuple[tuple[int, int], ...]
 
 
 def full_box(shape: Sequence[int]) -> Box:
-    """The whole tensor."""
     return tuple((0, n) for n in shape)
 
 
 def box_at(offsets: Sequence[int], sizes: Sequence[int]) -> Box:
-    """The box that begins at ``offsets``."""
     return tuple((begin, begin + n) for begin, n in zip(offsets, sizes, strict=True))
 
 
 def volume(box: Box) -> int:
-    """Elements in the box; 1 for a scalar's."""
+    """Return the number of elements; 1 for a scalar's box."""
     return math.prod(end - begin for begin, end in box)
 
 
 def intersection(a: Box, b: Box) -> Box | None:
-    """The elements in both boxes; None if there are none."""
+    """Return the elements in both boxes; None if there are none."""
     common = tuple((max(x[0], y[0]), min(x[1], y[1])) for x, y in zip(a, b, strict=True))
     return common if all(begin < end for begin, end in common) else None
 
 
 def inside(box: Box, outer: Box) -> tuple[slice, ...]:
-    """Where ``box`` lies in a tensor that holds just ``outer``."""
+    """Return the slices of ``box`` in a tensor that holds just ``outer``."""
     return tuple(slice(begin - start, end - start) for (begin, end), (start, _) in zip(box, outer, strict=True))
 
 
 def tiles_exactly(box: Box, parts: Iterable[Box]) -> bool:
-    """Whether every element of ``box`` lies in exactly one of ``parts``, and nothing lies outside."""
+    """Return whether every element of ``box`` lies in exactly one of ``parts``, and nothing lies outside."""
     tiles = sorted(part for part in parts if volume(part) > 0)
-    if sum(volume(tile) for tile in tiles) != volume(box):
-        return False
-    if any(intersection(tile, box) != tile for tile in tiles):
+    if sum(map(volume, tiles)) != volume(box) or any(intersection(tile, box) != tile for tile in tiles):
         return False
     # As many elements as the box, all inside: exact if no two overlap. Sorted by the first dimension, only those
     # that begin before a tile ends there can overlap it.
@@ -58,12 +52,9 @@ def tiles_exactly(box: Box, parts: Iterable[Box]) -> bool:
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, Box]:
-    """The local tensor, to write into, and the box of the full tensor that it holds.
+    """Return the local tensor, to write into, and its box of the full tensor (empty on a rank without rows).
 
-    A plain tensor is its own full tensor. A rank without any row of an unevenly sharded tensor gets an empty box.
-
-    Raises:
-        RuntimeError: if torch's own description of the shard disagrees with the shard; a write would be misplaced.
+    Raises RuntimeError if torch's description of the shard disagrees with the shard: a write would be misplaced.
     """
     if not isinstance(tensor, DTensor):
         return tensor, full_box(tensor.shape)
@@ -75,10 +66,7 @@ def local_part(tensor: Tensor) -> tuple[Tensor, Box]:
 
 
 def whole_rows(tensor: Tensor) -> Tensor:
-    """A tensor of which every rank has whole rows: itself, unless ranks have some of the columns. Collective if so.
-
-    Then this gathers the columns of the rank's rows.
-    """
+    """Gather the columns that tensor parallelism has sharded, so that every rank has whole rows. Collective if so."""
     if not isinstance(tensor, DTensor):
         return tensor
     # Replicas have no dimension; the shards of FSDP within tensor parallelism are of dimension 0.

@@ -1,8 +1,4 @@
-"""A DCP checkpoint: flat, nested under "model", or a full training step of which only the model is taken.
-
-Neither its ``.metadata`` nor its tensors are unpickled as they please: the first may name a dozen classes and no more, the
-second are read with ``weights_only``.
-"""
+"""Reads DCP checkpoints, without running code: flat, nested under "model", or the model of a full training step."""
 
 from __future__ import annotations
 
@@ -10,224 +6,122 @@ import hashlib
 import io
 import mmap
 import pickle
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from flame_ext.errors import SeedError
 from flame_ext.seeding.sources.boxes import Box, box_at, full_box, inside, tiles_exactly
-from flame_ext.seeding.sources.safe_files import contained_file, require_plain_name
+from flame_ext.seeding.sources.safe_files import as_seed_error, contained_file, require_plain_name, some
 from flame_ext.seeding.sources.source import Chunk, ReadBox, Source, TensorEntry
 
 METADATA_NAME = ".metadata"
-NESTED_PREFIX = "model."  # what {"model": state_dict} makes of every key
-
-# What a trainer saves beside the model, by the first part of the key (torchtitan's names, and its forerunners').
-_NOT_THE_MODEL = ("optimizer", "lr_scheduler", "dataloader", "train_state", "rng", "ft_dataloader")
-
 _MAX_METADATA_BYTES = 2**29
-
-_ALLOWED = {
-    (cls.__module__, cls.__qualname__): cls
-    for cls in (
-        _StorageInfo,
-        _MEM_FORMAT_ENCODING,
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        StorageMeta,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-} | {
+_CLASSES = (
+    _StorageInfo, dcp_metadata._MEM_FORMAT_ENCODING, dcp_metadata.BytesStorageMetadata, dcp_metadata.ChunkStorageMetadata,
+    Metadata, dcp_metadata.MetadataIndex, StorageMeta, dcp_metadata.TensorProperties, TensorStorageMetadata,
+)  # fmt: skip
+_ALLOWED: dict[tuple[str, str], Any] = {(cls.__module__, cls.__qualname__): cls for cls in _CLASSES} | {
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    # Where the checkpoint was written, as recorded there; the class and its module's name depend on system and Python.
-    **{
-        (module, name): PurePosixPath
-        for module in ("pathlib", "pathlib._local")
-        for name in ("PosixPath", "WindowsPath")
-    },
 }
 
+NESTED_PREFIX = "model."  # of every key in {"model": state_dict}
+_LAYOUTS = {"": "dcp-flat", NESTED_PREFIX: "dcp-nested"}
 
-@dataclass(frozen=True)
+# The first part of the keys that a trainer saves beside the model (torchtitan's names, and its forerunners').
+_NOT_THE_MODEL = ("optimizer", "lr_scheduler", "dataloader", "train_state", "rng", "ft_dataloader")
+
+
 class DcpSource(Source):
-    """See :func:`open_dcp`."""
+    def for_model(self, *is_models: Callable[[str], bool]) -> DcpSource:
+        keys = {*self.entries, *self.objects}
+        flat, nested = set[str](), set[str]()
+        for is_model in is_models:
+            flat = {key for key in keys if is_model(key)}
+            rest = {key for key in keys - flat if key.startswith(NESTED_PREFIX)}
+            nested = {key for key in rest if is_model(key.removeprefix(NESTED_PREFIX))}
+            if flat or nested:
+                break
+        if flat and nested:
+            raise SeedError(
+                f"{self.path}: holds the model both flat ({some(map(repr, flat))}) and nested under 'model' "
+                f"({some(map(repr, nested))}); which one is meant cannot be known: save one of them alone"
+            )
+        return self._part(NESTED_PREFIX if nested else "", flat)
 
-    layout: str = "dcp-flat"  # type: ignore[misc]  # of the two layouts, the one that was found
+    def model_part(self) -> DcpSource:
+        return self._part(self.nesting)
+
+    def _part(self, nesting: str, models: Collection[str] = ()) -> DcpSource:
+        """Leave out what a trainer saves beside the model, unless it is in ``models``, and take the nesting off."""
+        keys = {*self.entries, *self.objects}.difference(models)
+        beside = {key for key in keys if key.split(".")[0] in _NOT_THE_MODEL}
+        rest = Counter(key.split(".")[0] for key in beside)
+        return replace(
+            self,
+            entries={k.removeprefix(nesting): entry for k, entry in self.entries.items() if k not in beside},
+            objects={k.removeprefix(nesting): file for k, file in self.objects.items() if k not in beside},
+            passed_over=(*self.passed_over, *(f"{part} ({n} entries)" for part, n in sorted(rest.items()))),
+            layout=_LAYOUTS[nesting],
+            nesting=nesting,
+        )
+
+    def independent_state(self, names: Collection[str]) -> dict[str, Tensor]:
+        entries = [self.entries[name] for name in names]
+        state = {entry.key: torch.empty(entry.shape, dtype=entry.dtype) for entry in entries}
+        dcp.load(state, storage_reader=DcpReader(self.path), no_dist=True)
+        return state
 
     @contextmanager
     def open(self, file: Path) -> Iterator[ReadBox]:
-        """Files are memory-mapped; a box is a view of the mapping, or a copy if it is not aligned."""
         with file.open("rb") as stream:
             # Never closed by hand: it lives as long as the last view of it. Copy-on-write, since torch wants no
             # read-only memory; nothing writes to it.
             mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-
-            def read(entry: TensorEntry, chunk: Chunk, box: Box) -> Tensor:
-                return _values(mapping, stream, file, entry, chunk, box)
-
-            yield read
+            yield partial(_read_box, mapping, stream, file)
 
 
 def open_dcp(folder: Path) -> DcpSource:
-    """Read ``.metadata``, from which every tensor's pieces and their places in the files are known.
+    """Read the pieces of every tensor from ``.metadata``; keys are as stored, and the layout is the one that the writer noted.
 
-    Keys are as they are stored, and the layout is what the writer noted of it; :func:`in_model_layout` goes by the model's.
-
-    Raises:
-        SeedError: the metadata is damaged or wants to run code, its pieces do not tile a tensor, or a file is absent or
-            of another size.
+    Raises SeedError if the metadata is damaged or wants to run code, pieces do not tile a tensor, or a file has another size.
     """
-    metadata_file = contained_file(folder, METADATA_NAME, "the folder")
-    raw, metadata = read_metadata(metadata_file)
+    raw, metadata = read_metadata(folder)
     digest = hashlib.sha256(raw)
-    try:
+    with as_seed_error(f"{folder / METADATA_NAME}: is malformed"):  # a class that is allowed may still hold anything
         entries, objects, extents = _described(folder, metadata)
-    except SeedError:
-        raise
-    except Exception as e:  # a class that is allowed may still hold anything
-        raise SeedError(f"{metadata_file}: is malformed ({type(e).__name__}: {e}): damaged file; copy it again") from e
     for name, ranges in sorted(extents.items()):
-        size = _require_filled(contained_file(folder, name, METADATA_NAME), sorted(ranges))
+        file = folder / name
+        size, end = file.stat().st_size, 0
+        for offset, length in sorted(ranges):
+            if offset < end:
+                raise SeedError(f"{file}: two entries of {METADATA_NAME} share byte {offset}: damaged; copy it again")
+            end = offset + length
+        if size != end:
+            found = f"has {size} bytes, {METADATA_NAME} describes {end}"
+            raise SeedError(f"{file}: {found}: truncated or damaged; copy the folder again")
         digest.update(f"{name}\0{size}\0".encode())
     stray = [p for p in sorted(folder.glob("*.distcp")) if p.name not in extents and p.stat().st_size > 0]
     passed_over = tuple(f"{p.name} (not in {METADATA_NAME})" for p in stray)
-    return DcpSource(folder, entries, digest.hexdigest(), passed_over, objects, _noted_layout(metadata))
-
-
-def _noted_layout(metadata: Metadata) -> str:
-    """By the path of each key in the dictionary that was saved, which DCP's planner keeps beside the flattened key."""
+    # DCP's planner keeps, beside each flattened key, its path in the dictionary that was saved.
     paths = metadata.planner_data.values() if isinstance(metadata.planner_data, dict) else ()
     nested = any(isinstance(path, tuple) and len(path) > 1 and path[0] == "model" for path in paths)
-    return "dcp-nested" if nested else "dcp-flat"
-
-
-def in_model_layout(source: DcpSource, is_models: Callable[[str], bool]) -> DcpSource:
-    """Keep the model's part of the checkpoint, under keys without the nesting.
-
-    Args:
-        source: as :func:`open_dcp` gives it.
-        is_models: whether a key, as files spell it, is one of the model's.
-
-    Raises:
-        SeedError: some keys are the model's as they are, others are once "model." is taken off.
-    """
-    keys = [*source.entries, *source.objects]
-    flat = {key for key in keys if is_models(key)}
-    nested = {
-        key
-        for key in keys
-        if key not in flat and key.startswith(NESTED_PREFIX) and is_models(key.removeprefix(NESTED_PREFIX))
-    }
-    if flat and nested:
-        raise SeedError(
-            f"{source.path}: holds the model both flat ({_some(flat)}) and nested under 'model' ({_some(nested)}); which one "
-            "is meant can not be known: save one of them alone"
-        )
-    prefix = NESTED_PREFIX if nested else ""
-
-    def beside_the_model(key: str) -> bool:
-        part = key.split(".")[0]
-        return part in _NOT_THE_MODEL and key not in flat
-
-    rest = Counter(key.split(".")[0] for key in keys if beside_the_model(key))
-    return replace(
-        source,
-        entries={k.removeprefix(prefix): entry for k, entry in source.entries.items() if not beside_the_model(k)},
-        objects={k.removeprefix(prefix): file for k, file in source.objects.items() if not beside_the_model(k)},
-        passed_over=(*source.passed_over, *(f"{part} ({n} entries)" for part, n in sorted(rest.items()))),
-        layout="dcp-nested" if nested else "dcp-flat",
-    )
-
-
-def in_noted_layout(source: DcpSource) -> DcpSource:
-    """As :func:`in_model_layout`, for who does not know the model: by what the writer noted of the nesting."""
-    keys = {*source.entries, *source.objects}
-
-    def is_models(key: str) -> bool:
-        if source.layout == "dcp-nested":
-            return key not in keys  # what is left of a key when the nesting is taken off
-        return key.split(".")[0] not in _NOT_THE_MODEL
-
-    return in_model_layout(source, is_models)
-
-
-def _some(keys: Collection[str]) -> str:
-    shown = sorted(keys)[:5]
-    return ", ".join(repr(key) for key in shown) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-
-
-def read_metadata(file: Path) -> tuple[bytes, Metadata]:
-    """The raw bytes of a ``.metadata`` and what they say.
-
-    Raises:
-        SeedError: if it is not a DCP metadata file, or names anything beside DCP's own classes.
-    """
-    size = file.stat().st_size
-    if size > _MAX_METADATA_BYTES:
-        raise SeedError(f"{file}: {size} bytes is no DCP metadata; expected at most {_MAX_METADATA_BYTES}")
-    raw = file.read_bytes()
-    try:
-        metadata = _MetadataUnpickler(io.BytesIO(raw)).load()
-    except _ForbiddenError as e:
-        raise SeedError(
-            f"{file}: {e}; a checkpoint has no use for it, so this one is damaged or made to run code"
-        ) from e
-    except Exception as e:  # a damaged pickle fails in every way there is
-        raise SeedError(f"{file}: is not DCP metadata ({type(e).__name__}: {e}): damaged file; copy it again") from e
-    if not isinstance(metadata, Metadata):
-        raise SeedError(f"{file}: is not DCP metadata but a pickled {type(metadata).__name__}")
-    return raw, metadata
-
-
-class _ForbiddenError(Exception):
-    """A pickle asks for what it is not given."""
-
-
-class _MetadataUnpickler(pickle._Unpickler):
-    """Gives DCP's own classes and dtypes, nothing else.
-
-    The Python implementation, not the C one: there a single damaged byte can ask for a memo of 2**32 entries, which is
-    allocated at once.
-    """
-
-    dispatch: ClassVar[dict[int, Any]] = {
-        code: method
-        for code, method in pickle._Unpickler.dispatch.items()
-        if code != pickle.BYTEARRAY8[0]  # allocates what a length field says
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED:
-            return _ALLOWED[module, name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        raise _ForbiddenError(f"asks for {module}.{name}")
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise _ForbiddenError("asks for an object from outside the file")
+    nesting = NESTED_PREFIX if nested else ""
+    return DcpSource(folder, entries, digest.hexdigest(), passed_over, objects, _LAYOUTS[nesting], nesting)
 
 
 def _described(
@@ -235,16 +129,14 @@ def _described(
 ) -> tuple[dict[str, TensorEntry], dict[str, Path], dict[str, list[tuple[int, int]]]]:
     """Tensors, other objects, and each file's byte ranges (offset, length)."""
     metadata_file = folder / METADATA_NAME
-    storage: dict[tuple[str, tuple[int, ...] | None], _StorageInfo] = {}
-    extents: dict[str, list[tuple[int, int]]] = {}
+    storage, extents = {}, defaultdict(list)
     for index, info in metadata.storage_data.items():
-        name = require_plain_name(info.relative_path, index.fqn, metadata_file)
         if getattr(info, "transform_descriptors", None):
             raise SeedError(f"{metadata_file}: {index.fqn!r} was transformed on saving (compressed?); save it plainly")
+        storage[index.fqn, None if index.offset is None else tuple(index.offset)] = info
         if type(info.offset) is not int or type(info.length) is not int or info.offset < 0 or info.length < 0:
             raise ValueError(f"{index.fqn!r} lies at {info.offset!r} with length {info.length!r}")
-        storage[index.fqn, None if index.offset is None else tuple(index.offset)] = info
-        extents.setdefault(name, []).append((info.offset, info.length))
+        extents[info.relative_path].append((info.offset, info.length))
     entries: dict[str, TensorEntry] = {}
     objects: dict[str, Path] = {}
     for key, value in metadata.state_dict_metadata.items():
@@ -254,26 +146,20 @@ def _described(
             info = storage.get((key, None))
             objects[key] = folder / info.relative_path if info is not None else metadata_file
             continue
-        shape = _sizes(value.size)
-        if not isinstance(value.properties.dtype, torch.dtype):
-            raise TypeError(f"dtype of {key!r}: {value.properties.dtype!r}")
-        chunks = []
+        shape, dtype, chunks = _sizes(value.size), value.properties.dtype, []
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype of {key!r}: {dtype!r}")
         for chunk in value.chunks:
             box = box_at(_sizes(chunk.offsets), _sizes(chunk.sizes))
             info = storage.get((key, tuple(chunk.offsets)))
             if info is None:
-                raise SeedError(
-                    f"{metadata_file}: no file for {key!r} at {list(chunk.offsets)}: damaged file; copy it again"
-                )
+                raise SeedError(f"{metadata_file}: no file for {key!r} at {[*chunk.offsets]}: damaged; copy it again")
             chunks.append(Chunk(box, folder / info.relative_path, info.offset, info.length))
-        if any(len(chunk.box) != len(shape) for chunk in chunks) or not tiles_exactly(
-            full_box(shape), [chunk.box for chunk in chunks]
-        ):
-            raise SeedError(
-                f"{metadata_file}: the pieces of {key!r} ({len(chunks)}) do not tile its shape {list(shape)} exactly: the "
-                "checkpoint is incomplete"
-            )
-        entries[key] = TensorEntry(key, shape, value.properties.dtype, tuple(chunks))
+        boxes = [chunk.box for chunk in chunks]
+        if any(len(box) != len(shape) for box in boxes) or not tiles_exactly(full_box(shape), boxes):
+            pieces = f"the pieces of {key!r} ({len(chunks)}) do not tile its shape {list(shape)} exactly"
+            raise SeedError(f"{metadata_file}: {pieces}: the checkpoint is incomplete")
+        entries[key] = TensorEntry(key, shape, dtype, tuple(chunks))
     return entries, objects, extents
 
 
@@ -284,29 +170,12 @@ def _sizes(values: Any) -> tuple[int, ...]:
     return sizes
 
 
-def _require_filled(file: Path, ranges: list[tuple[int, int]]) -> int:
-    """Raise unless the ranges follow each other without overlap up to the file's last byte; returns its size."""
-    end = 0
-    for offset, length in ranges:
-        if offset < end:
-            raise SeedError(
-                f"{file}: two entries of {METADATA_NAME} share byte {offset}: damaged; copy the folder again"
-            )
-        end = offset + length
-    size = file.stat().st_size
-    if size != end:
-        raise SeedError(
-            f"{file}: has {size} bytes, {METADATA_NAME} describes {end}: truncated or damaged; copy the folder again"
-        )
-    return size
+def _read_box(mapping: mmap.mmap, stream: Any, file: Path, entry: TensorEntry, chunk: Chunk, box: Box) -> Tensor:
+    """Return a view of a box of one piece in the mapped file, or a copy if it is not aligned.
 
-
-def _values(mapping: mmap.mmap, stream: Any, file: Path, entry: TensorEntry, chunk: Chunk, box: Box) -> Tensor:
-    """A box of one piece, out of the mapped file: what ``torch.load`` would give, without reading the rest.
-
-    A piece is stored as a file of ``torch.save``. Loaded under a fake mode, it says where its storage begins.
+    A piece is stored as a file of ``torch.save``; loaded under a fake mode, it says where its storage begins.
     """
-    try:
+    with as_seed_error(f"{file}: {entry.key!r} cannot be read", "; copy the folder again"):
         with FakeTensorMode():
             view: Any = _create_file_view(stream, chunk.position, chunk.nbytes)
             fake = torch.load(view, map_location="cpu", weights_only=True)
@@ -330,8 +199,58 @@ def _values(mapping: mmap.mmap, stream: Any, file: Path, entry: TensorEntry, chu
         if raw.data_ptr() % itemsize:
             raw = raw.clone()  # not aligned in the file
         return raw.view(entry.dtype).as_strided([end - begin for begin, end in box], fake.stride(), 0)
-    except Exception as e:  # whatever a damaged pickle or archive makes of itself
-        reason = " ".join(str(e).split())[:300]
-        raise SeedError(
-            f"{file}: {entry.key!r} can not be read ({type(e).__name__}: {reason}); copy the folder again"
-        ) from e
+
+
+class DcpReader(FileSystemReader):
+    """Reads one folder as torch does, but the metadata cannot run code or name a file outside of the folder."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        _, metadata = read_metadata(Path(self.path))
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def read_metadata(folder: Path) -> tuple[bytes, Metadata]:
+    """Return raw bytes and metadata; raise SeedError if it is none, or names other classes than DCP's or files elsewhere."""
+    file = contained_file(folder, METADATA_NAME, "the folder")
+    size = file.stat().st_size
+    if size > _MAX_METADATA_BYTES:
+        raise SeedError(f"{file}: {size} bytes is no DCP metadata; expected at most {_MAX_METADATA_BYTES}")
+    raw = file.read_bytes()
+    with as_seed_error(f"{file}: is not DCP metadata"):
+        metadata = _MetadataUnpickler(raw, file).load()
+    if not isinstance(metadata, Metadata):
+        raise SeedError(f"{file}: is not DCP metadata but a pickled {type(metadata).__name__}")
+    with as_seed_error(f"{file}: is malformed"):  # a class that is allowed may still hold anything
+        infos = (metadata.storage_data or {}).items()
+        for name in sorted({require_plain_name(info.relative_path, index.fqn, file) for index, info in infos}):
+            contained_file(folder, name, METADATA_NAME)
+    return raw, metadata
+
+
+class _MetadataUnpickler(pickle._Unpickler):
+    """Gives DCP's own classes and dtypes, nothing else.
+
+    It is Python's implementation: in C's a damaged byte can ask for a memo of 2**32 entries, allocated at once. BYTEARRAY8
+    is left out since it allocates what a length field says.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: method for code, method in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
+
+    def __init__(self, raw: bytes, file: Path) -> None:
+        super().__init__(io.BytesIO(raw))
+        self._file = file
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
+        # The path of the checkpoint when it was written; the class and its module's name depend on system and Python.
+        if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "WindowsPath"):
+            return PurePosixPath
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        asks = f"{self._file}: asks for {module}.{name}"
+        raise SeedError(f"{asks}; a checkpoint has no use for it, so this one is damaged or made to run code")

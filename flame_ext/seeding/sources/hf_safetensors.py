@@ -1,146 +1,126 @@
-"""A Hugging Face folder of safetensors: one file, or several and an index; beside them the heads of an export."""
-
-from __future__ import annotations
+"""Reads Hugging Face folders: one file of weights, or several and an index that is authoritative."""
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import _TYPES
 from torch import Tensor
 
 from flame_ext.errors import SeedError
+from flame_ext.seeding.sources import safe_files
 from flame_ext.seeding.sources.boxes import Box, full_box, inside
-from flame_ext.seeding.sources.safe_files import MAX_JSON_BYTES, IndexedFiles, contained_file, parse_json
 from flame_ext.seeding.sources.source import HEADS_FOLDER, Chunk, ReadBox, Source, TensorEntry
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
+# Reads one file: key to its tensor, or to None where it is none, and what the digest covers beside name and size.
+ReadFile = Callable[[Path], tuple[Mapping[str, TensorEntry | None], bytes]]
+S = TypeVar("S", bound=Source)
+
 # The names that safetensors gives to dtypes of whole bytes.
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "C64": torch.complex64,
-}
+_DTYPES: dict[str, Any] = {**_TYPES, "F8_E8M0": torch.float8_e8m0fnu}
 
 
 class SafetensorsSource(Source):
-    """See :func:`open_hf_safetensors`."""
-
-    layout = "hf-safetensors"
-
     @contextmanager
     def open(self, file: Path) -> Iterator[ReadBox]:
-        """Files are memory-mapped; a box is a view of the mapping until it is copied."""
-        try:
-            with safe_open(file, framework="pt") as reader:
+        with safe_files.as_seed_error(f"{file}: cannot be read"), safe_open(file, framework="pt") as reader:
 
-                def read(entry: TensorEntry, chunk: Chunk, box: Box) -> Tensor:
-                    if not box:
-                        return reader.get_tensor(entry.key)
-                    return reader.get_slice(entry.key)[inside(box, chunk.box)]
+            def read(entry: TensorEntry, chunk: Chunk, box: Box) -> Tensor:
+                key = entry.key
+                return reader.get_slice(key)[inside(box, chunk.box)] if box else reader.get_tensor(key)
 
-                yield read
-        except (SafetensorError, OSError) as e:
-            raise SeedError(f"{file}: can not be read: {e}") from e
+            yield read
+
+
+def read_folder(
+    kind: type[S], folder: Path, index_name: str, single_name: str, read: ReadFile, beside: Sequence[str] = ()
+) -> S:
+    """Describe a folder of safetensors or ``.bin`` files: those of its index, or its only one, and those ``beside`` the index.
+
+    Raises SeedError if a file is absent, a key stands in two files, or the index and the files disagree.
+    """
+    index = folder / index_name
+    indexed = index.exists()
+    weight_map = safe_files.read_weight_map(index) if indexed else {}
+    named_by = index_name if weight_map else "the folder"
+    names = sorted({*weight_map.values()}) or [single_name]
+    files = {name: safe_files.contained_file(folder, name, named_by) for name in names}
+    files |= {name: safe_files.contained_file(folder, name, "the folder") for name in beside}
+    entries: dict[str, TensorEntry] = {}
+    objects: dict[str, Path] = {}
+    places: dict[str, str] = {}
+    digest = hashlib.sha256(index.read_bytes() if indexed else b"")
+    for name, file in files.items():
+        tensors, header = read(file)
+        digest.update(f"{name}\0{file.stat().st_size}\0".encode() + header)
+        for key in tensors:
+            if key in places:
+                raise SeedError(f"{folder}: key {key!r} stands in both {places[key]} and {name}; keep one")
+            if weight_map and name in names and weight_map.get(key) != name:
+                other = f"{index_name} puts in {weight_map.get(key)!r}"
+                raise SeedError(f"{file}: holds key {key!r}, which {other}; write the index anew")
+            places[key] = name
+        entries |= {key: entry for key, entry in tensors.items() if entry is not None}
+        objects |= {key: file for key, entry in tensors.items() if entry is None}
+    for key, name in weight_map.items():
+        if key not in places:
+            raise SeedError(f"{index}: lists {key!r} in {name}, which does not hold it")
+    where = f"not in {index_name}" if weight_map else f"beside {single_name}"
+    ending = single_name.split(".")[-1]
+    stray = tuple(f"{p.name} ({where})" for p in sorted(folder.glob(f"*.{ending}")) if p.name not in files)
+    return kind(folder, entries, digest.hexdigest(), stray, objects, layout=f"hf-{ending}")
 
 
 def open_hf_safetensors(folder: Path) -> SafetensorsSource:
-    """Read the index and the headers. The index is authoritative: a file that it does not list is passed over.
-
-    Raises:
-        SeedError: a file is missing, a header does not describe its file, a key stands in two files, or the index and
-            the files disagree.
-    """
-    indexed = IndexedFiles(folder, INDEX_NAME, SINGLE_NAME)
-    files = dict(indexed.files)
-    if (folder / HEADS_FOLDER / SINGLE_NAME).exists():
-        files[f"{HEADS_FOLDER}/{SINGLE_NAME}"] = contained_file(folder, SINGLE_NAME, "the folder", HEADS_FOLDER)
-    digest = hashlib.sha256(indexed.raw_index)
-    entries: dict[str, TensorEntry] = {}
-    names: dict[str, str] = {}
-    for name, file in files.items():
-        header, raw = read_header(file)
-        digest.update(f"{name}\0{file.stat().st_size}\0".encode() + raw)
-        for key, entry in header.items():
-            if key in entries:
-                raise SeedError(f"{folder}: key {key!r} stands in both {names[key]} and {name}; keep one")
-            if name in indexed.files:
-                indexed.require_place(key, name)
-            entries[key], names[key] = entry, name
-    indexed.require_all(entries)
-    where = f"not in {INDEX_NAME}" if indexed.raw_index else f"beside {SINGLE_NAME}"
-    stray = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in files)
-    return SafetensorsSource(folder, entries, digest.hexdigest(), tuple(f"{name} ({where})" for name in stray))
+    """Read the index and headers, those of an export's heads too; may raise SeedError."""
+    heads = [name for name in (f"{HEADS_FOLDER}/{SINGLE_NAME}",) if (folder / name).exists()]
+    return read_folder(SafetensorsSource, folder, INDEX_NAME, SINGLE_NAME, read_header, heads)
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorEntry], bytes]:
-    """Read and check one safetensors header; returns its entries and its raw bytes.
+    """Check a safetensors file by its header; returns its entries and the header's raw bytes. May raise SeedError.
 
-    Format: an 8-byte little-endian length, that many bytes of JSON, the data section, which the entries' byte ranges
-    cover without gap or overlap (https://huggingface.co/docs/safetensors/index#format).
-
-    Raises:
-        SeedError: naming the file, and the key where there is one.
+    safetensors checks all but two things, which are refused here: two entries for one key, and dtypes of less than a byte.
     """
-    size = file.stat().st_size
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_JSON_BYTES):
-            raise SeedError(
-                f"{file}: {size} bytes can not hold a header of {length} bytes: truncated or not safetensors; copy it again"
-            )
-        raw = stream.read(length)
-    header = parse_json(raw, file, "header")
-    entries = {key: _parse_entry(file, key, value) for key, value in header.items() if key != "__metadata__"}
-    end = 0
-    for entry in sorted(entries.values(), key=lambda e: (e.chunks[0].position, e.nbytes)):
-        begin = entry.chunks[0].position
-        if begin != end:
-            raise SeedError(f"{file}: {entry.key!r} starts at byte {begin} of the data, expected {end}: damaged header")
-        end += entry.nbytes
-    if 8 + length + end != size:
+        raw = stream.read(min(int.from_bytes(stream.read(8), "little"), safe_files.MAX_JSON_BYTES))
+    try:
+        with safe_open(file, framework="pt") as reader:
+            slices = {key: reader.get_slice(key) for key in reader.offset_keys()}
+            found = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+    except (SafetensorError, OSError) as e:
         raise SeedError(
-            f"{file}: has {size} bytes, its header describes {8 + length + end}: truncated or damaged; copy it again"
-        )
+            f"{file}: has {file.stat().st_size} bytes, an error{_wrong_entry(raw, file)}: {e}: truncated or damaged; copy it again"
+        ) from e
+    safe_files.parse_json(raw, file, "header")
+    entries = {}
+    for position, (key, (dtype, shape)) in enumerate(found.items()):
+        if dtype not in _DTYPES:
+            raise SeedError(
+                f"{file}: {key!r} has dtype {dtype!r}, which cannot be seeded from: dequantise the model, or copy a damaged file again"
+            )
+        entries[key] = TensorEntry(key, shape, _DTYPES[dtype], (Chunk(full_box(shape), file, position),))
     return entries, raw
 
 
-def _parse_entry(file: Path, key: str, value: Any) -> TensorEntry:
-    try:
-        dtype_name, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
-            raise ValueError("shape and data_offsets must be non-negative integers")
-    except (TypeError, KeyError, ValueError) as e:
-        raise SeedError(f"{file}: header entry {key!r} is malformed ({e}): damaged header") from e
-    if not isinstance(dtype_name, str) or dtype_name not in _DTYPES:
-        raise SeedError(
-            f"{file}: {key!r} has dtype {dtype_name!r}, which can not be seeded from: damaged header, or a quantised model "
-            "(dequantise it first)"
-        )
-    chunk = Chunk(full_box(shape), file, begin)
-    entry = TensorEntry(key, shape, _DTYPES[dtype_name], (chunk,))
-    if end - begin != entry.nbytes:
-        raise SeedError(
-            f"{file}: {key!r} of shape {list(shape)} and dtype {dtype_name} needs {entry.nbytes} bytes, "
-            f"its range has {end - begin}: damaged header"
-        )
-    return entry
+def _wrong_entry(raw: bytes, file: Path) -> str:
+    """Name the first entry that is wrong by itself, since safetensors' messages do not."""
+    with suppress(SeedError):
+        for key, entry in safe_files.parse_json(raw, file, "header").items():
+            try:
+                begin, end = entry["data_offsets"]
+                whole = all(type(n) is int for n in entry["shape"])
+                right = whole and math.prod(entry["shape"]) * _DTYPES[entry["dtype"]].itemsize == end - begin
+            except (TypeError, KeyError, ValueError):
+                right = key == "__metadata__"
+            if not right:
+                return f" in {key!r}"
+    return ""

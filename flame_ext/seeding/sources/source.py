@@ -1,46 +1,44 @@
-"""What lies at a path, from headers alone: keys, shapes, dtypes, and where each piece of each tensor lies. No weight is read."""
+"""Describes weights at a path from headers alone: keys, shapes, dtypes, and where the pieces of each tensor lie."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from flame_ext.seeding.sources.boxes import Box
+from flame_ext.seeding.sources.boxes import Box, full_box, inside
 
-HEADS_FOLDER = "future_heads"  # of an export: the heads beside the backbone (checkpoint/export.py)
+HEADS_FOLDER = "future_heads"  # the folder of an export that holds the heads beside the backbone (checkpoint/export.py)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without ``torch.``."""
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a tensor that lies in one piece in one file."""
+    """A part of a tensor that lies in one piece in a file."""
 
     box: Box
-    """The part."""
     file: Path
     position: int
-    """Of its first byte, in whatever the layout counts from: the order in which to read."""
-    nbytes: int = 0
-    """Of the piece in the file; only for layouts that have to know."""
+    """Offset in bytes for DCP, place in the file's order of tensors otherwise; orders the reads of one file."""
+    nbytes: int = 0  # Size of the piece in the file, for DCP
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor as the files describe it."""
-
-    key: str
-    """As the files spell it."""
+    key: str  # As the files spell it
     shape: tuple[int, ...]
     dtype: torch.dtype
-    chunks: tuple[Chunk, ...]
-    """They tile the tensor exactly."""
+    chunks: tuple[Chunk, ...]  # They tile the tensor exactly
 
     @property
     def nbytes(self) -> int:
@@ -48,36 +46,69 @@ class TensorEntry:
 
     @property
     def place(self) -> str:
-        """Its file in the source's folder, for messages."""
+        """Name of its file in the source's folder, for messages."""
         file = self.chunks[0].file
         name = f"{HEADS_FOLDER}/{file.name}" if file.parent.name == HEADS_FOLDER else file.name
         return name + (", …" if len({chunk.file for chunk in self.chunks}) > 1 else "")
 
 
-# Values of a box inside one chunk: reads just these elements, in the file's dtype, on CPU.
+# Reads the box, which lies inside the chunk, in the file's dtype, on CPU.
 ReadBox = Callable[[TensorEntry, Chunk, Box], Tensor]
 
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """A folder of weights that can be seeded from; one subclass for each way of storing tensors."""
+    """A folder of weights to seed from; each layout has a subclass, which only this package knows."""
 
     path: Path
     entries: Mapping[str, TensorEntry]
-    """Name to tensor: the files' own names here, the model's after :func:`key_names.in_model_names`."""
-    digest: str
-    """SHA-256 over names, sizes and headers of its files and the index: identifies the source without reading weights."""
-    passed_over: tuple[str, ...] = ()
-    """What lies there and is not read, a phrase each."""
-    objects: Mapping[str, Path] = field(default_factory=dict)
-    """Keys among the model's that hold something else than a tensor, with their file."""
+    """By the files' names at first, by the model's after :func:`names.in_model_names`."""
+    digest: str  # SHA-256 over the index and the names, sizes and headers of the files
+    passed_over: tuple[str, ...] = ()  # A phrase for each thing that is not read
+    objects: Mapping[str, Path] = field(default_factory=dict)  # Key of each object that is no tensor to its file
+    layout: str = ""
+    nesting: str = ""  # Prefix of every key of the model in the files
 
-    layout: ClassVar[str]
-    """As in the report."""
+    def for_model(self, *is_models: Callable[[str], bool]) -> Source:
+        """Return the model's part of the source, under keys without nesting; raise SeedError if only some are nested.
+
+        ``is_models`` test whether a file's key is the model's; the first that any key passes counts.
+        """
+        return self
+
+    def model_part(self) -> Source:
+        """Return the model's part as the writer of the files noted it."""
+        return self
+
+    def independent_state(self, names: Collection[str]) -> dict[str, Tensor] | None:
+        """Read the tensors ``names`` by other code than :meth:`open`'s, by the files' keys; None = ``from_pretrained`` can."""
+        return None
 
     @abstractmethod
     def open(self, file: Path) -> AbstractContextManager[ReadBox]:
-        """Open one file of the source.
+        """Open a file, memory-mapped, to read boxes of it: views, until they are copied. Raises SeedError."""
 
-        Errors of the file, on opening or reading, are raised as :class:`SeedError`.
-        """
+
+def read_tensor(source: Source, name: str) -> Tensor:
+    """Read a tensor in its file's dtype, on CPU: a view of the mapped file if it lies in one piece. May raise SeedError."""
+    entry = source.entries[name]
+    whole = torch.empty(entry.shape if len(entry.chunks) != 1 else 0, dtype=entry.dtype)
+    for chunk in entry.chunks:
+        with source.open(chunk.file) as read_box:
+            values = read_box(entry, chunk, chunk.box)
+        if len(entry.chunks) == 1:
+            return values
+        whole[inside(chunk.box, full_box(entry.shape))].copy_(values)
+    return whole
+
+
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Convert a floating-point tensor; leave others, or all for None, as they are."""
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors have one shape, dtype and bits: 0.0 is not -0.0, and NaN equals itself."""
+    # Views of mapped files can be strided.
+    one, other = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b))
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(one, other)

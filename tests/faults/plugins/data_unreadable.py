@@ -1,4 +1,4 @@
-"""For ``experimental.custom_import``: rank 1 meets a sequence that it can not read, in its third step."""
+"""For ``experimental.custom_import``: rank 1 meets a sequence that it cannot read, in its third step."""
 
 import os
 
@@ -10,7 +10,7 @@ sequences = PackedDocuments.sequences
 def unreadable(self):
     for number, sequence in enumerate(sequences(self)):
         if number == 4 and os.environ["RANK"] == "1":
-            raise RuntimeError("this sequence can not be read")
+            raise RuntimeError("this sequence cannot be read")
         yield sequence
 
 

@@ -1,8 +1,8 @@
 """For ``experimental.custom_import``: from the fourth step on, the loss is not finite."""
 
-from flame_ext import future_objective
+from flame_ext.step import losses
 
-cross_entropy_sum = future_objective.cross_entropy_sum
+cross_entropy_sum = losses.cross_entropy_sum
 calls = 0
 
 
@@ -12,4 +12,4 @@ def overflowing(*args):
     return cross_entropy_sum(*args) * (1.0 if calls < 4 else float("inf"))
 
 
-future_objective.cross_entropy_sum = overflowing
+losses.cross_entropy_sum = overflowing

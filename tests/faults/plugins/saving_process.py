@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torchtitan.components import checkpoint
 
-from flame_ext.preflight import checks
+from flame_ext.preflight import options
 
 
 class UnpinnedStager(DefaultStager):
@@ -22,4 +22,4 @@ class UnpinnedStager(DefaultStager):
 
 
 checkpoint.DefaultStager = UnpinnedStager
-checks.torch = SimpleNamespace(accelerator=SimpleNamespace(is_available=lambda: True))
+options.torch = SimpleNamespace(accelerator=SimpleNamespace(is_available=lambda: True))

@@ -1,4 +1,4 @@
-"""The proof fails when it should: against stock ``from_pretrained``, in one process."""
+"""The proof fails when it should: against ``from_pretrained``, in one process."""
 
 from __future__ import annotations
 
@@ -14,27 +14,25 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flame_ext.errors import SeedError
-from flame_ext.seeding.proof import parity as verify_module
-from flame_ext.seeding.proof import reference_model as stock_module
-from flame_ext.seeding.proof.parity import Probe, Verification, verify
-from flame_ext.seeding.proof.reference_model import load_stock_model
+from flame_ext.seeding.proof import parity as parity_module
+from flame_ext.seeding.proof.parity import Probe, Verification, load_reference_model, verify
 from flame_ext.seeding.sources.open import open_source
 from tests.ranks import TINY_OLMO
 
 TOKENS = torch.arange(2, 66)[None]
 
 
-def stock(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def reference(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(TINY_OLMO, dtype=dtype)
 
 
 def run(mode: str, probe: Probe) -> Verification:
-    return verify(mode, probe, lambda: stock(probe.dtype), TINY_OLMO)
+    return verify(mode, probe, lambda: reference(probe.dtype), TINY_OLMO)
 
 
 def probe(change: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float32) -> Probe:
-    """The stock model's own logits, changed."""
-    model = stock(dtype).eval()
+    """The reference model's own logits, changed."""
+    model = reference(dtype).eval()
     return Probe(
         tokens=TOKENS,
         forward=lambda tokens: change(model(tokens).logits),
@@ -89,15 +87,15 @@ def test_a_second_copy_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPa
     source, config = open_source(TINY_OLMO), AutoConfig.from_pretrained(TINY_OLMO)
 
     def load() -> torch.nn.Module:
-        return load_stock_model(source, config, set(source.entries), torch.float32, trust_remote_code=False)
+        return load_reference_model(source, config, set(source.entries), torch.float32, trust_remote_code=False)
 
     nbytes = sum(p.numel() for p in load().parameters()) * 4
-    monkeypatch.setattr(stock_module, "available_memory", lambda: nbytes - 1)
+    monkeypatch.setattr(parity_module, "available_memory", lambda: nbytes - 1)
     with pytest.raises(
         SeedError, match="tiny_olmo: seed.verify = 'parity' loads a second copy .* use seed.verify = 'finite'"
     ):
         load()
-    monkeypatch.setattr(stock_module, "available_memory", lambda: nbytes)
-    monkeypatch.setattr(verify_module, "_device_memory_left", lambda device: nbytes - 1)
+    monkeypatch.setattr(parity_module, "available_memory", lambda: nbytes)
+    monkeypatch.setattr(parity_module, "_device_memory_left", lambda device: nbytes - 1)
     with pytest.raises(SeedError, match="second copy of the model .* on cpu, which has"):
         verify("parity", probe(lambda logits: logits), load, TINY_OLMO)

@@ -1,4 +1,4 @@
-"""``hf://``: what is downloaded, by whom, and what is said when it can not be had. The Hub is a server on this machine."""
+"""``hf://``: what is downloaded, by whom, and what is said when it cannot be had. The Hub is a server on this machine."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_one_process_downloads_what_is_needed(tmp_path: Path, hub: tuple[str, Pa
     assert downloads == Counter(needed), "each once, and nothing else"
     assert set(open_source(snapshot).entries) == set(open_source(folder).entries)
     (refused,) = locate_in_ranks(f"hf://{HUB_REPOSITORY}@no-such-branch", endpoint, tmp_path / "home", 1)
-    assert f"refused hf://{HUB_REPOSITORY}@no-such-branch: can not be had from the Hugging Face Hub" in refused
+    assert f"refused hf://{HUB_REPOSITORY}@no-such-branch: cannot be had from the Hugging Face Hub" in refused
 
 
 def located(path: str) -> str:
@@ -143,7 +143,7 @@ def test_offline_the_cache_is_all_there_is(tmp_path: Path) -> None:
         for rank in run_ranks(located, 2, wanted, folder=tmp_path / "ranks"):
             assert HUB_REVISION in rank.value and rank.value.endswith(f"'{HUB_REVISION}')"), rank.value
     for rank in run_ranks(located, 2, "hf://tiny-org/absent", folder=tmp_path / "ranks"):
-        assert "hf://tiny-org/absent: can not be had from the Hugging Face Hub or its cache" in rank.value
+        assert "hf://tiny-org/absent: cannot be had from the Hugging Face Hub or its cache" in rank.value
         assert "HF_HUB_OFFLINE" in rank.value
 
 

@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flame_ext.errors import SeedError
-from flame_ext.seeding.accounting import ModelKey, account
+from flame_ext.seeding.accounting import account
 from flame_ext.seeding.read import read_weights
-from flame_ext.seeding.sources.dcp import DcpSource, in_model_layout
 from flame_ext.seeding.sources.open import open_source
 from tests.ranks import run_ranks
 from tests.sources import save_dcp
@@ -58,16 +57,14 @@ def seed_mutated(folder: str, expected: dict[str, Tensor], rng_seed: int) -> Cou
     rng, root, outcomes = random.Random(rng_seed), Path(folder), Counter()
     targets = sorted([*root.glob("*.safetensors"), *root.glob("*.index.json"), *root.glob(".metadata")])
     originals = {file: file.read_bytes() for file in targets}
-    model = {key: ModelKey(tuple(tensor.shape), torch.float32) for key, tensor in expected.items()}
+    model = {key: tensor.float() for key, tensor in expected.items()}
     peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(MUTATIONS):
         file = rng.choice(targets)
         mutate(file, originals[file], rng)
         state = {key: torch.full(tensor.shape, float("nan")) for key, tensor in expected.items()}
         try:
-            source = open_source(root)
-            if isinstance(source, DcpSource):
-                source = in_model_layout(source, expected.__contains__)
+            source = open_source(root).for_model(expected.__contains__)
             account(model, {}, [], [], source, [], [])
             read_weights(source, state, {}, check_finite=True)
         except SeedError as e:

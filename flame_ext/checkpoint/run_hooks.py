@@ -1,0 +1,209 @@
+"""Implements :mod:`flame_ext.checkpoint.hooks` for a trainer."""
+
+import math
+import uuid
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torchtitan
+import transformers
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torchtitan.components.checkpoint import MODEL
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.tools.logging import logger
+
+import flame_ext
+from flame_ext.checkpoint.card import card_of_step
+from flame_ext.checkpoint.export import ExportSpec, StagedReader, export_hf
+from flame_ext.checkpoint.hooks import CheckpointHooks
+from flame_ext.config.resume_record import asset_digests, check_unchanged, config_digest, config_record
+from flame_ext.distributed import from_main_rank, is_main_rank, on_main_rank
+from flame_ext.errors import SeedError
+from flame_ext.heads.registry import head_arguments, record_of_heads
+from flame_ext.heads.spec import FutureSummaries
+from flame_ext.model.hf_causal_lm import HFCausalLM
+from flame_ext.model.runner import ModelRunner, StageInputs
+from flame_ext.run.background_export import background_exports
+from flame_ext.run.optimization import configured_again
+from flame_ext.seeding.proof.parity import Probe, probe_tokens
+from flame_ext.seeding.report import changed_source
+from flame_ext.seeding.seed import seed
+from flame_ext.seeding.sources.open import open_source
+from flame_ext.seeding.target import seed_target, whole_state
+
+
+class RunHooks(CheckpointHooks):
+    """Implements the hooks for a built :class:`flame_ext.trainer.FutureTrainer`.
+
+    Args:
+        attention_of: maps a batch of the dataloader and a slice of its sequences to the model's attention inputs.
+        summaries: maps (1, T) tokens to anti-causal summaries; None if the run has none. Collective.
+        summaries_remedy: what to do if these are not anti-causal.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        attention_of: Callable[[dict[str, Tensor], slice], dict[str, Any]],
+        summaries: Callable[[Tensor], FutureSummaries | None] | None,
+        summaries_remedy: str = "",
+    ) -> None:
+        self._trainer, self._attention_of = trainer, attention_of
+        self._summaries, self._summaries_remedy = summaries, summaries_remedy
+        self._config, self._device = trainer.job_config, trainer.device
+        self._folder = Path(self._config.job.dump_folder)
+        self._runner: ModelRunner = trainer.runner
+        self._model: HFCausalLM = trainer.runner.model
+        self.exports = background_exports(self._config, lambda: trainer.finishing)
+        # The manifest of every step names the run and the source of its step 0.
+        self._run_id: str | None = None
+        self._seed_identity: dict[str, Any] | None = None
+
+    def seed(self, path: str) -> None:
+        state = self._trainer.checkpointer.states[MODEL].state_dict()
+        target = seed_target(self._model, state, self._trainer.model_args.load())
+        report = seed(target, path, self._config.seed, self._probe(), self._folder)
+        self._seed_identity = report.identity
+        self._run_id = from_main_rank(uuid.uuid4().hex)
+        self._trainer.metrics_processor.rewind(0)
+
+    def resumed(self, manifest: dict[str, Any], step: Path) -> Callable[[], None]:
+        allowed = self._config.checkpoint.allow_config_change
+        changes = check_unchanged(manifest.get("config", {}), self._record, allowed, str(step))
+        if not manifest.get("model_only"):
+            self._trainer.dataloader.require_layout(manifest.get("data"))
+        for change in changes:
+            logger.warning(f"Changed since {step.name}, as checkpoint.allow_config_change permits: {change}")
+        self._seed_identity, self._run_id = manifest.get("seed"), manifest.get("run")
+        path, allow_pickle = self._config.checkpoint.initial_load_path, self._config.seed.allow_pickle
+        if is_main_rank() and (other := changed_source(self._seed_identity, path, allow_pickle)) is not None:
+            logger.warning(other)
+        if not changes:
+            return lambda: None
+        return configured_again(self._trainer.optimizers, self._trainer.lr_schedulers)
+
+    def admit(self, step: int) -> bool:
+        parameters = (p.detach() for part in self._runner.parts for p in part.parameters())
+        local = (p.to_local() if isinstance(p, DTensor) else p for p in parameters)
+        weights = [p for p in local if p.numel()]
+        finite = torch.tensor(math.isfinite(self._trainer.gradients.norm), dtype=torch.uint8, device=self._device)
+        largest = torch.nn.utils.get_total_norm(weights, math.inf, foreach=True)
+        for value in (*self._trainer.reported.parts.values(), largest):
+            finite *= torch.isfinite(value).all().to(self._device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        return bool(finite)
+
+    def facts(self) -> dict[str, Any]:
+        dims, trainer = self._trainer.parallel_dims, self._trainer
+        degrees = ("dp_replicate", "dp_shard", "cp", "tp", "pp")
+        packages: Any = (flame_ext, torch, torchtitan, transformers)
+        return {
+            "parallelism": {name: getattr(dims, name) for name in degrees},
+            "versions": {package.__name__: package.__version__ for package in packages},
+            "seed": self._seed_identity,
+            "heads": self._head_arguments,
+            "run": self._run_id,
+            "data": trainer.dataloader.layout,
+            "config": self._record,
+            "config_sha256": config_digest(self._record),
+            "finished": trainer.finishing or trainer.step >= self._config.training.steps,
+        }
+
+    def is_exported(self, step: int) -> bool:
+        def unreadable() -> str | None:
+            try:
+                open_source(self._folder / "hf" / f"step-{step}")
+            except SeedError as e:
+                return str(e)
+            return None
+
+        if reason := from_main_rank(on_main_rank(unreadable)):
+            logger.warning(f"Exporting step {step} again: {reason}")
+        return reason is None
+
+    def export(self, step: int) -> None:
+        spec = ExportSpec(
+            config=self._trainer.model_args.load(),
+            assets=Path(self._config.model.hf_assets_path),
+            dtype=TORCH_DTYPE_MAP[self._config.checkpoint.export_dtype],
+            heads=self._head_arguments,
+            max_shard_size=self._config.export.max_shard_size,
+            card=on_main_rank(card_of_step, self._folder / "checkpoint" / f"step-{step}"),
+        )
+        state, whole = self._trainer.checkpointer.states[MODEL].state_dict(), self._model.whole
+        full = whole_state(self._model, state)
+        file_keys = whole.file_keys(full)
+        held, named = ({file_keys[key]: tensor for key, tensor in tensors.items()} for tensors in (state, full))
+        read = None if self._runner.group is None else StagedReader(held, self._runner.group)
+        export_hf(named, list(whole.heads), self._folder / "hf" / f"step-{step}", spec, read)
+
+    @cached_property
+    def _head_arguments(self) -> dict[str, dict[str, Any]] | None:
+        return head_arguments(self._config, self._model.whole) or None
+
+    @cached_property
+    def _record(self) -> dict[str, Any]:
+        config, dims = self._config, self._trainer.parallel_dims
+        degree = dims.dp_replicate * dims.dp_shard
+        assets = asset_digests(Path(config.model.hf_assets_path), code=config.seed.trust_remote_code)
+        heads = record_of_heads(config, config.training.local_batch_size * degree)
+        return config_record(config, data_parallel_degree=degree, assets=assets, heads=heads)
+
+    def _probe(self) -> Probe:
+        training, dims = self._config.training, self._trainer.parallel_dims
+        param_dtype, dtype = TORCH_DTYPE_MAP[training.mixed_precision_param], TORCH_DTYPE_MAP[training.dtype]
+        return Probe(
+            tokens=probe_tokens(self._trainer.tokenizer.encode, training.seq_len, dims.seq_len_divisor),
+            forward=self._logits,
+            context=self._trainer.maybe_enable_amp,
+            # FSDP gives the layers parameters in the mixed-precision dtype; autocast leaves parameters as they are.
+            dtype=param_dtype if dims.fsdp_enabled else dtype,
+            compute_dtype=torch.bfloat16 if torch.bfloat16 in (param_dtype, dtype) else torch.float32,
+            device=self._device,
+            vocab_size=self._model.config.get_text_config().vocab_size,
+            seq_len=training.seq_len,
+            logits_in_parts=None if self._model.context is None else self._logits_in_parts,
+            summaries=None if self._summaries is None else self._anticausal_states,
+            summaries_remedy=self._summaries_remedy,
+        )
+
+    def _logits(self, tokens: Tensor) -> Tensor:
+        """Maps (1, T) tokens to (1, T, V) logits on every rank. Collective."""
+        found = self._evaluated(tokens.to(self._device), lambda _rows: {"compute": whole_logits})
+        return self._runner.from_last(None if found is None else torch.cat(found))
+
+    def _logits_in_parts(self, tokens: Tensor) -> Tensor:
+        """Does the same by context parallelism. Collective."""
+        context, tokens = self._model.context, tokens.to(self._device)
+        assert context is not None
+        inputs = {**self._attention_of({"input": tokens}, slice(None)), "compute": whole_logits}
+        found = self._evaluated(context.shard(tokens), lambda _rows: inputs)
+        assert found is not None
+        return context.unshard(found[0])
+
+    def _evaluated(self, tokens: Tensor, inputs_of: StageInputs) -> list[Any] | None:
+        for part in self._runner.parts:
+            part.eval()
+        try:
+            with self._trainer.maybe_enable_amp:
+                return self._runner.forward(tokens, inputs_of)
+        finally:
+            for part in self._runner.parts:
+                part.train()
+
+    def _anticausal_states(self, tokens: Tensor) -> Tensor:
+        """Maps (1, T) tokens to (1, T, D) summaries on every rank. Collective."""
+        assert self._summaries is not None
+        summaries = self._summaries(tokens)
+        return self._runner.from_last(None if summaries is None else summaries.states)
+
+
+def whole_logits(logits: Tensor, _hidden_states: Tensor) -> Tensor:
+    """Gathers logits that loss parallelism has sharded over the vocabulary. Collective if so."""
+    return logits.full_tensor() if isinstance(logits, DTensor) else logits

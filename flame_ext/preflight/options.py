@@ -1,0 +1,99 @@
+"""Checks of the options of checkpoints, seeding, exports, training, metrics and sources of data."""
+
+from collections.abc import Iterator
+
+import torch
+
+from flame_ext.config.head_options import at_least
+from flame_ext.config.sections import FlameJobConfig
+from flame_ext.errors import ConfigError, SeedError
+from flame_ext.files import parse_size
+from flame_ext.preflight.parallelism import data_parallel_ranks
+from flame_ext.seeding.names import parse_key_map
+
+# The parts of a saved step, and what a run without one of them would do.
+_WITHOUT = {
+    "model": "without it the weights would be random",
+    "optimizer": "without it the moments start at 0 and the next step takes the schedule's first learning rate",
+    "lr_scheduler": "without it the schedule starts over while the step goes on",
+    "dataloader": "without it the data start over while the step goes on",
+    "train_state": "without it the step starts over while schedule and data go on",
+}
+
+
+def check_options(config: FlameJobConfig) -> Iterator[str]:
+    """Yields one sentence for each finding."""
+    yield from _check_checkpoint(config)
+    try:
+        parse_key_map(config.seed.key_map)
+    except SeedError as e:
+        yield str(e)
+    export, interval = config.export, config.checkpoint.interval
+    if export.interval < 0 or (interval > 0 and export.interval % interval):
+        multiple = f"must be 0 or a multiple of checkpoint.interval = {interval}, got {export.interval}"
+        yield f"export.interval {multiple}: what is exported is a step that was saved"
+    try:
+        parse_size(export.max_shard_size, "export.max_shard_size")
+    except ConfigError as e:
+        yield str(e)
+    yield from _check_training(config)
+    yield from at_least("metrics", config.metrics, {"log_freq": (1, "")})
+
+
+def _check_checkpoint(config: FlameJobConfig) -> Iterator[str]:
+    checkpoint = config.checkpoint
+    if not checkpoint.enable:
+        yield "checkpoint.enable must be true: weights are seeded and resumed by the checkpoint manager (load_only = true never saves)"
+    if checkpoint.initial_load_path is None and not checkpoint.initial_load_in_hf:
+        yield (
+            "checkpoint.initial_load_path is not set, and training never starts from random weights; name a Hugging Face "
+            "folder, or set checkpoint.initial_load_in_hf = true to take model.hf_assets_path"
+        )
+    if checkpoint.create_seed_checkpoint:
+        yield "checkpoint.create_seed_checkpoint has no use here: the trainer itself is seeded, under any parallelism"
+    if not checkpoint.initial_load_model_only:
+        yield "checkpoint.initial_load_model_only must be true: a source gives weights; to resume, use the same job.dump_folder"
+    if checkpoint.initial_load_in_hf_quantized:
+        yield "checkpoint.initial_load_in_hf_quantized is not supported: dequantise the model first"
+    if checkpoint.keep_latest_k == 1:
+        yield "checkpoint.keep_latest_k must be 0 (keep all) or at least 2: the newest step may be in the process of being saved"
+    if checkpoint.async_mode == "async_with_pinned_mem" and not torch.accelerator.is_available():
+        yield "checkpoint.async_mode = 'async_with_pinned_mem' needs an accelerator (pinned memory); use 'async' or 'disabled'"
+    at_first = "1 = stop at the first step whose gradient norm is not finite"
+    yield from at_least("checkpoint", checkpoint, {"interval": (1, ""), "max_nonfinite_steps": (1, at_first)})
+    for name in checkpoint.exclude_from_loading:
+        consequence = _WITHOUT.get(name, f"there is no such part ({', '.join(_WITHOUT)})")
+        yield (
+            f"checkpoint.exclude_from_loading has {name!r}, but a step is resumed whole: {consequence}; leave it out, or start "
+            "anew from the weights: a new job.dump_folder with checkpoint.initial_load_path = the step or its export"
+        )
+
+
+def _check_training(config: FlameJobConfig) -> Iterator[str]:
+    training = config.training
+    positive = {"seq_len": (1, ""), "local_batch_size": (1, ""), "steps": (1, ""), "epochs": (0, "0 = training.steps")}
+    yield from at_least("training", training, positive)
+    yield from at_least("training.dataloader", training.dataloader, {"num_workers": (0, "")})
+    # torchtitan checks the same by an assertion, deep in the trainer.
+    replicas = data_parallel_ranks(config) or 1
+    global_batch, local_batch = training.global_batch_size, training.local_batch_size
+    if local_batch >= 1 and global_batch >= 0 and (global_batch == 0 or global_batch % (local_batch * replicas)):
+        factors = f"training.local_batch_size ({local_batch}) times the data-parallel ranks ({replicas})"
+        yield f"training.global_batch_size ({global_batch}) must be a positive multiple of {factors}"
+
+
+def check_data(config: FlameJobConfig) -> Iterator[str]:
+    """Yields one sentence for each finding in ``[[data.sources]]`` and ``[[validation.sources]]``."""
+    for section in ("data", "validation"):
+        sources = getattr(config, section).sources
+        labels = [source.reported_as for source in sources]
+        for i, source in enumerate(sources):
+            name = f"{section}.sources[{i}]"
+            if (first := labels.index(labels[i])) < i:
+                yield f"{name} is reported as {labels[i]!r}, as {section}.sources[{first}] is; give it a label of its own"
+            if not source.path:
+                yield f"{name}.path is empty: a file, a glob, a folder, a dataset on the Hub or a registered name"
+            if source.weight <= 0:
+                yield f"{name}.weight must be > 0, got {source.weight}; to leave the source out, take its table out"
+            if source.max_samples is not None and source.max_samples < 1:
+                yield f"{name}.max_samples must be >= 1, got {source.max_samples}"

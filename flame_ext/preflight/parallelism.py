@@ -1,0 +1,158 @@
+"""Checks of tensor, pipeline and context parallelism: the options, then what the model allows."""
+
+import math
+import os
+from collections.abc import Iterator
+
+import torch
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.tools.utils import set_default_dtype
+from transformers import PreTrainedConfig
+
+from flame_ext.assembly import MODEL_NAME
+from flame_ext.config.sections import FlameJobConfig, sequence_lengths
+from flame_ext.errors import ConfigError
+from flame_ext.heads.registry import enabled_heads
+from flame_ext.model.context_parallel import LOAD_BALANCERS, not_context_parallel
+from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
+from flame_ext.model.pipeline_stages import SCHEDULES, layers_of_stages, not_pipelined
+from flame_ext.model.tensor_parallel import tensor_parallel_problems
+
+
+def check_parallelism(config: FlameJobConfig) -> Iterator[str]:
+    """Yields one sentence for each finding that needs no model."""
+    degrees = config.parallelism
+    if degrees.expert_parallel_degree != 1:
+        yield f"parallelism.expert_parallel_degree must be 1 for {MODEL_NAME!r}, got {degrees.expert_parallel_degree}; scale with FSDP"
+    if config.comm.mode != "default":
+        yield f"comm.mode must be 'default', got {config.comm.mode!r}: without real communication there is nothing to seed"
+    if config.fault_tolerance.enable:
+        yield "fault_tolerance.enable is not supported: TorchFT replaces the checkpoint flow that seeding hooks into"
+    kinds = (
+        ("tensor", "", _check_tensor),
+        ("pipeline", " (1 = no pipeline)", _check_pipeline),
+        ("context", " (1 = whole sequences)", _check_context),
+    )
+    for kind, meaning, check in kinds:
+        degree = getattr(degrees, f"{kind}_parallel_degree")
+        if degree < 1:
+            yield f"parallelism.{kind}_parallel_degree must be >= 1{meaning}, got {degree}"
+        elif degree > 1:
+            yield from check(config, degree)
+    if degrees.enable_async_tensor_parallel and degrees.tensor_parallel_degree <= 1:
+        yield "parallelism.enable_async_tensor_parallel needs parallelism.tensor_parallel_degree > 1"
+
+
+def check_parallelism_of_model(config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterator[str]:
+    """Yields one sentence for each finding of the model, which is built on the meta device if its modules have to be known."""
+    degrees, model_type = config.parallelism, repr(hf_config.model_type)
+    reason: str | None
+    if degrees.tensor_parallel_degree > 1 or degrees.pipeline_parallel_degree > 1:
+        args = HFModelArgs(hf_assets_path=config.model.hf_assets_path, trust_remote_code=config.seed.trust_remote_code)
+        with set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
+            model = build_hf_causal_lm(args)
+        if degrees.tensor_parallel_degree > 1:
+            yield from tensor_parallel_problems(model, degrees.tensor_parallel_degree)
+        if degrees.pipeline_parallel_degree > 1 and (reason := not_pipelined(model)) is not None:
+            yield f"parallelism.pipeline_parallel_degree > 1 cannot be right for {model_type}: {reason}; scale with FSDP"
+        elif degrees.pipeline_parallel_degree > 1:
+            try:
+                layers_of_stages(degrees, len(model.layers))
+            except ConfigError as e:
+                yield str(e)
+    if degrees.context_parallel_degree > 1 and (reason := not_context_parallel(hf_config)) is not None:
+        yield f"parallelism.context_parallel_degree > 1 cannot be right for {model_type}: {reason}; take FSDP or tensor parallelism"
+
+
+def data_parallel_ranks(config: FlameJobConfig) -> int | None:
+    """Returns how many processes read different data; None if the other degrees do not divide the number of processes."""
+    degrees = [getattr(config.parallelism, f"{kind}_parallel_degree") for kind in ("tensor", "pipeline", "context")]
+    ranks, rest = divmod(_processes(), math.prod(max(1, degree) for degree in degrees))
+    return None if rest else ranks
+
+
+def _processes(otherwise: int = 1) -> int:
+    """The number of processes, which is known under torchrun."""
+    return int(os.environ.get("WORLD_SIZE", otherwise))
+
+
+def _check_tensor(config: FlameJobConfig, degree: int) -> Iterator[str]:
+    options, ranks = config.parallelism, data_parallel_ranks(config)
+    replicas, shards = options.data_parallel_replicate_degree, options.data_parallel_shard_degree
+    if ranks is None:
+        yield f"parallelism.tensor_parallel_degree ({degree}) must divide the number of processes ({_processes()})"
+    elif replicas > 1 and (ranks == replicas if shards == -1 else shards == 1):
+        yield (
+            f"parallelism.data_parallel_replicate_degree = {replicas} with tensor_parallel_degree = {degree}: torchtitan's DDP goes with "
+            "no other parallelism; set data_parallel_shard_degree to 2 or more (HSDP), or data_parallel_replicate_degree to 1 (FSDP)"
+        )
+    for name, seq_len in sequence_lengths(config).items():
+        if seq_len % degree:
+            multiple = f"must be a multiple of parallelism.tensor_parallel_degree ({degree})"
+            yield f"{name}.seq_len ({seq_len}) {multiple}: sequence parallelism gives each rank as many positions"
+    if options.enable_async_tensor_parallel:
+        if not (config.compile.enable and "model" in config.compile.components):
+            yield "parallelism.enable_async_tensor_parallel needs compile.enable with 'model' in compile.components"
+        if not torch.accelerator.is_available():
+            yield "parallelism.enable_async_tensor_parallel overlaps kernels of an accelerator, and there is none; leave it out"
+
+
+def _check_pipeline(config: FlameJobConfig, degree: int) -> Iterator[str]:
+    options, batch = config.parallelism, config.training.local_batch_size
+    schedule, size = options.pipeline_parallel_schedule, options.pipeline_parallel_microbatch_size
+    name = "parallelism.pipeline_parallel"
+    if (ranks := _processes(otherwise=degree)) % degree:
+        yield f"{name}_degree ({degree}) must divide the number of ranks ({ranks})"
+    if schedule not in SCHEDULES:
+        yield f"{name}_schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}: the last stage's forward computes the losses"
+    if options.pipeline_parallel_schedule_csv:
+        yield f"{name}_schedule_csv is not supported: forward-only passes have no such schedule"
+    for end in ("first", "last"):
+        if getattr(options, f"pipeline_parallel_{end}_stage_less_layers") < 0:
+            yield f"{name}_{end}_stage_less_layers must be >= 0"
+    count, rest = divmod(batch, size) if size >= 1 else (0, 1)
+    if rest:
+        yield f"{name}_microbatch_size must be >= 1 and divide training.local_batch_size ({batch}), got {size}"
+    elif schedule == "1F1B" and count < degree:
+        yield (
+            f"{name}_schedule '1F1B' needs at least as many micro-batches as ranks in the pipeline ({degree}), but "
+            f"training.local_batch_size {batch} in micro-batches of {size} makes {count}; raise it, lower "
+            "pipeline_parallel_microbatch_size, or take 'GPipe'"
+        )
+    elif schedule == "Interleaved1F1B" and count % max(1, count // degree):
+        yield (
+            f"{name}_schedule 'Interleaved1F1B' runs micro-batches in rounds of {degree}, the ranks in the pipeline, and {count} "
+            f"(training.local_batch_size {batch} in micro-batches of {size}) make no whole rounds: take a multiple of {degree}"
+        )
+    if config.optimizer.early_step_in_backward:
+        reason = "a gradient is whole only after the backwards of all micro-batches"
+        yield f"optimizer.early_step_in_backward does not go with {name}_degree > 1: {reason}"
+
+
+def _check_context(config: FlameJobConfig, degree: int) -> Iterator[str]:
+    options, name = config.parallelism, "parallelism.context_parallel"
+    balancer, rotation = options.context_parallel_load_balancer, options.context_parallel_rotate_method
+    tensor_degree = options.tensor_parallel_degree
+    sharing = degree * max(1, tensor_degree)
+    if _processes() % sharing:
+        product = f"{name}_degree ({degree}) times parallelism.tensor_parallel_degree ({tensor_degree})"
+        yield f"{product} must divide the number of processes ({_processes()})"
+    if heads := enabled_heads(config):
+        yield (
+            f"{name}_degree > 1 goes without heads ({', '.join(heads)} enabled): their losses take whole sequences, of which a rank "
+            "has a part; scale with FSDP, or with tensor_parallel_degree, whose sequence parallelism shares out activations"
+        )
+    if options.pipeline_parallel_degree > 1:
+        yield f"{name}_degree > 1 does not go with parallelism.pipeline_parallel_degree > 1; take tensor parallelism or FSDP beside it"
+    if balancer not in LOAD_BALANCERS:
+        known = ", ".join(map(repr, LOAD_BALANCERS))
+        yield f"{name}_load_balancer must be one of {known}, got {balancer!r}: all layers and micro-batches share one order of positions"
+    if rotation != "allgather":
+        yield f"{name}_rotate_method must be 'allgather', got {rotation!r}: with all keys and values, any backbone's mask can be used"
+    divisor = sharing * (2 if balancer == "headtail" else 1)
+    for section, seq_len in sequence_lengths(config).items():
+        if seq_len % divisor:
+            yield (
+                f"{section}.seq_len ({seq_len}) must be a multiple of {divisor}: {name}_degree ({degree}) divides the sequence, into "
+                "twice as many parts with context_parallel_load_balancer = 'headtail', and so does tensor_parallel_degree"
+            )

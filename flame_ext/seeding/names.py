@@ -1,0 +1,100 @@
+"""Renames the keys of files to the model's: first as ``seed.key_map`` says, then as ``from_pretrained`` does.
+
+A source whose values transformers would also convert (fused experts) is refused.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from transformers import core_model_loading as loading
+
+from flame_ext.errors import SeedError
+from flame_ext.seeding.sources.safe_files import some
+from flame_ext.seeding.sources.source import Source, TensorEntry
+
+Rule = tuple[str, str]
+
+
+def parse_key_map(rules: Iterable[str], where: str = "seed.key_map") -> list[Rule]:
+    """Split the ``"old=new"`` rules of option ``where`` into pairs; raise SeedError if one is malformed or two begin alike."""
+    parsed: list[Rule] = []
+    for rule in rules:
+        old, equals, new = rule.partition("=")
+        if not (equals and old and new) or old == new:
+            raise SeedError(f"{where}: {rule!r} is not 'old=new', two different beginnings of keys")
+        if old in dict(parsed):
+            raise SeedError(f"{where}: two rules rename {old!r}; keep one")
+        parsed.append((old, new))
+    return parsed
+
+
+def rename(key: str, rules: Iterable[Rule], nesting: str = "") -> str:
+    """Replace the beginning of a key by the first rule that fits, also behind the source's ``nesting``."""
+    for old, new in rules:
+        for prefix in ("", nesting):
+            if key.startswith(prefix + old):
+                return prefix + new + key[len(prefix + old) :]
+    return key
+
+
+def renamed(source: Source, rules: list[Rule], where: str = "seed.key_map") -> Source:
+    """Rename a source's entries; raise SeedError if a rule fits no key, or two keys become one."""
+    entries: dict[str, TensorEntry] = {}
+    for key, entry in source.entries.items():
+        new = rename(key, rules, source.nesting)
+        if new in entries:
+            raise SeedError(f"{source.path}: {where} makes {new!r} of both {entries[new].key!r} and {key!r}")
+        entries[new] = entry
+    for rule in rules:
+        if all(rename(key, [rule], source.nesting) == key for key in source.entries):
+            keys = some(source.entries)
+            raise SeedError(f"{source.path}: {where}: no key begins with {rule[0]!r} (keys: {keys}); take it out")
+    return replace(source, entries=entries)
+
+
+@dataclass(frozen=True)
+class KeyNames:
+    """Maps the keys of an architecture's files to the model's."""
+
+    architecture: str
+    model_keys: dict[str, tuple[int, ...]]
+    """Every name of a parameter or saved buffer, tied ones included, to its shape."""
+    transforms: tuple[loading.WeightTransform, ...] = ()  # Result of ``get_model_conversion_mapping``
+    base_model_prefix: str | None = None
+
+    def in_model(self, key: str, any_prefix: bool = True) -> str:
+        """Return the model's name of a file's key, or the key itself if it is unknown.
+
+        With ``any_prefix``, the base model's prefix may be missing or stand twice, as in ``from_pretrained``. Raises SeedError
+        if its values would have to be converted.
+        """
+        prefix = self.base_model_prefix if any_prefix else None
+        renamings = [t for t in self.transforms if isinstance(t, loading.WeightRenaming)]
+        converters = [t for t in self.transforms if isinstance(t, loading.WeightConverter)]
+        name, converted_by = loading.rename_source_key(key, renamings, converters, prefix, self.model_keys)
+        if converted_by is not None:
+            raise SeedError(
+                f"{self.architecture}: {key!r} is stored in another form than the model's (transformers converts {converted_by!r} "
+                "while loading), as in mixtures of experts; only dense models can be seeded from their files"
+            )
+        return key if key in self.model_keys else name
+
+
+def in_model_names(source: Source, names: KeyNames) -> Source:
+    """Return the model's part of the source, under the model's names.
+
+    Raises SeedError if two keys become one, values need a conversion, or a DCP checkpoint is flat and nested at once.
+    """
+    # "model." before every key is what tells nested from flat, so a prefix counts only where nothing fits without.
+    source = source.for_model(
+        lambda key: names.in_model(key, any_prefix=False) in names.model_keys,
+        lambda key: names.in_model(key) in names.model_keys,
+    )
+    entries: dict[str, TensorEntry] = {}
+    for key in sorted(source.entries, key=loading.dot_natural_key):  # the order in which transformers renames
+        name, entry = names.in_model(key), source.entries[key]
+        if name in entries:
+            both = f"{entries[name].key!r} and {entry.key!r} are both {name!r}"
+            raise SeedError(f"{source.path}: {both} of the model; keep one")
+        entries[name] = entry
+    return replace(source, entries=entries)

@@ -1,0 +1,118 @@
+"""What the student's forward computes: the cross-entropy and the loss of every trained head, added up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from flame_ext.config.sections import FlameJobConfig, loss_compile_backend
+from flame_ext.errors import ConfigError
+from flame_ext.heads.registry import enabled_heads, loss_weights, trained_heads
+from flame_ext.heads.spec import FutureBatch, HeadBatch, HeadSpec
+from flame_ext.model.hf_causal_lm import LossOutput
+from flame_ext.model.runner import ModelRunner
+from flame_ext.objective.cross_entropy import TokenLogProbs, cross_entropy_sum, token_log_probs
+from flame_ext.step.plan import FutureRows, StepPlan
+from flame_ext.step.teacher import Teacher
+
+
+class Losses:
+    """Computes the losses of a run's micro-batches from the model, the options and the teacher."""
+
+    def __init__(self, runner: ModelRunner, config: FlameJobConfig, teacher: Teacher | None) -> None:
+        self.model, self.config, self.teacher = runner.model, config, teacher
+        self.heads = trained_heads(config)
+        self.resting_heads = [
+            name for name, spec in enabled_heads(config).items() if spec.needs_future or spec.is_teacher
+        ]
+        """Heads without gradients on a step without a teacher."""
+        self.needs_all_gradients = runner.needs_all_gradients
+        self.candidates = max(
+            (spec.candidates(getattr(config, name)) for name, spec in self.heads.items() if spec.candidates), default=0
+        )
+        self.compile_backend = loss_compile_backend(config)
+
+    def resting_parameters(self) -> list[nn.Parameter]:
+        """The parameters, on this rank, of heads that rest on a step without a teacher."""
+        here = (name for name in self.resting_heads if name in self.model.heads)
+        return [p for name in here for p in self.model.get_submodule(name).parameters()]
+
+
+@dataclass(frozen=True)
+class StudentLosses:
+    """The losses of some sequences of a micro-batch. Called in the student's forward, where FSDP has gathered the heads.
+
+    Everything is a local sum over a number of the whole step: it adds up over micro-batches and ranks.
+    """
+
+    run: Losses
+    plan: StepPlan
+    future: FutureRows | None
+    inputs: Tensor  # (B, T), or this rank's positions under context parallelism; labels as well
+    labels: Tensor
+    doc_ids: Tensor
+
+    def rows(self, rows: slice) -> StudentLosses:
+        """The losses of a part of the sequences."""
+        if rows == slice(None):
+            return self
+        future = None if self.future is None else self.future.rows(rows, len(self.labels))
+        return replace(
+            self, future=future, inputs=self.inputs[rows], labels=self.labels[rows], doc_ids=self.doc_ids[rows]
+        )
+
+    def __call__(self, logits: Tensor, hidden_states: Tensor) -> LossOutput:
+        """(B, T, V) logits, a DTensor under loss parallelism, and (B, T, D) hidden states after the final norm to the losses."""
+        labels, run = self.labels.flatten(), self.run
+        candidates = run.candidates if self.plan.has_future else 0
+        log_probs = token_log_probs(logits.flatten(0, 1), labels, candidates, run.compile_backend)
+        loss = cross_entropy_sum(log_probs.values[:, 0], labels) / self.plan.tokens
+        parts = {"loss_ce": loss}
+        tensors = (hidden_states, logits, self.inputs, self.labels, self.doc_ids)
+        future = self._future(hidden_states, log_probs)
+        batch = HeadBatch(*tensors, self.plan.tokens, run.config, None, future, run.compile_backend)
+        for name, spec in run.heads.items():
+            if spec.needs_future and batch.future is None:
+                continue
+            values = self._losses_of(name, spec, batch)
+            for value_name, value in values.items():
+                if value_name in self.plan.weights:
+                    loss = loss + self.plan.weights[value_name] * value
+            parts |= values
+        if batch.future is None and run.needs_all_gradients:
+            for parameter in run.resting_parameters():
+                if parameter.requires_grad:  # DDP waits for its gradient
+                    loss = loss + 0.0 * parameter.sum()
+        return LossOutput(loss, {name: value.detach() for name, value in parts.items()})
+
+    def _future(self, hidden_states: Tensor, log_probs: TokenLogProbs) -> FutureBatch | None:
+        future, plan = self.future, self.plan
+        if future is None:
+            return None
+        hidden_states = future.select(hidden_states)
+        bank, first_key = future.bank, future.first_key
+        if bank is None:
+            assert self.run.teacher is not None
+            bank, first_key = self.run.teacher.pool(hidden_states, future, plan.shift)
+        shape, labels = self.labels.shape, future.select(self.labels)
+        selected = TokenLogProbs(*(future.select(values.unflatten(0, shape)).flatten(0, 1) for values in log_probs))
+        return FutureBatch(
+            hidden_states, labels, selected, future.pairs, bank, first_key, plan.shift, plan.pairs, plan.positions
+        )
+
+    def _losses_of(self, name: str, spec: HeadSpec, batch: HeadBatch) -> dict[str, Tensor]:
+        assert spec.loss is not None
+        model = self.run.model
+        if spec.uses_embedding:
+            batch = batch._replace(embed=model.get_input_embeddings())
+        values = spec.loss(model.get_submodule(name), batch)
+        if not isinstance(values, dict):
+            if values.ndim != 0:
+                raise ConfigError(f"the loss of head {name!r} must be a scalar (a sum), got {list(values.shape)}")
+            values = {f"loss_{name}": values.float() / self.plan.tokens}
+        if missing := [n for n, weight in loss_weights(name, self.run.config).items() if weight and n not in values]:
+            raise ConfigError(
+                f"the loss of head {name!r} gives {', '.join(values)}, and its weights are of {', '.join(missing)}: name them alike"
+            )
+        return values

@@ -1,0 +1,166 @@
+"""The plan of a step, made before its first forward: everything that all ranks have to agree on and that needs the whole step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from flame_ext.config.sections import FlameJobConfig
+from flame_ext.data.packing import PADDING
+from flame_ext.heads.registry import loss_weights, teacher_of, trained_heads
+from flame_ext.heads.spec import KeyBank
+from flame_ext.objective.cross_entropy import IGNORE_INDEX
+from flame_ext.objective.masks import doc_ids_from_eos, has_future, pair_mask
+
+Batch = tuple[dict[str, Tensor], Tensor]
+"""(B, T) tensors of the dataloader ("input", and "doc_ids" and "positions" if it knows documents), and (B, T) labels."""
+
+
+@dataclass
+class FutureRows:
+    """The b sequences of a micro-batch whose future is predicted."""
+
+    selection: Tensor | None  # (b,) their indices in the micro-batch; None = all
+    doc_ids: Tensor  # (b, T): the documents, as far as summaries respect them
+    pairs: Tensor  # (b, T) bool: positions t with a valid summary at t + shift, in their document
+    bank: KeyBank | None = None
+    """None until the teacher has run; it stays None for summaries that are pooled in the student's forward."""
+    first_key: int = 0  # Row of the bank where the b * T summaries of these sequences begin
+
+    def select(self, values: Tensor) -> Tensor:
+        """(B, …) to (b, …)."""
+        return values if self.selection is None else values[self.selection]
+
+    def rows(self, rows: slice, batch_size: int) -> FutureRows:
+        """The part that lies in ``rows`` of the B = ``batch_size`` sequences; it is compared with the same keys."""
+        begin, end, _ = rows.indices(batch_size)
+        selection, own = None, slice(begin, end)
+        if self.selection is not None:
+            first, last = torch.searchsorted(self.selection, torch.tensor([begin, end]).to(self.selection)).tolist()
+            selection, own = self.selection[first:last] - begin, slice(first, last)
+        first_key = self.first_key + own.start * self.doc_ids.shape[1]
+        return FutureRows(selection, self.doc_ids[own], self.pairs[own], self.bank, first_key)
+
+
+@dataclass
+class MicroBatch:
+    """One micro-batch of this rank, on its device."""
+
+    inputs: dict[str, Tensor]  # (B, T) each: "input" and, if the dataloader knows documents, "doc_ids" and "positions"
+    labels: Tensor  # (B, T)
+    doc_ids: Tensor  # (B, T): the dataloader's documents, else those between EOS tokens
+    future: FutureRows | None = None  # None on a step without summaries of the future
+
+
+@dataclass
+class StepPlan:
+    """One step: its micro-batches, and what all ranks have agreed on for it."""
+
+    microbatches: list[MicroBatch]
+    tokens: float  # Labelled tokens of the step, over all ranks, which the cross-entropy is divided by; at least 1
+    local_tokens: int  # Those of this rank
+    weights: dict[str, float]  # Name of each loss beside the cross-entropy to its weight
+    shift: int = 1  # Predictions at t are compared with summaries at t + shift
+    pairs: float = 1.0  # Pairs of the step, over all ranks; at least 1
+    positions: float = 1.0  # Positions of the step with a future and a next token, over all ranks; at least 1
+    has_future: bool = False  # Whether the losses that need summaries of the future are computed
+
+
+class Planner:
+    """Makes the plans of a run's steps, with micro-batches on ``device``.
+
+    Documents end with ``eos_id`` where the dataloader knows none; None = a sequence is one document. ``mesh`` is that of the
+    ranks that have different data; None = one rank.
+    """
+
+    def __init__(
+        self, config: FlameJobConfig, eos_id: int | None, mesh: DeviceMesh | None, device: torch.device
+    ) -> None:
+        self._config, self._eos_id, self._mesh, self._device = config, eos_id, mesh, device
+        self._trained, teacher = trained_heads(config), teacher_of(config)
+        waiting = [name for name, spec in self._trained.items() if spec.needs_future]
+        self._future_losses = [loss for name in waiting for loss in loss_weights(name, config)]
+        self._teacher: Any = None if teacher is None else getattr(config, teacher)
+
+    def plan(self, step: int, batches: list[Batch]) -> StepPlan:
+        """Plan a step, counted from 1, of this rank's micro-batches. Collective: every rank calls it for every step."""
+        weights = self._weights(step)
+        if not any(weights[loss] for loss in self._future_losses):
+            return self._plan(batches, weights, 1, None)
+        generator = torch.Generator().manual_seed((self._config.seed.rng_seed * 1_000_003 + step) % 2**63)
+        shift = int(torch.randint(1, self._teacher.shift_k + 1, (), generator=generator))  # the same on all ranks
+        rank = 0 if self._mesh is None else self._mesh.get_local_rank()
+        generator.manual_seed(((self._config.seed.rng_seed * 1_000_003 + step) * 65_537 + rank) % 2**63)
+        fraction = self._teacher.teacher_fraction
+        selections = [_draw(len(labels), fraction, generator) for _, labels in batches]
+        return self._plan(batches, weights, shift, selections)
+
+    def plan_evaluation(self, batch: Batch) -> StepPlan:
+        """Plan losses that are only to be known: the weights without schedules, shift 1, every sequence. Collective."""
+        return self._plan([batch], self._weights(None), 1, None if self._teacher is None else [None])
+
+    def _weights(self, step: int | None) -> dict[str, float]:
+        return {loss: w for name in self._trained for loss, w in loss_weights(name, self._config, step).items()}
+
+    def _plan(
+        self, batches: list[Batch], weights: dict[str, float], shift: int, selections: list[Tensor | None] | None
+    ) -> StepPlan:
+        counts = torch.zeros(3, dtype=torch.float64, device=self._device)
+        microbatches = []
+        local_tokens = 0
+        for number, (inputs, labels) in enumerate(batches):
+            local_tokens += int((labels != IGNORE_INDEX).sum())  # still on the CPU, where the dataloader has it
+            inputs = {name: values.to(self._device) for name, values in inputs.items()}
+            microbatch = MicroBatch(inputs, labels.to(self._device), self._documents(inputs))
+            if selections is not None:
+                microbatch.future, pairs, positions = self._future(microbatch, shift, selections[number])
+                counts[1] += pairs
+                counts[2] += positions
+            microbatches.append(microbatch)
+        counts[0] = local_tokens
+        if self._mesh is not None:
+            dist.all_reduce(counts, group=self._mesh.get_group())
+        tokens, pairs_in_all, positions_in_all = counts.clamp_min(1.0).tolist()
+        return StepPlan(
+            microbatches, tokens, local_tokens, weights, shift, pairs_in_all, positions_in_all, selections is not None
+        )
+
+    def _future(
+        self, microbatch: MicroBatch, shift: int, selection: Tensor | None
+    ) -> tuple[FutureRows, Tensor | float, Tensor | float]:
+        """The selected sequences, and this micro-batch's numbers of pairs and of positions."""
+        doc_ids, labels = self._documents_for_summaries(microbatch.inputs), microbatch.labels
+        valid = has_future(doc_ids)
+        pairs = pair_mask(valid, doc_ids, shift)
+        # Numbers are those of all sequences times the share that is used: a sum over the selected ones is then unbiased.
+        share = 1.0 if selection is None else len(selection) / len(labels)
+        numbers = pairs.sum() * share, (valid & (labels != IGNORE_INDEX)).sum() * share
+        if selection is not None:
+            selection = selection.to(self._device)
+            doc_ids, pairs = doc_ids[selection], pairs[selection]
+        return FutureRows(selection, doc_ids, pairs), *numbers
+
+    def _documents(self, inputs: dict[str, Tensor]) -> Tensor:
+        if "doc_ids" in inputs:
+            return inputs["doc_ids"]
+        ids = inputs["input"]
+        return torch.zeros_like(ids) if self._eos_id is None else doc_ids_from_eos(ids, self._eos_id)
+
+    def _documents_for_summaries(self, inputs: dict[str, Tensor]) -> Tensor:
+        if self._teacher.respect_doc_boundaries:
+            return self._documents(inputs)
+        given = inputs.get("doc_ids")
+        if given is None:
+            return torch.zeros_like(inputs["input"])
+        return torch.where(given < PADDING, 0, given)  # what comes after the end of the data belongs to nothing
+
+
+def _draw(count: int, fraction: float, generator: torch.Generator) -> Tensor | None:
+    if fraction == 1.0:
+        return None
+    return torch.randperm(count, generator=generator)[: round(fraction * count)].sort().values

@@ -1,0 +1,148 @@
+"""The figures of a step: parts of the losses, gradient norms, epochs and times, summed over micro-batches and ranks."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed import utils as dist_utils
+
+from flame_ext.config.sections import FlameJobConfig
+from flame_ext.data.sources import sources_of
+from flame_ext.heads.registry import teacher_of, trained_heads
+from flame_ext.model.runner import ModelRunner
+from flame_ext.step.backward import Gradients
+from flame_ext.step.plan import StepPlan
+
+
+class Stopwatch:
+    """Measures named parts of a step; a part that runs several times (accumulation) adds up.
+
+    On an accelerator it records events on the stream and reads them in :meth:`seconds` only, so that nothing waits.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._laps: dict[str, list[tuple[Any, ...]]] = defaultdict(list)
+
+    def restart(self) -> None:
+        """Forget what was measured: a new step begins."""
+        self._laps.clear()
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        begin = self._now()
+        yield
+        self._laps[name].append((begin, self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each part since :meth:`restart`. Waits for the device."""
+        if self._device.type == "cpu":
+            return {name: sum(end - begin for begin, end in laps) for name, laps in self._laps.items()}
+        torch.accelerator.synchronize()
+        return {name: sum(b.elapsed_time(e) for b, e in laps) / 1e3 for name, laps in self._laps.items()}
+
+    def _now(self) -> float | torch.Event:
+        if self._device.type == "cpu":
+            return time.perf_counter()
+        event = torch.Event(device=self._device, enable_timing=True)
+        event.record()
+        return event
+
+
+class Reported:
+    """Collects what is reported of a step; the stopwatch's times where there is a teacher."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        config: FlameJobConfig,
+        parallel_dims: ParallelDims,
+        dataloader: Any,
+        gradients: Gradients,
+        stopwatch: Stopwatch,
+        device: torch.device,
+    ) -> None:
+        self._runner, self._dataloader, self._gradients, self._device = runner, dataloader, gradients, device
+        self._stopwatch, self._max_norm = stopwatch, config.training.max_norm
+        self._loss_mesh = parallel_dims.get_optional_mesh("loss")
+        self._has_losses, self._has_teacher = bool(trained_heads(config)), teacher_of(config) is not None
+        self._sources = [source.reported_as for _, source in sources_of(config)]
+        self._names: list[str] = []
+        self.parts: dict[str, Tensor] = {}
+        """Name to the sum of a part of the losses over this rank's micro-batches of the latest step."""
+
+    def begin(self) -> None:
+        """Forget the step before."""
+        self.parts = {}
+        self._stopwatch.restart()
+
+    def add(self, parts: dict[str, Tensor]) -> None:
+        """Add the parts of a micro-batch's losses."""
+        for name, value in parts.items():
+            self.parts[name] = self.parts[name] + value if name in self.parts else value
+
+    def losses(self, losses: list[Tensor], plan: StepPlan) -> tuple[float, float]:
+        """The mean loss of the step, and the largest of the ranks' own means, from those of this rank's micro-batches. Collective."""
+        loss = torch.stack(losses).sum()
+        if self._loss_mesh is None:
+            mean = loss.item()
+            return mean, mean
+        own_mean = loss * plan.tokens / plan.local_tokens
+        return dist_utils.dist_sum(loss, self._loss_mesh), dist_utils.dist_max(own_mean, self._loss_mesh)
+
+    def tokens_seen(self, tokens: int) -> float:
+        """The sum over ranks of their counts. Collective."""
+        if self._loss_mesh is None:
+            return tokens
+        return dist_utils.dist_sum(torch.tensor(tokens, dtype=torch.int64, device=self._device), self._loss_mesh)
+
+    def metrics(self, grad_norm: float) -> dict[str, float | None]:
+        """Name to value of everything beside the total loss; None if this step has no such value. Collective.
+
+        ``grad_norm`` is that by which all gradients have been clipped.
+        """
+        ranks = 1 if self._loss_mesh is None else self._loss_mesh.size()  # that are summed over
+        epochs = dict(zip(self._sources, self._dataloader.epochs(), strict=True))
+        shares = {f"epochs/{name}": torch.tensor(n / ranks, device=self._device) for name, n in epochs.items()}
+        parts = self.reduced(self.parts | shares)
+        self._names = list(dict.fromkeys([*self._names, *parts]))
+        metrics = {**dict.fromkeys(self._names), **parts, "skipped_steps": self._gradients.skipped_steps}
+        if self._has_losses:
+            # All gradients have been clipped by one factor.
+            unclipped = max(1.0, (grad_norm + 1e-6) / self._max_norm)
+            for name, parameters in self._backbone_and_heads().items():
+                metrics[f"grad_norm_{name}"] = self._norm_of_gradients(parameters) * unclipped
+        if self._has_teacher:
+            metrics |= {f"time_{name}": value for name, value in self._stopwatch.seconds().items()}
+        return metrics
+
+    def reduced(self, parts: dict[str, Tensor]) -> dict[str, float]:
+        """Sums over data-parallel ranks, on all ranks of a pipeline. Collective: one all-reduce."""
+        summed: dict[str, float] | None = None
+        if self._runner.has_last:
+            values = torch.stack([value.float() for value in parts.values()])
+            if self._loss_mesh is not None:
+                dist.all_reduce(values, group=self._loss_mesh.get_group())
+            summed = dict(zip(parts, values.tolist(), strict=True))
+        return self._runner.from_last(summed)
+
+    def _backbone_and_heads(self) -> dict[str, list[nn.Parameter]]:
+        model = self._runner.model
+        heads = [p for name in model.heads for p in model.get_submodule(name).parameters()]
+        owned = {id(p) for p in [*heads, *self._runner.copies()]}
+        parameters = [p for part in self._runner.parts for p in part.parameters()]
+        return {"backbone": [p for p in parameters if id(p) not in owned], "heads": heads}
+
+    def _norm_of_gradients(self, parameters: list[nn.Parameter]) -> float:
+        """L2 norm of the gradients that there are. Collective."""
+        grads = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(self._device)
+        return self._runner.norm_over_stages(norm).item()

@@ -1,0 +1,94 @@
+"""Plans of steps: what is counted, which losses have which weight, and parts of a micro-batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from flame_ext.data.packing import PADDING
+from flame_ext.heads.spec import KeyBank
+from flame_ext.preflight.parse import parse
+from flame_ext.step.plan import Batch, FutureRows, Planner, StepPlan
+from tests.ranks import DEBUG_TOML
+
+EOS = 0
+IDS = torch.tensor([[5, 6, EOS, 7, 8, 9], [5, EOS, EOS, 6, 7, 8]])
+LABELS = torch.tensor([[6, EOS, 7, 8, 9, -100], [EOS, EOS, 6, 7, 8, 9]])
+
+
+def plan(step: int, *options: str, batches: list[Batch] | None = None) -> StepPlan:
+    config = parse([f"--job.config_file={DEBUG_TOML}", "--training.local_batch_size=2", *options])
+    planner = Planner(config, EOS, None, torch.device("cpu"))
+    return planner.plan(step, batches or [({"input": IDS}, LABELS)])
+
+
+def test_tokens_pairs_and_positions_are_counted_over_the_whole_step() -> None:
+    once, twice = plan(1), plan(1, batches=[({"input": IDS}, LABELS)] * 2)
+    assert once.tokens == once.local_tokens == 11 and twice.tokens == 22
+    # Documents are 0 0 0 1 1 1 and 0 0 1 2 2 2: t, t + 1 and t + 2 have to be in one.
+    assert once.microbatches[0].doc_ids.tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 1, 2, 2, 2]]
+    future = once.microbatches[0].future
+    assert future is not None and once.has_future and once.shift == 1
+    assert future.pairs.nonzero().tolist() == [[0, 0], [0, 3], [1, 3]]
+    assert (once.pairs, once.positions) == (3, 7) and (twice.pairs, twice.positions) == (6, 14)
+    whole = plan(1, "--future_encoder.no-respect_doc_boundaries")
+    assert whole.pairs == 8 and whole.microbatches[0].doc_ids.tolist() == once.microbatches[0].doc_ids.tolist()
+
+
+def test_a_step_without_any_label_or_pair_divides_by_one() -> None:
+    nothing = plan(1, batches=[({"input": torch.full((2, 6), EOS)}, torch.full((2, 6), -100))])
+    assert (nothing.tokens, nothing.pairs, nothing.positions, nothing.local_tokens) == (1, 1, 1, 0)
+
+
+def test_documents_of_the_dataloader_count_before_eos() -> None:
+    given = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 0, PADDING, PADDING + 1, PADDING + 2]])
+    batches: list[Batch] = [({"input": IDS, "doc_ids": given}, LABELS)]
+    respected, whole = plan(1, batches=batches), plan(1, "--future_encoder.no-respect_doc_boundaries", batches=batches)
+    assert respected.microbatches[0].doc_ids is not None and respected.pairs == 3
+    assert whole.pairs == 5, "what comes after the end of the data belongs to nothing"
+
+
+def test_weights_follow_schedule_and_interval_and_the_teacher_rests_in_between() -> None:
+    options = ["--future_encoder.teacher_interval=2", "--future_encoder.loss_weight_warmup_steps=4"]
+    options += ["--action_layer.enable", "--action_layer.top_k=4", "--training.steps=60"]
+    plans = [plan(step, *options) for step in (1, 2, 3)]
+    assert [p.has_future for p in plans] == [True, False, True]
+    assert [p.weights["loss_future"] for p in plans] == pytest.approx([2 * 0.1 / 4, 0, 2 * 0.1 * 3 / 4])
+    assert [p.weights["loss_action"] for p in plans] == pytest.approx([0.2, 0, 0.2])
+    assert plans[1].microbatches[0].future is None and plans[1].tokens == 11
+    assert plan(1, "--future_encoder.loss_weight=0").weights == {}
+
+
+def test_the_shift_is_drawn_from_step_and_seed() -> None:
+    shifts = [plan(step, "--future_encoder.shift_k=3").shift for step in range(1, 13)]
+    assert set(shifts) == {1, 2, 3} and shifts == [plan(s, "--future_encoder.shift_k=3").shift for s in range(1, 13)]
+    assert shifts != [plan(s, "--future_encoder.shift_k=3", "--seed.rng_seed=1").shift for s in range(1, 13)]
+
+
+def test_a_fraction_of_the_sequences_stands_for_all_of_them() -> None:
+    options = ["--future_encoder.teacher_fraction=0.5"]
+    chosen: list[Any] = [plan(step, *options) for step in range(1, 9)]
+    rows = [p.microbatches[0].future.selection.tolist() for p in chosen]
+    assert {row for (row,) in rows} == {0, 1}
+    assert all(p.pairs == 1.5 and p.positions == 3.5 for p in chosen)
+    first = chosen[0].microbatches[0].future
+    assert first.pairs.shape == (1, 6) and torch.equal(first.select(IDS), IDS[first.selection])
+
+
+@pytest.mark.parametrize("selection", [None, torch.tensor([0, 2, 3])])
+def test_parts_of_a_micro_batch_keep_their_keys(selection: torch.Tensor | None) -> None:
+    count = 5 if selection is None else 3
+    doc_ids, pairs = torch.arange(count)[:, None].expand(count, 6), torch.rand(count, 6) > 0.5
+    bank = KeyBank(torch.empty(0), torch.empty(0), torch.empty(0))
+    future = FutureRows(selection, doc_ids, pairs, bank, first_key=100)
+    parts = [future.rows(slice(begin, begin + 1), 5) for begin in range(5)]
+    values = torch.arange(5)
+    assert (
+        torch.cat([part.select(values[i : i + 1]) for i, part in enumerate(parts)]).tolist()
+        == future.select(values).tolist()
+    )
+    assert torch.equal(torch.cat([part.pairs for part in parts]), pairs)
+    assert all(part.bank is bank for part in parts)
+    assert [part.first_key for part in parts] == [100 + 6 * sum(len(p.pairs) for p in parts[:i]) for i in range(5)]
