@@ -1,6 +1,19 @@
 # The checks that a change has to pass, without installing anything: .ci/run does the same in a fresh environment.
-.PHONY: check style types test
-check: style types test
+SHELL := bash
+.PHONY: quick check matrix matrix-quarter style types imports test
+
+quick: style types imports # after each edit
+	python -m pytest -q -m "not matrix and not slow"
+
+check: style types imports test
+
+matrix: # every layout with every architecture
+	python -m pytest -q -m matrix
+
+QUARTER ?= $(shell echo $$((0x$$(git rev-parse --short=8 HEAD) % 4)))
+matrix-quarter: # that of the commit, unless QUARTER says which
+	@echo "quarter $(QUARTER) of the matrix; to repeat it: make matrix-quarter QUARTER=$(QUARTER)"
+	python -m pytest -v -m matrix --quarter $(QUARTER)
 
 style:
 	ruff check .
@@ -8,6 +21,9 @@ style:
 
 types:
 	mypy
+
+imports:
+	lint-imports
 
 test:
 	python -m pytest -q
