@@ -23,6 +23,8 @@ class Losses:
     def __init__(self, runner: ModelRunner, config: FlameJobConfig, teacher: Teacher | None) -> None:
         self.model, self.config, self.teacher = runner.model, config, teacher
         self.heads = trained_heads(config)
+        self.weighed = {head: [n for n, weight in loss_weights(head, config).items() if weight] for head in self.heads}
+        """Name of each trained head to the names of the losses that it has to give."""
         self.resting_heads = [
             name for name, spec in enabled_heads(config).items() if spec.needs_future or spec.is_teacher
         ]
@@ -111,7 +113,7 @@ class StudentLosses:
             if values.ndim != 0:
                 raise ConfigError(f"the loss of head {name!r} must be a scalar (a sum), got {list(values.shape)}")
             values = {f"loss_{name}": values.float() / self.plan.tokens}
-        if missing := [n for n, weight in loss_weights(name, self.run.config).items() if weight and n not in values]:
+        if missing := [loss for loss in self.run.weighed[name] if loss not in values]:
             raise ConfigError(
                 f"the loss of head {name!r} gives {', '.join(values)}, and its weights are of {', '.join(missing)}: name them alike"
             )
