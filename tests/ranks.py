@@ -1,6 +1,6 @@
 """Real processes for distributed tests: ``run_ranks`` calls a function in N gloo processes, ``train`` runs the command in them.
 
-A fork server imports torch, transformers and torchtitan once; each rank is a fork of it, with torchrun's environment.
+A fork server is prepared once (tests/fork_server.py); each rank is a fork of it, with torchrun's environment.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TINY_OLMO = REPOSITORY / "tests" / "assets" / "tiny_olmo"
 DEBUG_TOML = REPOSITORY / "configs" / "debug.toml"
 
 _context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["flame_ext.train", "tests.ranks"])
+_context.set_forkserver_preload(["tests.fork_server"])
 
 
 @dataclass
