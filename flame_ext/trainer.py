@@ -65,6 +65,7 @@ class FutureTrainer(torchtitan.train.Trainer):
         self.metrics_processor.step_metrics, self.metrics_processor.shown = self.reported.metrics, shown_metrics()
         if config.validation.enable:
             self.validator.evaluate, self.validator.reduce = self._evaluate, self.reported.reduced
+            self.validator.count_all(self.planner.count, self.planner.over_ranks)
         teacher = self.teacher if self.teacher is not None and self.teacher.anticausal else None
         proved = (None, "") if teacher is None else (teacher.summaries, teacher.remedy)
         self.checkpointer.hooks = RunHooks(self, self._attention_of, *proved)
@@ -159,9 +160,9 @@ class FutureTrainer(torchtitan.train.Trainer):
         within_documents = self.job_config.data.document_attention
         return causal_attention(self.model_parts[0], input_dict, within_documents, self.device, rows)
 
-    def _evaluate(self, input_dict: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-        """Metrics of a validation batch, as a dataloader gives it, to be summed over ranks. Collective."""
-        plan = self.planner.plan_evaluation((input_dict, labels))
+    def _evaluate(self, batch: Batch, counts: Tensor) -> dict[str, Tensor]:
+        """A validation batch's share of metrics, to be summed over ranks and batches, which have ``counts``. Collective."""
+        plan = self.planner.plan_evaluation(batch, counts)
         with self.train_context():
             if self.teacher is not None:
                 self.teacher.prepare(plan)

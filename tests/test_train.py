@@ -133,6 +133,30 @@ def test_validation_runs_on_held_out_text(dump_folder: Path) -> None:
     assert 0.5 < loss < 0.6 * math.log(264)
 
 
+def test_validation_is_the_mean_over_all_labels(tmp_path: Path) -> None:
+    """Of packed sequences, against from_pretrained, with more padding in some batches and on one rank than elsewhere."""
+    texts = ["x = 1\n" * (1 + i % 3) for i in range(30)] + ["def f(a, b):\n    return {a: b}\n" * 60]
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    toml = tmp_path / "job.toml"
+    toml.write_text(DEBUG_TOML.read_text() + f'\n[[validation.sources]]\npath = "{tmp_path}/held_out.jsonl"\n')
+    model, tokenizer = stock_model(TINY_OLMO), AutoTokenizer.from_pretrained(TINY_OLMO)
+    lanes: list[list[int]] = [[], [], [], []]
+    for number, text in enumerate(texts):
+        lanes[number % 4] += [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    total, count = 0.0, 0
+    for lane in lanes:
+        for part in (torch.tensor([lane[i : i + 65]]) for i in range(0, len(lane) - 1, 65)):
+            with torch.no_grad():
+                logits = model(part).logits[0, :-1].double()
+            total += F.cross_entropy(logits, part[0, 1:], reduction="sum").item()
+            count += part.shape[1] - 1
+    options = ["--training.steps=1", "--optimizer.lr=0", "--validation.enable", "--validation.seq_len=64"]
+    options += ["--validation.local_batch_size=2", "--checkpoint.no-last_save_in_hf"]
+    train(tmp_path / "run", *options, config=toml, world_size=2)
+    (line,) = (tmp_path / "run" / "validation.jsonl").read_text().splitlines()
+    assert json.loads(line)["loss_ce"] == pytest.approx(total / count, rel=1e-5)
+
+
 def mixture(folder: Path) -> Path:
     """The debug job on two sources, one of which is streamed, for one epoch, with two more for validation."""
     texts = [f"def function_{i}():\n    return {i}\n" * (1 + i % 5) for i in range(80)]

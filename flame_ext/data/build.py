@@ -21,18 +21,13 @@ def build_dataloader(
 ) -> PackedDataloader:
     """Build the dataloader of this rank's lanes. With ``training.epochs``, set ``training.steps`` to the steps that these take.
 
-    Raises ConfigError if a source is unusable (:func:`open_documents`), or the number of workers does not divide that of the lanes.
+    Raises ConfigError if a source is unusable (:func:`open_documents`). Preflight lets the number of workers divide that of the lanes.
     """
     data_config, training, loading = job_config.data, job_config.training, job_config.training.dataloader
     num_lanes = training.global_batch_size
     if num_lanes < 0:
         num_lanes = training.local_batch_size * dp_world_size
     lanes = range(dp_rank, num_lanes, dp_world_size)
-    if loading.num_workers > 0 and len(lanes) % loading.num_workers:
-        raise ConfigError(
-            f"training.dataloader.num_workers ({loading.num_workers}) must divide the sequences that a rank has in a step "
-            f"({len(lanes)}), which its workers share"
-        )
     seq_len, vocab_size = training.seq_len, _vocab_size(tokenizer, job_config)
     open_source = partial(
         open_documents, tokenizer=tokenizer, num_lanes=num_lanes, seq_len=seq_len, vocab_size=vocab_size
@@ -67,11 +62,10 @@ def build_dataloader(
 
 def build_validation_dataloaders(
     dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig
-) -> dict[str, tuple[PackedDataloader, int]]:
-    """Returns the label of each of ``validation.sources`` with its dataloader and its number of batches. Collective.
+) -> dict[str, PackedDataloader]:
+    """Returns the label of each of ``validation.sources``, "" for ``validation.dataset``, with its dataloader. Collective.
 
-    Each document is read once, in order. The last batches are padded without labels, so all ranks have the same number. Raises
-    ConfigError if a source is unusable (:func:`open_documents`).
+    Each document is read once, in order. Raises ConfigError if a source is unusable (:func:`open_documents`).
     """
     validation = job_config.validation
     batch_size, seq_len, loading = validation.local_batch_size, validation.seq_len, asdict(validation.dataloader)
@@ -81,20 +75,21 @@ def build_validation_dataloaders(
     open_source = partial(
         open_documents, tokenizer=tokenizer, num_lanes=num_lanes, seq_len=seq_len, vocab_size=vocab_size
     )
-    found: dict[str, tuple[PackedDataloader, int]] = {}
-    for number, source in enumerate(validation.sources):
+    registered_path = None if validation.sources else validation.dataset_path
+    found: dict[str, PackedDataloader] = {}
+    for where, source in sources_of(job_config, "validation"):
         with failing_together(ConfigError):
-            documents = open_source(f"validation.sources[{number}]", source, rng_seed=None, epochs=1)
-        data = PackedDocuments([documents], seq_len, lanes, num_lanes, eos_id=eos_id, pad=True)
-        loader = PackedDataloader(data, dp_rank, dp_world_size, batch_size=batch_size, **loading)
-        found[source.reported_as] = loader, _steps_of(data, None if validation.steps == -1 else validation.steps)
+            documents = open_source(where, source, rng_seed=None, epochs=1, registered_path=registered_path)
+        data = PackedDocuments([documents], seq_len, lanes, num_lanes, eos_id=eos_id)
+        label = source.reported_as if validation.sources else ""
+        found[label] = PackedDataloader(data, dp_rank, dp_world_size, batch_size=batch_size, **loading)
     return found
 
 
-def _steps_of(data: PackedDocuments, limit: int | None = None) -> int:
-    """Number of steps to the end of the longest lane of all ranks, at most ``limit``. Collective: each rank reads its lanes."""
+def _steps_of(data: PackedDocuments) -> int:
+    """Number of steps to the end of the longest lane of all ranks. Collective: each rank reads its lanes."""
     with failing_together(ConfigError):
-        steps = data.steps(limit)
+        steps = data.steps()
     return max(gathered(steps))
 
 

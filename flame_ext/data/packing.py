@@ -92,11 +92,11 @@ class PackedDocuments(IterableDataset[list[Packed]]):
         for reader in cycle(readers):
             yield reader.sequence(), [reader.number, *reader.lane.numbers()], reader.finished()
 
-    def steps(self, limit: int | None = None) -> int:
-        """Number of sequences that the longest of these lanes has left, at most ``limit``."""
+    def steps(self) -> int:
+        """Number of sequences that the longest of these lanes has left."""
         readers = [_LaneReader(self, number, lane) for number, lane in self.lanes.items()]
         steps = 0
-        while steps != limit and (readers := [reader for reader in readers if not reader.finished()]):
+        while readers := [reader for reader in readers if not reader.finished()]:
             for reader in readers:
                 reader.sequence()
             steps += 1

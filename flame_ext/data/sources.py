@@ -45,24 +45,25 @@ def _load_stdlib(split: Split, _path: str) -> Dataset:
     return Dataset.from_dict({"text": read_stdlib(split)})
 
 
-def _require_path(kind: str, path: str | None) -> str:
+def _require_path(kind: str, path: str | None, section: str = "training") -> str:
     if not path:
-        raise ConfigError(f"training.dataset = {kind!r} needs training.dataset_path: a file, a glob or a folder")
+        raise ConfigError(f"{section}.dataset = {kind!r} needs {section}.dataset_path: a file, a glob or a folder")
     return path
 
 
-def sources_of(config: JobConfig) -> list[tuple[str, DataSource]]:
-    """Returns each source of a job with the name of the option that names it."""
-    data, training = config.data, config.training
-    if data.sources:
-        return [(f"data.sources[{i}]", source) for i, source in enumerate(data.sources)]
-    name = training.dataset.lower()
-    path = _require_path(name, training.dataset_path) if name in LOCAL_FORMATS else name
+def sources_of(config: JobConfig, section: str = "training") -> list[tuple[str, DataSource]]:
+    """Returns each source of ``training`` or ``validation`` with the name of the option that names it."""
+    of_sources = "data" if section == "training" else section
+    if sources := getattr(config, of_sources).sources:
+        return [(f"{of_sources}.sources[{i}]", source) for i, source in enumerate(sources)]
+    options = getattr(config, section)
+    name = options.dataset.lower()
+    path = _require_path(name, options.dataset_path, section) if name in LOCAL_FORMATS else name
     if name not in DATASETS:
         raise ConfigError(
-            f"training.dataset {training.dataset!r} is unknown; known: {', '.join(sorted(DATASETS))}; or list data.sources"
+            f"{section}.dataset {options.dataset!r} is unknown; known: {', '.join(sorted(DATASETS))}; or list {of_sources}.sources"
         )
-    return [("training.dataset", DataSource(path=path, text_field=data.text_field))]
+    return [(f"{section}.dataset", DataSource(path=path, text_field=config.data.text_field))]
 
 
 def open_documents(

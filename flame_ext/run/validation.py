@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -9,35 +10,76 @@ import torch
 from torch import Tensor, nn
 from torchtitan.components.validate import BaseValidator
 from torchtitan.config import JobConfig
-from torchtitan.hf_datasets.text_datasets import build_text_validation_dataloader
-from torchtitan.tools.logging import logger
 
 from flame_ext.data.build import build_validation_dataloaders
+from flame_ext.data.loader import PackedDataloader
+from flame_ext.distributed import failing_together, gathered
 from flame_ext.errors import ConfigError
 from flame_ext.run.metrics import FutureMetricsProcessor
 
-Loaders = Mapping[str, tuple[Any, int | None]]
-"""Label of each source, "" for ``validation.dataset``, to its dataloader and number of batches (None = all)."""
+Batch = tuple[dict[str, Tensor], Tensor]  # as a dataloader yields it: inputs, and (B, T) labels
+
+
+@dataclass
+class _Source:
+    loader: PackedDataloader
+    start: dict[str, Any] = field(init=False)  # the loader's position, of every pass
+    batches: int = 0  # of a pass
+    counts: Tensor = field(
+        default_factory=lambda: torch.zeros(3)
+    )  # what figures are divided by: of a pass, over all ranks
+
+    def __post_init__(self) -> None:
+        self.start = copy.deepcopy(self.loader.state_dict())
+
+    def rewind(self) -> None:
+        self.loader.load_state_dict(copy.deepcopy(self.start))
 
 
 class FutureValidator(BaseValidator):
     """Evaluates the same held-out batches every time, of each source separately."""
 
-    evaluate: Callable[[dict[str, Tensor], Tensor], dict[str, Tensor]]
-    """Maps a dataloader's batch and its labels to metrics, to be summed over ranks. The trainer sets it. Collective."""
+    evaluate: Callable[[Batch, Tensor], dict[str, Tensor]]
+    """Maps a batch and the counts of its source to metrics that are summed over batches and ranks. The trainer sets it. Collective."""
     reduce: Callable[[dict[str, Tensor]], dict[str, float]]  # Sums metrics over ranks. The trainer sets it. Collective
 
-    def __init__(self, job_config: JobConfig, metrics_processor: FutureMetricsProcessor, loaders: Loaders) -> None:
+    def __init__(
+        self,
+        job_config: JobConfig,
+        metrics_processor: FutureMetricsProcessor,
+        loaders: Mapping[str, PackedDataloader],  # by label, "" for ``validation.dataset``
+    ) -> None:
         super().__init__(job_config)
-        self.metrics_processor, self._loaders = metrics_processor, loaders
-        self._starts = {label: copy.deepcopy(loader.state_dict()) for label, (loader, _) in loaders.items()}
+        self.metrics_processor = metrics_processor
+        self._sources = {label: _Source(loader) for label, loader in loaders.items()}
+
+    def count_all(self, count: Callable[[Batch], Tensor], over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Reads every source once, for the numbers that figures are divided by. Collective.
+
+        ``count`` maps a batch to its numbers, ``over_ranks`` sums those of all ranks. Raises ConfigError, on all ranks, if a source
+        cannot be read or has no label.
+        """
+        limit = None if self.job_config.validation.steps == -1 else self.job_config.validation.steps
+        for label, source in self._sources.items():
+            with failing_together(ConfigError):
+                counts = [count(batch) for batch in islice(source.loader, limit)]
+            source.batches = max(gathered(len(counts)))
+            source.counts = over_ranks(torch.stack(counts).sum(0))
+            source.loader.dataset.pad = True  # ranks whose data end earlier go on with batches that have no label
+            if source.counts[0] == 0:
+                name = (
+                    f"validation.sources {label!r}"
+                    if label
+                    else f"validation.dataset {self.job_config.validation.dataset!r}"
+                )
+                raise ConfigError(f"{name} has no text to validate on; give it more, or set validation.enable = false")
 
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Logs the mean of each metric as ``validation_metrics/…``; with several sources as ``validation_metrics/LABEL/…``."""
         for model in model_parts:
             model.eval()
-        found = {label: self._validated(label, *of_source) for label, of_source in self._loaders.items()}
+        found = {label: self._validated(source) for label, source in self._sources.items()}
         losses = [metrics["loss_ce"] for metrics in found.values()]
         parts = {f"{label}/{name}": value for label, metrics in found.items() for name, value in metrics.items()}
         if "" in found:
@@ -47,20 +89,14 @@ class FutureValidator(BaseValidator):
         for model in model_parts:
             model.train()
 
-    def _validated(self, label: str, loader: Any, steps: int | None) -> dict[str, float]:
-        loader.load_state_dict(copy.deepcopy(self._starts[label]))
+    def _validated(self, source: _Source) -> dict[str, float]:
+        source.rewind()
         sums: dict[str, Tensor] = {}
-        count = 0
-        for count, (input_dict, labels) in enumerate(islice(loader, steps), start=1):  # noqa: B007
-            self.metrics_processor.ntokens_since_last_log += labels.numel()
-            parts = self.evaluate(input_dict, labels)
+        for batch in islice(source.loader, source.batches):
+            self.metrics_processor.ntokens_since_last_log += batch[1].numel()
+            parts = self.evaluate(batch, source.counts)
             sums = {name: sums.get(name, 0.0) + value for name, value in parts.items()}
-        if count == 0:
-            raise ConfigError(
-                f"validation.dataset {label or self.job_config.validation.dataset!r} gives no batch of "
-                "validation.local_batch_size x validation.seq_len tokens; give it more text, or set validation.enable = false"
-            )
-        return {name: value / count for name, value in self.reduce(sums).items()}
+        return self.reduce(sums)
 
 
 def build_validator(
@@ -72,13 +108,5 @@ def build_validator(
     **_: Any,
 ) -> FutureValidator:
     """Builds the validator of the TrainSpec over ``validation.sources``, else over ``validation.dataset``."""
-    if job_config.validation.sources:
-        loaders = build_validation_dataloaders(dp_world_size, dp_rank, tokenizer, job_config)
-        return FutureValidator(job_config, metrics_processor, loaders)
-    steps = None if job_config.validation.steps == -1 else job_config.validation.steps
-    loader = build_text_validation_dataloader(dp_world_size, dp_rank, tokenizer, job_config, infinite=steps is not None)
-    # Every pass draws a seed for workers, which must not advance the default generator.
-    loader.generator = torch.Generator()
-    if steps is None:
-        logger.warning("validation.steps = -1 hangs if the ranks have unequal numbers of validation batches")
-    return FutureValidator(job_config, metrics_processor, {"": (loader, steps)})
+    loaders = build_validation_dataloaders(dp_world_size, dp_rank, tokenizer, job_config)
+    return FutureValidator(job_config, metrics_processor, loaders)

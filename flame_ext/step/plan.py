@@ -100,35 +100,59 @@ class Planner:
         selections = [_draw(len(labels), fraction, generator) for _, labels in batches]
         return self._plan(batches, weights, shift, selections)
 
-    def plan_evaluation(self, batch: Batch) -> StepPlan:
-        """Plan losses that are only to be known: the weights without schedules, shift 1, every sequence. Collective."""
-        return self._plan([batch], self._weights(None), 1, None if self._teacher is None else [None])
+    def count(self, batch: Batch) -> Tensor:
+        """(3,) float64 numbers of this rank's tokens with a label, pairs and positions in a batch that is only evaluated."""
+        return self._microbatch(batch, 1, self._teacher is not None)[1]
+
+    def over_ranks(self, counts: Tensor) -> Tensor:
+        """The sum of all ranks' :meth:`count`. Collective."""
+        if self._mesh is not None:
+            dist.all_reduce(counts, group=self._mesh.get_group())
+        return counts
+
+    def plan_evaluation(self, batch: Batch, counts: Tensor) -> StepPlan:
+        """Plan losses that are only to be known: the weights without schedules, shift 1, every sequence.
+
+        Sums are divided by ``counts``, those of all ranks and of all batches that are to be added up.
+        """
+        return self._plan([batch], self._weights(None), 1, None if self._teacher is None else [None], counts)
 
     def _weights(self, step: int | None) -> dict[str, float]:
         return {loss: w for name in self._trained for loss, w in loss_weights(name, self._config, step).items()}
 
     def _plan(
-        self, batches: list[Batch], weights: dict[str, float], shift: int, selections: list[Tensor | None] | None
+        self,
+        batches: list[Batch],
+        weights: dict[str, float],
+        shift: int,
+        selections: list[Tensor | None] | None,
+        counts: Tensor | None = None,
     ) -> StepPlan:
+        chosen = selections or [None] * len(batches)
+        has_future = selections is not None
+        counted = [
+            self._microbatch(batch, shift, has_future, selection)
+            for batch, selection in zip(batches, chosen, strict=True)
+        ]
+        microbatches, own = [m for m, _ in counted], [c for _, c in counted]
+        local_tokens = sum(_labelled(labels) for _, labels in batches)
+        if counts is None:
+            counts = self.over_ranks(torch.stack(own).sum(0))
+        tokens, pairs, positions = counts.clamp_min(1.0).tolist()
+        return StepPlan(microbatches, tokens, local_tokens, weights, shift, pairs, positions, has_future)
+
+    def _microbatch(
+        self, batch: Batch, shift: int, has_future: bool, selection: Tensor | None = None
+    ) -> tuple[MicroBatch, Tensor]:
+        """A batch on the device, and its (3,) numbers of tokens with a label, pairs and positions."""
+        inputs, labels = batch
         counts = torch.zeros(3, dtype=torch.float64, device=self._device)
-        microbatches = []
-        local_tokens = 0
-        for number, (inputs, labels) in enumerate(batches):
-            local_tokens += int((labels != IGNORE_INDEX).sum())  # still on the CPU, where the dataloader has it
-            inputs = {name: values.to(self._device) for name, values in inputs.items()}
-            microbatch = MicroBatch(inputs, labels.to(self._device), self._documents(inputs))
-            if selections is not None:
-                microbatch.future, pairs, positions = self._future(microbatch, shift, selections[number])
-                counts[1] += pairs
-                counts[2] += positions
-            microbatches.append(microbatch)
-        counts[0] = local_tokens
-        if self._mesh is not None:
-            dist.all_reduce(counts, group=self._mesh.get_group())
-        tokens, pairs_in_all, positions_in_all = counts.clamp_min(1.0).tolist()
-        return StepPlan(
-            microbatches, tokens, local_tokens, weights, shift, pairs_in_all, positions_in_all, selections is not None
-        )
+        counts[0] = _labelled(labels)
+        inputs = {name: values.to(self._device) for name, values in inputs.items()}
+        microbatch = MicroBatch(inputs, labels.to(self._device), self._documents(inputs))
+        if has_future:
+            microbatch.future, counts[1], counts[2] = self._future(microbatch, shift, selection)
+        return microbatch, counts
 
     def _future(
         self, microbatch: MicroBatch, shift: int, selection: Tensor | None
@@ -158,6 +182,10 @@ class Planner:
         if given is None:
             return torch.zeros_like(inputs["input"])
         return torch.where(given < PADDING, 0, given)  # what comes after the end of the data belongs to nothing
+
+
+def _labelled(labels: Tensor) -> int:
+    return int((labels != IGNORE_INDEX).sum())  # on the CPU, where the dataloader has it
 
 
 def _draw(count: int, fraction: float, generator: torch.Generator) -> Tensor | None:

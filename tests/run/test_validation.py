@@ -1,4 +1,4 @@
-"""Means over batches and over sources, of the same batches each time, with dataloaders that are lists."""
+"""Means over labels and over sources, of the same batches each time, with dataloaders that are lists."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from flame_ext.run.validation import FutureValidator, build_validator
 
 
 class Loader:
-    """Batches that are numbers; it goes on from where it is, as a stateful dataloader does."""
+    """Batches of one sequence of labels each; it goes on from where it is, as a stateful dataloader does."""
 
-    def __init__(self, *values: float) -> None:
-        self.values, self.position = values, {"next": 0}
+    def __init__(self, *batches: list[float]) -> None:
+        self.batches, self.position = batches, {"next": 0}
+        self.dataset = SimpleNamespace(pad=False)
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        while self.position["next"] < len(self.values):
-            value = self.values[self.position["next"]]
+        while self.position["next"] < len(self.batches):
+            values = self.batches[self.position["next"]]
             self.position["next"] += 1
-            yield {"input": torch.tensor(value)}, torch.zeros(2, 4, dtype=torch.long)
+            yield {}, torch.tensor(values)
 
     def state_dict(self) -> dict[str, int]:
         return self.position
@@ -44,41 +45,48 @@ class Metrics:
         self.logged.append(values)
 
 
-def validator(**loaders: tuple[Loader, int | None]) -> FutureValidator:
-    """A validator of one rank whose loss is a batch's number, and a second metric its square."""
-    return _with_losses(FutureValidator(FlameJobConfig(), Metrics(), loaders))
+def validator(steps: int = -1, **loaders: Loader) -> FutureValidator:
+    """A validator of one rank, whose loss is the mean of the labels, and whose second figure is that of the labels above 2."""
+    config = FlameJobConfig()
+    config.validation.steps = steps
+    return _with_losses(FutureValidator(config, Metrics(), loaders))
 
 
 def _with_losses(made: FutureValidator) -> FutureValidator:
-    made.evaluate = lambda inputs, labels: {"loss_ce": inputs["input"], "loss_future": inputs["input"] ** 2}
+    def evaluate(batch: tuple[dict[str, Tensor], Tensor], counts: Tensor) -> dict[str, Tensor]:
+        _, labels = batch
+        return {"loss_ce": labels.sum() / counts[0], "future_top1": labels[labels > 2].sum() / counts[1]}
+
+    made.evaluate = evaluate
     made.reduce = lambda sums: {name: value.item() for name, value in sums.items()}
+    made.count_all(lambda batch: torch.tensor([batch[1].numel(), (batch[1] > 2).sum()]), lambda counts: counts)
     return made
 
 
-def test_a_metric_is_its_mean_over_the_batches_of_one_source() -> None:
-    made = validator(**{"": (Loader(1.0, 2.0, 6.0, 100.0), 3)})
+def test_a_figure_is_its_sum_over_what_it_counts_in_all_batches() -> None:
+    made = validator(3, **{"": Loader([1.0, 2.0, 6.0], [3.0], [1.0, 1.0], [100.0])})
     made.validate([], step=5)
     (logged,) = made.metrics_processor.logged
-    assert logged["loss"] == 3.0 and logged["step"] == 5
-    assert logged["extra_metrics"] == {"validation_metrics/loss_future": pytest.approx(41 / 3)}
-    assert made.metrics_processor.ntokens_since_last_log == 3 * 8
+    assert logged["loss"] == pytest.approx(14 / 6) and logged["step"] == 5
+    assert logged["extra_metrics"] == {"validation_metrics/future_top1": 4.5}
+    assert made.metrics_processor.ntokens_since_last_log == 6
 
 
-def test_the_loss_of_several_sources_is_the_mean_of_theirs_however_many_batches_they_have() -> None:
-    made = validator(news=(Loader(1.0, 3.0), None), code=(Loader(8.0, 99.0), 1))
+def test_the_loss_of_several_sources_is_the_mean_of_theirs_however_many_labels_they_have() -> None:
+    made = validator(news=Loader([1.0, 3.0], [5.0]), code=Loader([8.0]))
     made.validate([], step=1)
     (logged,) = made.metrics_processor.logged
-    assert logged["loss"] == (2.0 + 8.0) / 2
+    assert logged["loss"] == (3.0 + 8.0) / 2
     assert logged["extra_metrics"] == {
-        "validation_metrics/news/loss_ce": 2.0,
-        "validation_metrics/news/loss_future": 5.0,
+        "validation_metrics/news/loss_ce": 3.0,
+        "validation_metrics/news/future_top1": 4.0,
         "validation_metrics/code/loss_ce": 8.0,
-        "validation_metrics/code/loss_future": 64.0,
+        "validation_metrics/code/future_top1": 8.0,
     }
 
 
 def test_every_pass_has_the_same_batches() -> None:
-    made = validator(news=(Loader(1.0, 3.0, 5.0), 2), code=(Loader(8.0), None))
+    made = validator(2, news=Loader([1.0], [3.0], [5.0]), code=Loader([8.0]))
     for step in range(3):
         made.validate([], step)
     first, *others = [{**logged, "step": 0} for logged in made.metrics_processor.logged]
@@ -88,7 +96,7 @@ def test_every_pass_has_the_same_batches() -> None:
 def test_the_model_is_evaluated_without_gradients_and_trains_on() -> None:
     model = nn.Dropout()
     seen = []
-    made = validator(**{"": (Loader(1.0), 1)})
+    made = validator(**{"": Loader([1.0])})
 
     def evaluate(*_: Any) -> dict[str, Tensor]:
         seen.append((model.training, torch.is_grad_enabled()))
@@ -99,50 +107,32 @@ def test_the_model_is_evaluated_without_gradients_and_trains_on() -> None:
     assert seen == [(False, False)] and model.training
 
 
-@pytest.mark.parametrize(("label", "named"), [("", "'text'"), ("news", "'news'")])
-def test_a_source_without_a_batch_is_refused(label: str, named: str) -> None:
-    made = validator(**{label: (Loader(), 3)})
-    made.job_config.validation.dataset = "text"
-    with pytest.raises(ConfigError, match=f"validation.dataset {named} gives no batch of .*give it more text"):
-        made.validate([], step=1)
-    assert made.metrics_processor.logged == []
-
-
-@pytest.mark.parametrize(("steps", "expected"), [(2, 2.0), (-1, 3.0)])
-def test_without_sources_the_dataset_is_evaluated(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, steps: int, expected: float
-) -> None:
-    asked = {}
-
-    def build(*args: Any, infinite: bool) -> Loader:
-        asked.update(args=args, infinite=infinite)
-        return Loader(1.0, 3.0, 5.0)
-
-    monkeypatch.setattr(validation, "build_text_validation_dataloader", build)
+@pytest.mark.parametrize(("label", "named"), [("", "validation.dataset 'text'"), ("news", "validation.sources 'news'")])
+def test_a_source_without_a_label_is_refused_before_the_first_step(label: str, named: str) -> None:
     config = FlameJobConfig()
-    config.validation.steps = steps
-    made = _with_losses(
-        build_validator(config, 4, 3, "tokenizer", metrics_processor=Metrics(), loss_fn=None, pp_schedule=None)
-    )
-    assert asked == {"args": (4, 3, "tokenizer", config), "infinite": steps != -1}
-    (loader, _) = made._loaders[""]
-    assert loader.generator is not torch.default_generator, "passes must not draw what training draws"
-    made.validate([], step=1)
-    assert made.metrics_processor.logged[0]["loss"] == expected
-    assert ("hangs" in caplog.text) == (steps == -1)
+    config.validation.dataset = "text"
+    with pytest.raises(ConfigError, match=f"{named} has no text to validate on; give it more"):
+        _with_losses(FutureValidator(config, Metrics(), {label: Loader([])}))
 
 
-def test_with_sources_the_dataset_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_whose_data_end_earlier_goes_on_as_long_as_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "gathered", lambda count: [count, 5])
+    loader = Loader([1.0], [3.0])
+    made = validator(**{"": loader})
+    assert made._sources[""].batches == 5 and loader.dataset.pad
+
+
+@pytest.mark.parametrize("sources", [[], [DataSource(label="news")]])
+def test_every_rank_builds_its_own_loaders(monkeypatch: pytest.MonkeyPatch, sources: list[DataSource]) -> None:
     asked = []
 
-    def build(*args: Any) -> dict[str, tuple[Loader, int]]:
+    def build(*args: Any) -> dict[str, Loader]:
         asked.append(args)
-        return {"news": (Loader(4.0), 1)}
+        return {"news" if sources else "": Loader([4.0])}
 
     monkeypatch.setattr(validation, "build_validation_dataloaders", build)
-    monkeypatch.setattr(validation, "build_text_validation_dataloader", None)
     config = FlameJobConfig()
-    config.validation.sources = [DataSource()]
+    config.validation.sources = sources
     made = _with_losses(build_validator(config, 4, 3, "tokenizer", metrics_processor=Metrics(), parallel_dims=None))
     made.validate([], step=1)
     assert asked == [(4, 3, "tokenizer", config)] and made.metrics_processor.logged[0]["loss"] == 4.0
