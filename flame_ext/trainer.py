@@ -18,7 +18,7 @@ from flame_ext.config.sections import FlameJobConfig
 from flame_ext.distributed import failing_together, is_main_rank
 from flame_ext.errors import CheckpointError, ConfigError, UserError
 from flame_ext.heads.registry import shown_metrics, teacher_of
-from flame_ext.host.patches import trainer_built_with
+from flame_ext.host.patches import profiling_any_device, trainer_built_with
 from flame_ext.model.attention import causal_attention
 from flame_ext.model.runner import ModelRunner, sum_of_parts
 from flame_ext.run.lock import FolderLock
@@ -215,7 +215,8 @@ class FutureTrainer(torchtitan.train.Trainer):
         if (step := self._completed_before()) is not None:
             logger.info(f"Already complete: {step.path} is the last step of this run, and nothing is left to train")
             return
-        super().train()
+        with profiling_any_device():
+            super().train()
         if self.finishing:
             self._finish()
         if not self.preempted:

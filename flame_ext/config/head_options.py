@@ -29,5 +29,5 @@ def is_head_key(key: str) -> bool:
 def at_least(name: str, section: Any, limits: Mapping[str, tuple[float, str]]) -> Iterator[str]:
     """One sentence for each option of ``[name]`` that is below its limit, given with the meaning of the limit."""
     for option, (least, meaning) in limits.items():
-        if (value := getattr(section, option)) < least:
+        if not (value := getattr(section, option)) >= least:  # NaN is not
             yield f"{name}.{option} must be >= {least}{f' ({meaning})' if meaning else ''}, got {value}"

@@ -32,7 +32,10 @@ class FlameConfigManager(ConfigManager):
 
     def parse_args(self, args: list[str]) -> FlameJobConfig:
         """Returns the configuration; ConfigError if the TOML is missing, malformed, or has a wrong type or an unknown key."""
-        config = super().parse_args(args)
+        try:
+            config = super().parse_args(args)
+        except (AssertionError, ValueError) as e:  # of a section's __post_init__, which names the option
+            raise ConfigError(f"{_option(args, 'job.config_file') or 'command line'}: {e}") from e
         # "--model.converters=", the only way to ask for none, is one empty name after torchtitan's split at commas.
         config.model.converters = [name for name in config.model.converters if name]
         return config

@@ -36,7 +36,7 @@ def config_record(
     config: FlameJobConfig, *, data_parallel_degree: int, assets: dict[str, str], heads: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Returns the name and JSON value of each option that determines the run's numbers, of ``heads``, and :func:`asset_digests`."""
-    record = {name: value for name, value in _flat(config) if not _is_harmless(name)}
+    record = {name: value for name, value in flat(config) if not _is_harmless(name)}
     # In torchtitan, a global batch size that is not positive means one micro-batch for each rank.
     if record["training.global_batch_size"] <= 0:
         record["training.global_batch_size"] = config.training.local_batch_size * data_parallel_degree
@@ -76,14 +76,15 @@ def check_unchanged(then: dict[str, Any], now: dict[str, Any], allowed: list[str
     return list(changes.values())
 
 
-def _flat(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the full name and the value of each option."""
     for field in fields(section):
         value = getattr(section, field.name)
         if is_dataclass(value):
-            yield from _flat(value, f"{prefix}{field.name}.")
+            yield from flat(value, f"{prefix}{field.name}.")
         elif isinstance(value, list) and any(map(is_dataclass, value)):
             for number, table in enumerate(value):
-                yield from _flat(table, f"{prefix}{field.name}.{number}.")
+                yield from flat(table, f"{prefix}{field.name}.{number}.")
         else:
             yield prefix + field.name, value
 

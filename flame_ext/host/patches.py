@@ -1,7 +1,8 @@
 """Patches torchtitan 0.2.2, but not during a step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -20,6 +21,18 @@ def trainer_built_with(checkpoint_manager: type) -> Iterator[None]:
         mock.patch.object(torchtitan.train, "CheckpointManager", checkpoint_manager),
         mock.patch.object(torchtitan.train, "ensure_pp_loss_visible"),
     ):
+        yield
+
+
+@contextmanager
+def profiling_any_device() -> Iterator[None]:
+    """Patch ``torch.profiler.profile`` while torchtitan trains: tools/profiling.py asks it for the activity None without a GPU."""
+    profile = torch.profiler.profile
+
+    def profile_what_there_is(*, activities: Iterable[Any], **options: Any) -> torch.profiler.profile:
+        return profile(activities=[activity for activity in activities if activity is not None], **options)
+
+    with mock.patch.object(torch.profiler, "profile", profile_what_there_is):
         yield
 
 

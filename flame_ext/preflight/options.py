@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 
 import torch
+from torchtitan.config.job_config import DataLoader
+from torchtitan.tools.utils import device_module
 
-from flame_ext.config.head_options import at_least
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError, SeedError
 from flame_ext.files import parse_size
-from flame_ext.preflight.parallelism import data_parallel_ranks
+from flame_ext.preflight.parallelism import data_parallel_ranks, replicated_alone
+from flame_ext.run.optimization import schedule_problem
 from flame_ext.seeding.names import parse_key_map
 
 # The parts of a saved step, and what a run without one of them would do.
@@ -29,7 +31,7 @@ def check_options(config: FlameJobConfig) -> Iterator[str]:
     except SeedError as e:
         yield str(e)
     export, interval = config.export, config.checkpoint.interval
-    if export.interval < 0 or (interval > 0 and export.interval % interval):
+    if export.interval % interval:
         multiple = f"must be 0 or a multiple of checkpoint.interval = {interval}, got {export.interval}"
         yield f"export.interval {multiple}: what is exported is a step that was saved"
     try:
@@ -37,7 +39,7 @@ def check_options(config: FlameJobConfig) -> Iterator[str]:
     except ConfigError as e:
         yield str(e)
     yield from _check_training(config)
-    yield from at_least("metrics", config.metrics, {"log_freq": (1, "")})
+    yield from _check_memory_and_speed(config)
 
 
 def _check_checkpoint(config: FlameJobConfig) -> Iterator[str]:
@@ -59,8 +61,6 @@ def _check_checkpoint(config: FlameJobConfig) -> Iterator[str]:
         yield "checkpoint.keep_latest_k must be 0 (keep all) or at least 2: the newest step may be in the process of being saved"
     if checkpoint.async_mode == "async_with_pinned_mem" and not torch.accelerator.is_available():
         yield "checkpoint.async_mode = 'async_with_pinned_mem' needs an accelerator (pinned memory); use 'async' or 'disabled'"
-    at_first = "1 = stop at the first step whose gradient norm is not finite"
-    yield from at_least("checkpoint", checkpoint, {"interval": (1, ""), "max_nonfinite_steps": (1, at_first)})
     for name in checkpoint.exclude_from_loading:
         consequence = _WITHOUT.get(name, f"there is no such part ({', '.join(_WITHOUT)})")
         yield (
@@ -70,16 +70,73 @@ def _check_checkpoint(config: FlameJobConfig) -> Iterator[str]:
 
 
 def _check_training(config: FlameJobConfig) -> Iterator[str]:
-    training = config.training
-    positive = {"seq_len": (1, ""), "local_batch_size": (1, ""), "steps": (1, ""), "epochs": (0, "0 = training.steps")}
-    yield from at_least("training", training, positive)
-    yield from at_least("training.dataloader", training.dataloader, {"num_workers": (0, "")})
     # torchtitan checks the same by an assertion, deep in the trainer.
-    replicas = data_parallel_ranks(config) or 1
+    training, replicas = config.training, data_parallel_ranks(config) or 1
     global_batch, local_batch = training.global_batch_size, training.local_batch_size
-    if local_batch >= 1 and global_batch >= 0 and (global_batch == 0 or global_batch % (local_batch * replicas)):
+    if global_batch != -1 and global_batch % (local_batch * replicas):
         factors = f"training.local_batch_size ({local_batch}) times the data-parallel ranks ({replicas})"
         yield f"training.global_batch_size ({global_batch}) must be a positive multiple of {factors}"
+    else:
+        yield from _check_workers("training", training.dataloader, max(1, global_batch // replicas, local_batch))
+    if config.validation.enable:
+        yield from _check_workers("validation", config.validation.dataloader, config.validation.local_batch_size)
+    if not training.epochs and (problem := schedule_problem(config.lr_scheduler.total_steps, training.steps)):
+        yield problem
+    optimizer = config.optimizer
+    if optimizer.name not in ("Adam", "AdamW"):
+        yield f"optimizer.name must be 'Adam' or 'AdamW', got {optimizer.name!r}"
+    if optimizer.early_step_in_backward:
+        early = "optimizer.early_step_in_backward updates the weights in every backward"
+        if global_batch > local_batch * replicas:
+            steps = f"{global_batch // (local_batch * replicas)} times in a step"
+            yield f"{early}, here {steps} (training.global_batch_size {global_batch}); raise training.local_batch_size, or leave it out"
+        if replicated_alone(config):
+            degree = "parallelism.data_parallel_replicate_degree > 1"
+            yield f"{early}, before DDP ({degree}) has summed the gradients, so that replicas would differ; use FSDP, or leave it out"
+
+
+def _check_workers(section: str, loading: DataLoader, sequences: int) -> Iterator[str]:
+    name, workers = f"{section}.dataloader", loading.num_workers
+    if workers and sequences % workers:
+        yield (
+            f"{name}.num_workers ({workers}) must divide the sequences that a rank has in a step ({sequences}), "
+            "which its workers share"
+        )
+    if not workers and (loading.persistent_workers or loading.prefetch_factor is not None):
+        option = "persistent_workers" if loading.persistent_workers else "prefetch_factor"
+        yield f"{name}.{option} is for workers, and {name}.num_workers is 0; leave it out"
+
+
+def _check_memory_and_speed(config: FlameJobConfig) -> Iterator[str]:
+    ac, compiling, profiling = config.activation_checkpoint, config.compile, config.profiling
+    if ac.mode == "selective" and ac.selective_ac_option != "op":
+        every = ac.selective_ac_option
+        if not (every.isdecimal() and int(every) > 0):
+            yield (
+                "activation_checkpoint.selective_ac_option must be 'op', or a number n >= 1 as a string (every n-th layer), "
+                f"got {every!r}"
+            )
+    if ac.mode == "memory_budget" and not (compiling.enable and "model" in compiling.components):
+        yield "activation_checkpoint.mode = 'memory_budget' needs compile.enable with 'model' in compile.components; or take 'selective'"
+    if ac.determinism_check not in ("default", "none"):
+        yield f"activation_checkpoint.determinism_check must be 'default' or 'none', got {ac.determinism_check!r}"
+    if unknown := [name for name in compiling.components if name not in ("model", "loss")]:
+        yield f"compile.components: unknown component {unknown[0]!r} (known: model, loss)"
+    if compiling.enable and compiling.backend not in (known := torch._dynamo.list_backends(exclude_tags=())):
+        yield f"compile.backend must be one of {', '.join(known)}, got {compiling.backend!r}"
+    least = profiling.profiler_warmup + profiling.profiler_active
+    if profiling.enable_profiling and profiling.profile_freq < least:
+        yield (
+            f"profiling.profile_freq ({profiling.profile_freq}) must be at least profiler_warmup ({profiling.profiler_warmup}) + "
+            f"profiler_active ({profiling.profiler_active}) = {least}"
+        )
+    if profiling.enable_memory_snapshot and not hasattr(
+        getattr(device_module, "memory", None), "_record_memory_history"
+    ):
+        yield (
+            "profiling.enable_memory_snapshot records the allocator of an accelerator, and there is none; leave it out, or use "
+            "profiling.enable_profiling"
+        )
 
 
 def check_data(config: FlameJobConfig) -> Iterator[str]:

@@ -28,17 +28,11 @@ def check_parallelism(config: FlameJobConfig) -> Iterator[str]:
         yield f"comm.mode must be 'default', got {config.comm.mode!r}: without real communication there is nothing to seed"
     if config.fault_tolerance.enable:
         yield "fault_tolerance.enable is not supported: TorchFT replaces the checkpoint flow that seeding hooks into"
-    kinds = (
-        ("tensor", "", _check_tensor),
-        ("pipeline", " (1 = no pipeline)", _check_pipeline),
-        ("context", " (1 = whole sequences)", _check_context),
-    )
-    for kind, meaning, check in kinds:
-        degree = getattr(degrees, f"{kind}_parallel_degree")
-        if degree < 1:
-            yield f"parallelism.{kind}_parallel_degree must be >= 1{meaning}, got {degree}"
-        elif degree > 1:
+    kinds = (("tensor", _check_tensor), ("pipeline", _check_pipeline), ("context", _check_context))
+    for kind, check in kinds:
+        if (degree := getattr(degrees, f"{kind}_parallel_degree")) > 1:
             yield from check(config, degree)
+    yield from _check_data_parallel(config)
     if degrees.enable_async_tensor_parallel and degrees.tensor_parallel_degree <= 1:
         yield "parallelism.enable_async_tensor_parallel needs parallelism.tensor_parallel_degree > 1"
 
@@ -76,6 +70,29 @@ def _processes(otherwise: int = 1) -> int:
     return int(os.environ.get("WORLD_SIZE", otherwise))
 
 
+def _check_data_parallel(config: FlameJobConfig) -> Iterator[str]:
+    options, ranks = config.parallelism, data_parallel_ranks(config)
+    replicas, shards = options.data_parallel_replicate_degree, options.data_parallel_shard_degree
+    if (
+        "WORLD_SIZE" in os.environ
+        and ranks is not None
+        and (ranks % replicas if shards == -1 else ranks != replicas * shards)
+    ):
+        rest = "" if shards == -1 else f" times data_parallel_shard_degree ({shards})"
+        yield (
+            f"parallelism.data_parallel_replicate_degree ({replicas}){rest} must {'divide' if shards == -1 else 'be'} the number of "
+            f"data-parallel ranks ({ranks}: {_processes()} processes by the other degrees)"
+        )
+
+
+def replicated_alone(config: FlameJobConfig) -> bool:
+    """Returns whether DDP replicates the model: FSDP neither shards it nor, under context parallelism, replicates it."""
+    options, ranks = config.parallelism, data_parallel_ranks(config) or 1
+    replicas, shards = options.data_parallel_replicate_degree, options.data_parallel_shard_degree
+    shards = ranks // replicas if shards == -1 else shards
+    return replicas > 1 and shards * options.context_parallel_degree <= 1
+
+
 def _check_tensor(config: FlameJobConfig, degree: int) -> Iterator[str]:
     options, ranks = config.parallelism, data_parallel_ranks(config)
     replicas, shards = options.data_parallel_replicate_degree, options.data_parallel_shard_degree
@@ -107,10 +124,7 @@ def _check_pipeline(config: FlameJobConfig, degree: int) -> Iterator[str]:
         yield f"{name}_schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}: the last stage's forward computes the losses"
     if options.pipeline_parallel_schedule_csv:
         yield f"{name}_schedule_csv is not supported: forward-only passes have no such schedule"
-    for end in ("first", "last"):
-        if getattr(options, f"pipeline_parallel_{end}_stage_less_layers") < 0:
-            yield f"{name}_{end}_stage_less_layers must be >= 0"
-    count, rest = divmod(batch, size) if size >= 1 else (0, 1)
+    count, rest = divmod(batch, size)
     if rest:
         yield f"{name}_microbatch_size must be >= 1 and divide training.local_batch_size ({batch}), got {size}"
     elif schedule == "1F1B" and count < degree:

@@ -9,6 +9,7 @@ from flame_ext.hf_config import load_hf_config
 from flame_ext.preflight.model import check_model, check_model_config
 from flame_ext.preflight.options import check_data, check_options
 from flame_ext.preflight.parallelism import check_parallelism, check_parallelism_of_model
+from flame_ext.preflight.ranges import check_ranges
 
 
 def parse(args: list[str]) -> FlameJobConfig:
@@ -16,7 +17,8 @@ def parse(args: list[str]) -> FlameJobConfig:
     register()  # names that the configuration may use
     config = FlameConfigManager(job_config_class).parse_args(args)
     checks = (check_model, check_parallelism, check_options, check_heads, check_data)
-    problems = [problem for check in checks for problem in check(config)]
+    # The other checks calculate with numbers that are in their ranges.
+    problems = [*check_ranges(config)] or [problem for check in checks for problem in check(config)]
     if not problems:
         hf_config = load_hf_config(config.model.hf_assets_path, config.seed.trust_remote_code)
         checks_of_model = (check_model_config, check_heads_of_model, check_parallelism_of_model)

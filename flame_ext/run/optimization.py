@@ -6,24 +6,48 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torchtitan.components.lr_scheduler import LRSchedulersContainer
 from torchtitan.components.lr_scheduler import build_lr_schedulers as build_torchtitan_lr_schedulers
-from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.components.optimizer import OptimizersContainer, OptimizersInBackwardContainer
 from torchtitan.components.optimizer import build_optimizers as build_torchtitan_optimizers
 from torchtitan.config import LRScheduler as LRSchedulerConfig
 from torchtitan.config import Optimizer as OptimizerConfig
 from torchtitan.distributed import ParallelDims
+from torchtitan.tools.logging import logger
 
 from flame_ext.config.head_options import HeadOptimization
+from flame_ext.errors import ConfigError
 from flame_ext.model.hf_causal_lm import HFCausalLM
+
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def build_optimizers(
     model_parts: list[HFCausalLM], optimizer_config: OptimizerConfig, parallel_dims: ParallelDims, *args: Any
 ) -> OptimizersContainer:
-    """Builds torchtitan's optimizers, then takes each head with options out of their one parameter group."""
-    container = build_torchtitan_optimizers(model_parts, optimizer_config, parallel_dims, *args)
+    """Builds torchtitan's optimizers, then takes each head with options out of their one parameter group.
+
+    Raises ConfigError if parameters are frozen, of which an update in the backward would wait for gradients.
+    """
     if optimizer_config.early_step_in_backward:  # an optimizer for each parameter; preflight refuses groups
+        frozen = [name for model in model_parts for name, p in model.named_parameters() if not p.requires_grad]
+        if frozen:
+            first = f"{len(frozen)} parameters are, the first is {frozen[0]}"
+            raise ConfigError(
+                f"optimizer.early_step_in_backward does not go with frozen parameters ({first}); leave it out"
+            )
+        logger.warning(
+            "optimizer.early_step_in_backward: gradients are neither clipped (training.max_norm) nor checked before the update, and "
+            "grad_norm is 0"
+        )
+    container = build_torchtitan_optimizers(model_parts, optimizer_config, parallel_dims, *args)
+    if optimizer_config.early_step_in_backward:
+        container.__class__ = OptimizersInBackward
         return container
     for model, optimizer in zip(model_parts, container, strict=True):
         (rest,) = optimizer.param_groups
@@ -39,10 +63,27 @@ def build_optimizers(
     return container
 
 
+class OptimizersInBackward(OptimizersInBackwardContainer):
+    """Saves and loads the state of every parameter's optimizer; torchtitan's does so for the first one alone."""
+
+    def state_dict(self) -> dict[str, Any]:
+        (model,) = self.model_parts
+        return get_optimizer_state_dict(model, tuple(self.optimizers), options=_FLAT)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        (model,) = self.model_parts
+        set_optimizer_state_dict(model, tuple(self.optimizers), optim_state_dict=state_dict, options=_FLAT)
+
+
 def build_lr_schedulers(
     optimizers: OptimizersContainer, config: LRSchedulerConfig, training_steps: int
 ) -> LRSchedulersContainer:
-    """Builds torchtitan's schedule for each group, with the group's warm-up where it has one."""
+    """Builds torchtitan's schedule for each group, with the group's warm-up where it has one.
+
+    Raises ConfigError if the schedule ends before the run, whose steps may only be known now (``training.epochs``).
+    """
+    if problem := schedule_problem(config.total_steps, training_steps):
+        raise ConfigError(problem)
     if not any(own_groups(model.whole) for model in optimizers.model_parts):
         return build_torchtitan_lr_schedulers(optimizers, config, training_steps)
     schedules = []
@@ -52,6 +93,16 @@ def build_lr_schedulers(
             warmups.insert(0, None)
         schedules.append([_schedule(config, training_steps, warmup) for warmup in warmups])
     return GroupedLRSchedulers(optimizers, schedules)
+
+
+def schedule_problem(total_steps: int | None, training_steps: int) -> str | None:
+    """What is wrong with ``lr_scheduler.total_steps``, None if nothing is: after it torchtitan's rates fall below 0, or rise again."""
+    if total_steps is None or total_steps >= training_steps:
+        return None
+    return (
+        f"lr_scheduler.total_steps ({total_steps}) must be at least the steps of the run ({training_steps}): after it the learning "
+        "rate would fall below 0; raise it, leave it out, or lower training.steps"
+    )
 
 
 class GroupedLRSchedulers(LRSchedulersContainer):

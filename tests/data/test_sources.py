@@ -376,10 +376,3 @@ def test_what_is_found_later_is_said_in_one_line_too(tmp_path: Path, workers: in
     with pytest.raises(ConfigError, match="a.jsonl, line 2001: not JSON with a field") as raised:
         read(loaders(job(DataSource(file, streaming=True)), 1, workers), 2000)
     assert "\n" not in str(raised.value)
-
-
-def test_workers_share_the_lanes_evenly_or_not_at_all(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"num_workers \(3\) must divide the sequences that a rank has in a step \(4\)"
-    ):
-        loaders(job(jsonl(tmp_path)), 1, 3)

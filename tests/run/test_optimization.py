@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +16,7 @@ from torchtitan.components.optimizer import build_optimizers as build_torchtitan
 from torchtitan.config import LRScheduler, Optimizer
 
 from flame_ext.config.head_options import HeadOptimization
+from flame_ext.errors import ConfigError
 from flame_ext.model.hf_causal_lm import AttachedHead
 from flame_ext.run.optimization import build_lr_schedulers, build_optimizers, own_groups
 
@@ -175,3 +180,35 @@ def test_a_checkpoint_brings_rates_and_schedules_back() -> None:
     assert train(resumed, again, schedulers_again, STEPS - 6) == expected
     for (name, actual), wanted in zip(resumed.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(actual, wanted), name
+
+
+def test_a_schedule_that_ends_before_the_run_is_refused() -> None:
+    """Its steps may only be known once the data are counted (training.epochs)."""
+    optimizers = build_optimizers([Model()], OPTIMIZER, None)
+    with pytest.raises(ConfigError, match=r"total_steps \(19\) must be at least the steps of the run \(20\)"):
+        build_lr_schedulers(optimizers, replace(SCHEDULE, total_steps=STEPS - 1), STEPS)
+
+
+def test_every_optimizer_in_the_backward_is_saved_and_resumed() -> None:
+    def steps(model: Model, count: int) -> None:
+        for number in range(count):
+            model(torch.full((1, 3), 1.0 + number)).backward()
+
+    early, dims = replace(OPTIMIZER, early_step_in_backward=True), SimpleNamespace(ep_enabled=False, pp_enabled=False)
+    unbroken, resumed = Model(), Model()
+    first = build_optimizers([unbroken], early, dims)
+    steps(unbroken, 2)
+    state = copy.deepcopy(first.state_dict())
+    assert {f"state.{name}.exp_avg" for name, _ in unbroken.named_parameters()} <= set(state)
+    resumed.load_state_dict(unbroken.state_dict())
+    build_optimizers([resumed], early, dims).load_state_dict(state)
+    for model in (unbroken, resumed):
+        steps(model, 2)
+    assert all(torch.equal(p, q) for p, q in zip(unbroken.parameters(), resumed.parameters(), strict=True))
+
+
+def test_an_update_in_the_backward_of_frozen_parameters_is_refused() -> None:
+    model = Model()
+    model.backbone.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"frozen parameters \(2 parameters are, the first is backbone.weight\)"):
+        build_optimizers([model], replace(OPTIMIZER, early_step_in_backward=True), None)
