@@ -16,9 +16,11 @@ from flame_ext.data.build import build_dataloader
 from flame_ext.data.sources import register_local_sources
 from flame_ext.data.tokenizer import build_tokenizer
 from flame_ext.heads.registry import CONVERTER_NAME, attach_heads
+from flame_ext.host.names import model_converters
 from flame_ext.model.hf_causal_lm import HFCausalLM, HFModelArgs, build_hf_causal_lm
 from flame_ext.model.parallelize import parallelize_hf_causal_lm
 from flame_ext.model.pipeline import pipeline_hf_causal_lm
+from flame_ext.model.quantization import FILTERED, with_names_of_transformers
 from flame_ext.objective.cross_entropy import cross_entropy_loss
 from flame_ext.run.metrics import FutureMetricsProcessor
 from flame_ext.run.optimization import build_lr_schedulers, build_optimizers
@@ -32,6 +34,8 @@ def register() -> None:
     """Register TrainSpec, ModelConverter and local datasets with torchtitan. Safe to call again."""
     register_train_spec(MODEL_NAME, build_train_spec())
     register_model_converter(FuturePredictionConverter, CONVERTER_NAME)
+    for name in FILTERED:
+        model_converters[name] = with_names_of_transformers(name, model_converters[name])
     register_local_sources()
 
 

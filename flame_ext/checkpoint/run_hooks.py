@@ -23,10 +23,11 @@ from flame_ext.checkpoint.export import ExportSpec, StagedReader, export_hf
 from flame_ext.checkpoint.hooks import CheckpointHooks
 from flame_ext.config.resume_record import asset_digests, check_unchanged, config_digest, config_record
 from flame_ext.distributed import from_main_rank, is_main_rank, on_main_rank
-from flame_ext.errors import SeedError
+from flame_ext.errors import ConfigError, SeedError
 from flame_ext.heads.registry import head_arguments, record_of_heads
 from flame_ext.heads.spec import FutureSummaries
 from flame_ext.model.hf_causal_lm import HFCausalLM
+from flame_ext.model.quantization import in_high_precision
 from flame_ext.model.runner import ModelRunner, StageInputs
 from flame_ext.run.background_export import background_exports
 from flame_ext.run.optimization import configured_again
@@ -75,6 +76,11 @@ class RunHooks(CheckpointHooks):
     def resumed(self, manifest: dict[str, Any], step: Path) -> Callable[[], None]:
         allowed = self._config.checkpoint.allow_config_change
         changes = check_unchanged(manifest.get("config", {}), self._record, allowed, str(step))
+        if added := [name for name in self._head_arguments or {} if name not in (manifest.get("heads") or {})]:
+            raise ConfigError(
+                f"{step} was saved without {', '.join(added)}, whose parameters and moments it lacks; switch the heads off, or begin a "
+                "run with them: another job.dump_folder, and the step or its export as checkpoint.initial_load_path"
+            )
         if not manifest.get("model_only"):
             self._trainer.dataloader.require_layout(manifest.get("data"))
         for change in changes:
@@ -191,7 +197,7 @@ class RunHooks(CheckpointHooks):
         for part in self._runner.parts:
             part.eval()
         try:
-            with self._trainer.maybe_enable_amp:
+            with self._trainer.maybe_enable_amp, in_high_precision(self._runner.parts, self._config):
                 return self._runner.forward(tokens, inputs_of)
         finally:
             for part in self._runner.parts:
@@ -200,7 +206,8 @@ class RunHooks(CheckpointHooks):
     def _anticausal_states(self, tokens: Tensor) -> Tensor:
         """Maps (1, T) tokens to (1, T, D) summaries on every rank. Collective."""
         assert self._summaries is not None
-        summaries = self._summaries(tokens)
+        with in_high_precision(self._runner.parts, self._config):
+            summaries = self._summaries(tokens)
         return self._runner.from_last(None if summaries is None else summaries.states)
 
 

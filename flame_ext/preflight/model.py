@@ -1,14 +1,17 @@
 """Checks of ``[model]``, and of what the model's ``config.json`` allows."""
 
+import copy
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flame_ext.assembly import MODEL_NAME
-from flame_ext.config.sections import FlameJobConfig
+from flame_ext.config.sections import FlameJobConfig, sequence_lengths
+from flame_ext.heads.registry import teacher_of
 from flame_ext.host.names import model_converters
 from flame_ext.model.attention import mask_problem
 from flame_ext.seeding.sources.safe_files import TOKENIZER_FILES
@@ -26,6 +29,31 @@ def check_model(config: FlameJobConfig) -> Iterator[str]:
             close = difflib.get_close_matches(name, model_converters, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             yield f"model.converters: unknown converter {name!r}{hint} (known: {', '.join(sorted(model_converters))})"
+    yield from _check_quantization(config)
+
+
+def _check_quantization(config: FlameJobConfig) -> Iterator[str]:
+    """What the converters themselves raise, on building them; and proofs that are not possible with their results."""
+    float8 = config.quantize.linear.float8
+    for name in (name for name in config.model.converters if name.startswith("quantize.") and name in model_converters):
+        try:
+            model_converters[name](copy.deepcopy(config), SimpleNamespace(dp_shard_enabled=True))
+        except Exception as e:
+            yield f"model.converters: {name!r}: {(str(e).strip().splitlines() or [type(e).__name__])[0]}"
+            continue
+        if name == "quantize.linear.float8" and float8.emulate and float8.recipe_name is not None:
+            yield f"{name}.emulate has no effect with {name}.recipe_name; leave one of them out"
+        if name == "quantize.linear.float8" and not float8.enable_fsdp_float8_all_gather:
+            continue
+        teacher = teacher_of(config)
+        anticausal = teacher and getattr(getattr(config, teacher), "summary_method", "anticausal") == "anticausal"
+        if config.seed.verify == "parity" or (anticausal and config.seed.verify != "none"):
+            gathered = " with enable_fsdp_float8_all_gather" if name == "quantize.linear.float8" else ""
+            proof = "from_pretrained" if config.seed.verify == "parity" else "itself, with a token changed"
+            yield (
+                f"model.converters: {name!r}{gathered} leaves no weights in high precision, by which step 0 is compared with {proof}: "
+                "prove it once without, by seed.dry_run, and set seed.verify = 'none'"
+            )
 
 
 def check_model_config(config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterator[str]:
@@ -40,6 +68,7 @@ def check_model_config(config: FlameJobConfig, hf_config: PreTrainedConfig) -> I
     if config.data.document_attention and (reason := mask_problem(hf_config)) is not None:
         yield f"data.document_attention cannot be right for {hf_config.model_type!r}: {reason}"
     limit = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and config.training.seq_len > limit:
-        beyond = f"({config.training.seq_len}) is beyond the model's max_position_embeddings ({limit})"
-        yield f"training.seq_len {beyond}; shorten it, or extend the model (also rope_parameters in config.json)"
+    for section, seq_len in sequence_lengths(config).items():
+        if limit is not None and seq_len > limit:
+            beyond = f"({seq_len}) is beyond the model's max_position_embeddings ({limit})"
+            yield f"{section}.seq_len {beyond}; shorten it, or extend the model (also rope_parameters in config.json)"
