@@ -157,6 +157,22 @@ def test_validation_is_the_mean_over_all_labels(tmp_path: Path) -> None:
     assert json.loads(line)["loss_ce"] == pytest.approx(total / count, rel=1e-5)
 
 
+def test_heads_that_a_step_lacks_are_refused_at_a_resume(dump_folder: Path) -> None:
+    options = ["--training.seq_len=64", "--training.local_batch_size=2", "--checkpoint.no-last_save_in_hf"]
+    options += ["--checkpoint.interval=1", "--seed.verify=none", "--lr_scheduler.total_steps=60"]
+    off = ["--model.converters=", "--future_encoder.no-enable", "--future_predictor.no-enable"]
+    train(dump_folder, *options, *off, "--training.steps=1")
+    changed = "training.steps,model.converters,future_encoder.enable,future_predictor.enable"
+    options += ["--training.steps=2", f"--checkpoint.allow_config_change={changed}"]
+    (rank,) = train(dump_folder, *options, check=False).ranks
+    assert (
+        "step-1 was saved without future_encoder, future_predictor, whose parameters and moments it lacks"
+        in rank.output
+    )
+    assert rank.exit_code == 1 and "Traceback" not in rank.output
+    train(dump_folder, *options, *off)
+
+
 def mixture(folder: Path) -> Path:
     """The debug job on two sources, one of which is streamed, for one epoch, with two more for validation."""
     texts = [f"def function_{i}():\n    return {i}\n" * (1 + i % 5) for i in range(80)]

@@ -28,7 +28,7 @@ def card_of_step(step: Path) -> str | None:
         return None
     manifest, file, metrics = read_json(step / MANIFEST_NAME, "file"), step.parent.parent / METRICS_NAME, {}
     for line in reversed(file.read_text(errors="replace").splitlines() if file.is_file() else []):
-        with suppress(ValueError):  # the line was cut off by a kill
+        with suppress(ValueError, RecursionError):  # the line was cut off by a kill, or edited
             values = json.loads(line)
             if isinstance(values, dict) and values.get("step") == manifest.get("step"):
                 metrics = values

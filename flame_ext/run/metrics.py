@@ -13,6 +13,7 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
+from flame_ext.errors import UserError
 from flame_ext.files import METRICS_NAME
 from flame_ext.host.names import get_metrics_rank
 
@@ -40,15 +41,21 @@ class FutureMetricsProcessor(MetricsProcessor):
         for file in (self._folder / METRICS_NAME, self._folder / VALIDATION_NAME):
             if not self._writes or not file.is_file():
                 continue
-            kept = []
-            for line in file.read_text().splitlines():
+            kept, dropped = [], []
+            for number, line in enumerate(file.read_bytes().splitlines(), start=1):
                 try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(f"{line}\n")
-                except (ValueError, KeyError):
-                    logger.warning(f"{file}: dropped an unreadable line, cut off when its run ended")
+                    belongs = json.loads(line)["step"] <= step
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    dropped.append(str(number))
+                else:
+                    kept += [line + b"\n"] if belongs else []
+            if dropped:
+                numbers = ", ".join(dropped[:5]) + (", …" if len(dropped) > 5 else "")
+                logger.warning(
+                    f"{file}: dropped an unreadable line, cut off when its run ended or changed since (line {numbers})"
+                )
             temporary = file.with_suffix(".tmp")
-            temporary.write_text("".join(kept))
+            temporary.write_bytes(b"".join(kept))
             temporary.replace(file)
 
     def log(
@@ -94,6 +101,11 @@ class FutureMetricsProcessor(MetricsProcessor):
             return
         # JSON has no NaN.
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / name).open("a") as stream:
-            stream.write(json.dumps(values, allow_nan=False) + "\n")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with (self._folder / name).open("a") as stream:
+                stream.write(json.dumps(values, allow_nan=False) + "\n")
+        except OSError as e:
+            raise UserError(
+                f"{self._folder / name} cannot be written: {e}; free the place, and start the same command again"
+            ) from e

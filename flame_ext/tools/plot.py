@@ -57,7 +57,7 @@ def read_metrics(path: Path) -> dict[str, Curve]:
         try:
             values = json.loads(line)
             step = int(values["step"])
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             if number == len(lines) and number > 1:
                 break
             raise UserError(f"{file}, line {number}: not a step of a run ({type(e).__name__}: {e})") from e

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from flame_ext.config.sections import FlameJobConfig
+from flame_ext.errors import UserError
 from flame_ext.run import metrics
 from flame_ext.run.metrics import FutureMetricsProcessor
 
@@ -169,14 +170,28 @@ def test_lines_of_steps_that_were_lost_are_dropped(
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("cut", ['{"step": 3, "lo', '{"loss": 1.0}'])
-def test_a_line_that_was_cut_off_is_dropped_and_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, cut: str
+@pytest.mark.parametrize(
+    "cut",
+    [b'{"step": 3, "lo', b'{"loss": 1.0}', b"[1]", b'{"step": "3"}', b'{"step": null}', b"\xff\xfe", b"[" * 100_000],
+    ids=["cut", "no-step", "list", "text", "null", "bytes", "deep"],
+)
+@pytest.mark.parametrize("name", ["metrics.jsonl", "validation.jsonl"])
+def test_a_line_that_cannot_be_read_is_dropped_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, cut: bytes, name: str
 ) -> None:
-    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{{"step": 2}}\n{cut}')
+    (tmp_path / name).write_bytes(b'{"step": 1}\n' + cut + b'\n{"step": 2}\n{"step": 4}\n' + cut)
     processor(tmp_path, monkeypatch).rewind(3)
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
-    assert "metrics.jsonl: dropped an unreadable line, cut off when its run ended" in caplog.text
+    assert (tmp_path / name).read_text() == '{"step": 1}\n{"step": 2}\n'
+    (said,) = (message for message in caplog.messages if "unreadable" in message)
+    assert (
+        f"{tmp_path / name}: dropped an unreadable line, cut off when its run ended" in said and "(line 2, 5)" in said
+    )
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="metrics.jsonl cannot be written: .*Is a directory"):
+        log(processor(tmp_path, monkeypatch))
 
 
 def test_a_validation_line_has_the_names_without_their_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
