@@ -29,7 +29,7 @@ from flame_ext.seeding.sources.source import HEADS_FOLDER, TensorEntry, cast, sa
 _COPIED_FILES = (
     *TOKENIZER_FILES,
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("merges.txt", "tokenizer.model", "chat_template.jinja"),
+    *("merges.txt", "chat_template.jinja"),
 )
 
 

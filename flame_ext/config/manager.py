@@ -4,6 +4,8 @@
 
 import difflib
 import importlib
+import os
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -31,13 +33,17 @@ class FlameConfigManager(ConfigManager):
         super().__init__(FlameJobConfig)
 
     def parse_args(self, args: list[str]) -> FlameJobConfig:
-        """Returns the configuration; ConfigError if the TOML is missing, malformed, or has a wrong type or an unknown key."""
+        """Returns the configuration, in which ``~`` and ``$NAME`` in paths are expanded.
+
+        Raises ConfigError if the TOML is missing, malformed, or has a wrong type, an unknown key or a path of an unset variable.
+        """
         try:
             config = super().parse_args(args)
         except (AssertionError, ValueError) as e:  # of a section's __post_init__, which names the option
             raise ConfigError(f"{_option(args, 'job.config_file') or 'command line'}: {e}") from e
         # "--model.converters=", the only way to ask for none, is one empty name after torchtitan's split at commas.
         config.model.converters = [name for name in config.model.converters if name]
+        _expand_paths(config)
         return config
 
     def _dict_to_dataclass(self, cls: Any, data: dict[str, Any]) -> Any:
@@ -52,7 +58,7 @@ class FlameConfigManager(ConfigManager):
         if (path := _option(args, "job.config_file")) is None:
             return None
         try:
-            with Path(path).open("rb") as file:
+            with Path(_expanded(path, "--job.config_file")).open("rb") as file:
                 return tomllib.load(file)
         except OSError as e:
             raise ConfigError(f"--job.config_file {path}: {e.strerror}; give the path of a TOML file") from e
@@ -79,6 +85,28 @@ class FlameConfigManager(ConfigManager):
         if problems := _check_values(config_cls, toml_values or {}):
             raise ConfigError(f"{_option(args, 'job.config_file')}: " + "; ".join(problems))
         return config_cls
+
+
+def _expand_paths(section: Any, prefix: str = "") -> None:
+    """Expand the paths of a section, in place: the fields whose names end in path, folder, file or files."""
+    for field in fields(section):
+        value, name = getattr(section, field.name), f"{prefix}{field.name}"
+        for number, item in enumerate(value if isinstance(value, list) else [value]):
+            if is_dataclass(item):
+                _expand_paths(item, f"{name}[{number}]." if isinstance(value, list) else f"{name}.")
+        if re.search("(^|_)(path|folder|files?)$", field.name):
+            if isinstance(value, str):
+                setattr(section, field.name, _expanded(value, name))
+            elif isinstance(value, list):
+                setattr(section, field.name, [_expanded(item, name) for item in value])
+
+
+def _expanded(path: str, name: str) -> str:
+    """Returns a path without ``~`` and variables; ConfigError if there is no such user or variable, nor a file of that name."""
+    found = os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises for an unknown user
+    if re.search(r"^~|\$(\w|\{)", found) and not Path(found).exists():
+        raise ConfigError(f"{name} = {path!r}: no such user or variable; write the path out")
+    return found
 
 
 def _option(args: list[str], name: str) -> str | None:

@@ -23,12 +23,19 @@ _HARMLESS = (
 )  # fmt: skip
 
 # The files in model.hf_assets_path from which the model and the tokenizer are built.
-_ASSETS = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt")
+_ASSETS = (
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tekken.json"),
+)
 
 
 def asset_digests(folder: Path, code: bool = False) -> dict[str, str]:
     """Returns the name and SHA-256 of each file in ``folder`` that determines a run's numbers; with ``code``, also the Python files."""
-    paths = [*(folder / name for name in _ASSETS), *(sorted(folder.glob("*.py")) if code else [])]
+    patterns = ("*.model", "*.tiktoken", *(["*.py"] if code else []))
+    paths = [
+        *(folder / name for name in _ASSETS),
+        *sorted(file for pattern in patterns for file in folder.glob(pattern)),
+    ]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
 
 

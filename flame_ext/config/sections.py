@@ -78,10 +78,10 @@ class DataSource:
     """At the source's end, begin again in another order, or go on with the other sources. The run ends when none is left."""
 
     skip_unreadable: bool = False
-    """Skip and count lines that cannot be read, instead of stopping there."""
+    """Skip and count lines, rows and text files that cannot be read, instead of stopping there."""
 
-    tokens_dtype: Literal["uint16", "uint32", "int32", "int64"] = "uint16"
-    """Type of the tokens in `.npy` files without a header, such as OLMo's."""
+    tokens_dtype: Literal["uint16", "uint32", "int32", "int64"] | None = None
+    """Type of the tokens in `.npy` files without NumPy's header, which need it; OLMo's are 'uint16'."""
 
     @property
     def reported_as(self) -> str:

@@ -75,7 +75,9 @@ class IndexedDocuments:
 
 @dataclass
 class StreamedDocuments:
-    """Documents in files (the shards of ``data``) that are read sequentially; ``encode`` maps a sample to its tokens.
+    """Documents in files (the shards of ``data``) that are read sequentially.
+
+    ``encode`` maps a sample, the number of its file and its row in it to its tokens.
 
     Files are dealt to as many streams as possible, of which each serves the same number of lanes, so that few ranks open a file.
     The q-th of the G lanes of a stream reads documents q, q + G, … Files are permuted, and documents in blocks of 1,024, unless
@@ -87,7 +89,7 @@ class StreamedDocuments:
 
     name: str
     data: IterableDataset
-    encode: Callable[[dict[str, Any]], Tokens]
+    encode: Callable[[dict[str, Any], int, int], Tokens]
     num_lanes: int
     rng_seed: int | None
     num_epochs: int | None
@@ -117,7 +119,9 @@ class StreamedDocuments:
                 if self.rng_seed is not None:
                     seed = np.random.SeedSequence((self.rng_seed, epoch, shard, number))
                     place = int(np.random.Generator(np.random.PCG64(seed)).permutation(len(block))[place])
-                return self.encode(block[place]), Cursor(file, row + self.num_lanes // self.streams)
+                return self.encode(block[place], shard, number * BLOCK + place), Cursor(
+                    file, row + self.num_lanes // self.streams
+                )
             file, row = file + 1, row - self._blocks.rows[shard]
         return None
 

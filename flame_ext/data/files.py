@@ -1,8 +1,10 @@
 """Local files of documents. Parquet and Arrow are read by the datasets library, JSON lines here: an error names file and line."""
 
+import glob
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from itertools import chain, pairwise
@@ -11,15 +13,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow
-from datasets import Dataset, IterableDataset, load_dataset
+import pyarrow.parquet
+from datasets import Dataset, Features, IterableDataset, load_dataset
 from torchtitan.tools.logging import logger
 
 from flame_ext.config.sections import DataSource
 from flame_ext.data.documents import Documents, IndexedDocuments, Tokens
+from flame_ext.data.rows import TOKENS_FIELD, RowError, checked, is_mask, unpadded
 from flame_ext.data.tokenizer import require_in_vocabulary
 from flame_ext.errors import ConfigError
 
-TOKENS_FIELD = "input_ids"
 ENDINGS = {
     "json": (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst"),
     "text": (".txt",),
@@ -29,8 +32,8 @@ ENDINGS = {
 }
 
 
-def open_local(source: DataSource) -> tuple[Dataset | IterableDataset, int]:
-    """Open the files of a source. Also returns their size in bytes. ConfigError if there are none, several kinds or flat tokens."""
+def open_local(source: DataSource) -> tuple[Dataset | IterableDataset, list[str]]:
+    """Open the files of a source. Also returns their names. ConfigError if there are none, several kinds or flat tokens."""
     files = local_files(source.path, *ENDINGS)
     counts = {kind: sum(file.endswith(endings) for file in files) for kind, endings in ENDINGS.items()}
     kind, *others = (kind for kind, count in counts.items() if count)
@@ -39,45 +42,81 @@ def open_local(source: DataSource) -> tuple[Dataset | IterableDataset, int]:
         raise ConfigError(f"{source.path}: files of several kinds ({words}); name those that are meant with a glob")
     if kind == "tokens":
         raise ConfigError(f"{source.path}: flat files of tokens; name them with a glob that ends in .npy")
-    return load_files(source, kind, files), sum(Path(file).stat().st_size for file in files)
+    return load_files(source, kind, files), files
 
 
 def local_files(path: str, *kinds: str) -> list[str]:
-    """Returns the sorted files of some ``ENDINGS`` at a path: a file, a folder or a glob; ConfigError if there are none."""
-    place = Path(path)
-    if place.is_file():
-        found = iter([place])
-    elif place.is_dir():
-        found = place.rglob("*")
+    """Returns the sorted files of some ``ENDINGS`` at a path: a file, a folder or a glob; ConfigError if there are none.
+
+    Links are followed. Hidden files and folders below a folder or a wildcard are passed over, as a shell does.
+    """
+    # Path.glob follows no links to folders, and takes hidden ones.
+    if Path(path).is_file():
+        found = [path]
+    elif Path(path).is_dir():
+        found = glob.glob(str(Path(glob.escape(path), "**", "*")), recursive=True)  # noqa: PTH207
     else:
-        found = Path(place.anchor or ".").glob(str(place.relative_to(place.anchor)))
+        found = glob.glob(path, recursive=True)  # noqa: PTH207
     wanted = tuple(chain.from_iterable(ENDINGS[kind] for kind in kinds))
-    if not (files := sorted(str(file) for file in found if file.name.endswith(wanted))):
+    files = sorted(file for file in found if file.endswith(wanted) and not Path(file).is_dir() and not _in_a_loop(file))
+    if not files:
         endings = ", ".join(chain.from_iterable(ENDINGS.values()))
         raise ConfigError(f"{path!r}: no file matches; files of documents end in {endings}")
+    if absent := [file for file in files if not Path(file).is_file()]:
+        raise ConfigError(f"{absent[0]}: a link to {os.path.realpath(absent[0])}, where no file is; mend or remove it")
     return files
+
+
+def _in_a_loop(file: str) -> bool:
+    """Whether one of the folders in the path of a file is a link to a folder that it lies in."""
+    links = [folder for folder in Path(file).parents if folder.is_symlink()]
+    return any(folder.parent.resolve().is_relative_to(folder.resolve()) for folder in links)
 
 
 def load_files(source: DataSource, kind: str, files: list[str]) -> Dataset | IterableDataset:
     """Load files of one kind (a key of ``ENDINGS``) with the options of ``source``."""
     if kind not in ("json", "text"):
-        return load_dataset(kind, data_files=files, split="train", streaming=source.streaming)
+        columns = _columns(source, files) if kind == "parquet" else {}
+        return load_dataset(kind, data_files=files, split="train", streaming=source.streaming, **columns)
     # With size and time, a changed file gets another entry in the cache of the datasets library.
     stamped = [(file, (stat := Path(file).stat()).st_size, stat.st_mtime_ns) for file in files]
     arguments = {"files": stamped, "field": source.text_field, "skip": source.skip_unreadable}
-    read = _read_texts if kind == "text" else _read_json_lines
+    read = _read_text_files if kind == "text" else _read_json_rows
     return (IterableDataset if source.streaming else Dataset).from_generator(read, gen_kwargs=arguments)
 
 
-def _read_texts(files: list[tuple[str, int, int]], field: str, skip: bool) -> Iterator[dict[str, Any]]:
+def _columns(source: DataSource, files: list[str]) -> dict[str, Any]:
+    """Options of the datasets library for Parquet: the columns that are used, so that files may differ in the others."""
+    used: Features | None = None
+    for file in (files[number] for number in spread(len(files))) if source.streaming else files:
+        try:
+            schema = pyarrow.parquet.read_schema(file)
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"{file}: {str(e).splitlines()[0]}; copy it again") from e
+        field = source.text_field if source.text_field in schema.names else TOKENS_FIELD
+        if field not in schema.names or (used and field not in used):
+            needed = repr(source.text_field) if used is None else f"{next(iter(used))!r}, as {files[0]} has"
+            raise ConfigError(f"{file}: no column {needed}, but {', '.join(sorted(schema.names))}")
+        features = Features.from_arrow_schema(schema)
+        names = [field, *(name for name in schema.names if field == TOKENS_FIELD and is_mask(name))]
+        if used is not None and set(names) != set(used):
+            raise ConfigError(f"{file}: columns {names}, and {files[0]} has {list(used)}; name one of both with a glob")
+        if used is None or pyarrow.types.is_null(used.arrow_schema.field(field).type):  # nothing but null in it
+            used = Features({name: features[name] for name in names})
+    return {"columns": list(used or {}), "features": used}
+
+
+def _read_text_files(files: list[tuple[str, int, int]], field: str, skip: bool) -> Iterator[dict[str, Any]]:
     for file, *_ in files:
         try:
-            yield {field: Path(file).read_text(encoding="utf-8", errors="replace" if skip else "strict")}
+            yield {field: Path(file).read_text(encoding="utf-8")}
         except UnicodeDecodeError as e:
-            raise ConfigError(f"{file}: not UTF-8 (byte {e.start})") from e
+            if not skip:
+                raise ConfigError(f"{file}: not UTF-8 (byte {e.start}); mend it, or set skip_unreadable") from e
+            logger.warning(f"{file}: skipped, since it is not UTF-8 (byte {e.start})")
 
 
-def _read_json_lines(files: list[tuple[str, int, int]], field: str, skip: bool) -> Iterator[dict[str, Any]]:
+def _read_json_rows(files: list[tuple[str, int, int]], field: str, skip: bool) -> Iterator[dict[str, Any]]:
     for file, *_ in files:
         number, skipped = 0, 0
         with _opened(file) as lines:
@@ -86,23 +125,31 @@ def _read_json_lines(files: list[tuple[str, int, int]], field: str, skip: bool) 
                     if not line.strip():
                         continue
                     try:
-                        sample = json.loads(line)
-                        found = field if field in sample or TOKENS_FIELD not in sample else TOKENS_FIELD
-                        yield {found: sample[found]}
-                    except (ValueError, KeyError, TypeError) as e:
+                        yield _json_row(line, field)
+                    except RowError as e:
                         if not skip:
-                            reason = f"not JSON with a field {field!r} ({e})"
-                            if isinstance(e, KeyError):
-                                reason = f"no field {field!r} (text_field), which has {', '.join(sorted(sample))}"
-                            raise ConfigError(
-                                f"{file}, line {number}: {reason}; mend it, or set skip_unreadable"
-                            ) from e
+                            raise ConfigError(f"{file}, line {number}: {e}; mend it, or set skip_unreadable") from e
                         skipped += 1
+                    except ConfigError as e:
+                        raise ConfigError(f"{file}, line {number}: {e}") from e
             except (OSError, EOFError, zlib.error) as e:
                 message = f"{file}, after line {number}: cannot be read on ({e}); the file is cut off or damaged"
                 raise ConfigError(message) from e
         if skipped:
             logger.warning(f"{file}: skipped {skipped} unreadable lines")
+
+
+def _json_row(line: bytes, field: str) -> dict[str, Any]:
+    """The text or tokens of a line under their field's name; raises RowError if there are none, ConfigError for masks."""
+    try:
+        row = json.loads(line)
+        found = field if field in row or TOKENS_FIELD not in row else TOKENS_FIELD
+        value = row[found]
+    except KeyError as e:
+        raise RowError(f"no field {field!r} (text_field), which has {', '.join(sorted(row))}") from e
+    except (ValueError, TypeError, RecursionError) as e:
+        raise RowError(f"not JSON with a field {field!r} ({e})") from e
+    return {found: checked(unpadded(row) if found == TOKENS_FIELD else value)}
 
 
 def _opened(file: str) -> Any:
@@ -116,7 +163,7 @@ def flat_tokens(
 ) -> Documents:
     """Open flat files of tokens as documents of ``length`` tokens; ConfigError if they are no flat arrays of ids in the vocabulary."""
     files = local_files(source.path, "tokens")
-    tokens = [_map_tokens(Path(file), source.tokens_dtype) for file in files]
+    tokens = [_map_tokens(Path(file), source.tokens_dtype, vocab_size) for file in files]
     first = np.cumsum([0, *(-(-len(of_file) // length) for of_file in tokens)])
     count = int(first[-1]) if source.max_samples is None else min(int(first[-1]), source.max_samples)
     if count == 0:
@@ -125,7 +172,10 @@ def flat_tokens(
     def read(index: int) -> Tokens:
         number = int(np.searchsorted(first, index, side="right")) - 1
         begin = (index - int(first[number])) * length
-        return require_in_vocabulary(tokens[number][begin : begin + length].astype(np.int64), vocab_size, files[number])
+        try:
+            return require_in_vocabulary(tokens[number][begin : begin + length].astype(np.int64), vocab_size)
+        except ConfigError as e:
+            raise ConfigError(f"{files[number]}: {e}") from e
 
     for begin, end in pairwise(first.tolist()):
         for index in spread(end - begin):
@@ -133,8 +183,8 @@ def flat_tokens(
     return IndexedDocuments(source.path, count, read, num_lanes, rng_seed, epochs)
 
 
-def _map_tokens(file: Path, dtype: str) -> Any:
-    """Memory-map a flat file of tokens, with NumPy's header or, like OLMo's, without."""
+def _map_tokens(file: Path, dtype: str | None, vocab_size: int) -> Any:
+    """Memory-map a flat file of tokens, with NumPy's header or, like OLMo's, without; ConfigError if ``dtype`` cannot be right."""
     with file.open("rb") as stream:
         has_header = stream.read(6) == b"\x93NUMPY"
     if has_header:
@@ -142,9 +192,31 @@ def _map_tokens(file: Path, dtype: str) -> Any:
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise ConfigError(f"{file}: expected a flat array of integers, found {tokens.dtype} {tokens.shape}")
         return tokens
+    if file.stat().st_size == 0:
+        return np.empty(0, np.int64)
+    if dtype is None:
+        raise ConfigError(
+            f"{file}: without NumPy's header; set tokens_dtype to the type that it was written with (uint16, uint32, int32, int64)"
+        )
+    if vocab_size - 1 > np.iinfo(dtype).max:
+        raise ConfigError(
+            f"{file}: {dtype} (tokens_dtype) cannot hold the ids of the model's vocabulary of {vocab_size}"
+        )
     if file.stat().st_size % np.dtype(dtype).itemsize:
         raise ConfigError(f"{file}: its size is no multiple of {dtype} (tokens_dtype)")
-    return np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.empty(0, dtype)
+    tokens = np.memmap(file, dtype=dtype, mode="r")
+    first = np.asarray(tokens[: 2**16 // 4 * 4])
+    if len(first) > 8 and first.any() and not (first[::2].any() and first[1::2].any()):
+        raise ConfigError(
+            f"{file}: read as {dtype} (tokens_dtype), every second number is 0: it was written with a wider type"
+        )
+    largest = first.max(initial=0)
+    if largest >= vocab_size or first.min(initial=0) < 0:
+        raise ConfigError(
+            f"{file}: read as {dtype} (tokens_dtype), it has the token id {largest}, which is not in the model's vocabulary of "
+            f"{vocab_size}: it was written with a narrower type, or another tokenizer made it"
+        )
+    return tokens
 
 
 def spread(count: int) -> list[int]:

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -12,16 +12,20 @@ import pyarrow
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.arrow_writer import SchemaInferenceError
 from datasets.exceptions import DatasetsError
-from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
+from torchtitan.tools.logging import logger
 
 from flame_ext.config.sections import DataSource
 from flame_ext.data.documents import Documents, IndexedDocuments, StreamedDocuments, Tokens
-from flame_ext.data.files import ENDINGS, TOKENS_FIELD, flat_tokens, load_files, local_files, open_local, spread
+from flame_ext.data.files import ENDINGS, flat_tokens, load_files, local_files, open_local, spread
 from flame_ext.data.python_stdlib import Split, read_stdlib
-from flame_ext.data.tokenizer import around_a_document, require_in_vocabulary
+from flame_ext.data.rows import TOKENS_FIELD, Places, RowError, checked, is_mask, unpadded
+from flame_ext.data.tokenizer import AutoHuggingFaceTokenizer, around_a_document, require_in_vocabulary
 from flame_ext.errors import ConfigError
 
 LOCAL_FORMATS = ("text", "json", "parquet")  # names in torchtitan's registry that stand for local files
@@ -89,19 +93,26 @@ def open_documents(
     """
     try:
         if source.path.endswith(ENDINGS["tokens"]):
+            without_effect(
+                source, "flat files of tokens", "name", "split", "data_files", "text_field", "skip_unreadable"
+            )
             return flat_tokens(source, num_lanes, seq_len + 1, vocab_size, rng_seed, epochs)
-        data, text_of_sample, nbytes = _open(source, registered_path)
+        data, text_of_sample, files = _open(source, registered_path)
         if source.max_samples is not None and isinstance(data, Dataset):
             data = data.select(range(min(source.max_samples, len(data))))
         elif source.max_samples is not None:
             data = Dataset.from_list(list(islice(data, source.max_samples)))
-        encode = _Encoder(source.path, tokenizer, text_of_sample, vocab_size)
+        places = Places(source.path, files or ())
+        encode = _Encoder(tokenizer, text_of_sample, vocab_size, source.skip_unreadable)
         row = _row_reader(data, text_of_sample) if isinstance(data, Dataset) else None
-        samples = list(data.take(1)) if row is None else [row(i) for i in spread(len(data))]
+        if row is None:
+            samples = [(sample, places.in_file(0, 0)) for sample in data.take(1)]
+        else:
+            samples = [(row(i), places.of_index(i)) for i in spread(len(data))]
         if not samples:
             raise ConfigError(f"{source.path}: no documents in it")
-        for sample in samples:
-            encode.value_of(sample)
+        for sample, place in samples:
+            encode.check(sample, place)
     except (ConfigError, OSError, ValueError, DatasetsError) as e:
         # The message of the first cause says whether the source is absent, gated, out of reach or malformed.
         cause: BaseException = e
@@ -112,65 +123,112 @@ def open_documents(
             message = "no documents in it"
         raise ConfigError(f"{where}: {'' if isinstance(cause, ConfigError) else f'{source.path}: '}{message}") from e
     if row is not None:
-        return IndexedDocuments(source.path, len(data), lambda index: encode(row(index)), num_lanes, rng_seed, epochs)
-    return StreamedDocuments(source.path, data, encode, num_lanes, rng_seed, epochs, nbytes)
+
+        def tokens_of(index: int) -> Tokens:
+            return encode(row(index), partial(places.of_index, index))
+
+        return IndexedDocuments(source.path, len(data), tokens_of, num_lanes, rng_seed, epochs)
+
+    def encode_row(sample: dict[str, Any], shard: int, number: int) -> Tokens:
+        return encode(sample, partial(places.in_file, shard, number))
+
+    nbytes = None if files is None else sum(Path(file).stat().st_size for file in files)
+    return StreamedDocuments(source.path, data, encode_row, num_lanes, rng_seed, epochs, nbytes)
 
 
 class _Encoder:
-    """Maps a sample to its tokens: text is tokenised between BOS (if there is one) and EOS, token ids are returned unchanged."""
+    """Maps a sample to its tokens: text is tokenised between BOS (if there is one) and EOS, token ids are returned unchanged.
 
-    def __init__(self, name: str, tokenizer: BaseTokenizer, text_of: TextOf, vocab_size: int) -> None:
-        self._name, self._tokenizer, self._text_of, self._vocab_size = name, tokenizer, text_of, vocab_size
+    With ``skip``, a sample that is neither has no tokens, and is counted.
+    """
+
+    def __init__(self, tokenizer: BaseTokenizer, text_of: TextOf, vocab_size: int, skip: bool) -> None:
+        self._tokenizer, self._text_of, self._vocab_size, self._skip = tokenizer, text_of, vocab_size, skip
         self._before, self._after = around_a_document(tokenizer)
+        self._skipped = 0
 
-    def __call__(self, sample: dict[str, Any]) -> Tokens:
-        value = self.value_of(sample)
-        return np.asarray(self._encode(value), dtype=np.int64) if isinstance(value, str) else value
-
-    def value_of(self, sample: dict[str, Any]) -> str | Tokens:
-        """Returns the sample's text or tokens; raises ConfigError for neither, or for tokens beyond the vocabulary."""
-        value = self._text_of(sample)
-        if isinstance(value, str):
-            return value
+    def __call__(self, sample: dict[str, Any], place: Callable[[], str], encode: bool = True) -> Tokens:
+        """Returns the tokens of a sample; raises ConfigError, which begins with its place, if it has none that can be used."""
         try:
-            tokens = np.asarray(value)
-        except ValueError:  # lists of different lengths
-            tokens = np.empty((0, 0))
-        if tokens.ndim != 1 or not (tokens.dtype.kind in "iu" or len(tokens) == 0):
-            raise ConfigError(f"{self._name}: a sample is neither text nor a list of token ids: {value!r:.80}")
-        return require_in_vocabulary(tokens.astype(np.int64, copy=False), self._vocab_size, self._name)
+            value = checked(self._text_of(sample))
+            if isinstance(value, str):
+                return np.asarray(self._encode(value) if encode else (), dtype=np.int64)
+            return require_in_vocabulary(value, self._vocab_size)
+        except RowError as e:
+            if not self._skip:
+                raise ConfigError(f"{place()}: {e}; mend it, or set skip_unreadable") from e
+            self._skipped += 1
+            if self._skipped & (self._skipped - 1) == 0:  # at powers of two, since a source may have many
+                logger.warning(f"{place()}: skipped ({e}); {self._skipped} skipped so far in this process")
+            return np.empty(0, dtype=np.int64)
+        except ConfigError as e:
+            raise ConfigError(f"{place()}: {e}") from e
+
+    def check(self, sample: dict[str, Any], place: str) -> None:
+        """Raises ConfigError as a call does; a text is tokenised only if the tokenizer has ids that the model lacks."""
+        self(sample, lambda: place, encode=getattr(self._tokenizer, "vocab_limit", None) is not None)
 
     def _encode(self, text: str) -> list[int]:
-        if not isinstance(self._tokenizer, HuggingFaceTokenizer):
+        if not isinstance(self._tokenizer, AutoHuggingFaceTokenizer):
             return self._tokenizer.encode(text, add_bos=True, add_eos=True)
-        # The same as encode(), but without the offset of each token in the text, which takes time.
-        return [*self._before, *self._tokenizer.tokenizer.encode_batch_fast([text])[0].ids, *self._after]
+        return [*self._before, *self._tokenizer.ids(text), *self._after]
 
 
-def _open(source: DataSource, registered_path: str | None) -> tuple[Dataset | IterableDataset, TextOf, int | None]:
-    """Returns the samples, the function that maps one to its text or tokens, and the size of the files if they are local."""
-    place, nbytes = Path(source.path), None
+class _Opened(NamedTuple):
+    data: Dataset | IterableDataset
+    text_of: TextOf
+    files: list[str] | None  # if they are local
+
+
+def _open(source: DataSource, registered_path: str | None) -> _Opened:
+    """Returns the samples, the function that maps one to its text or tokens, and the files if they are local."""
+    place, files = Path(source.path), None
     registered = None if source.path in LOCAL_FORMATS else DATASETS.get(source.path.lower())
     if registered is not None and not place.exists():
+        unused = () if registered.sample_processor is text_of else ("text_field",)
+        without_effect(source, "a registered dataset", "name", "split", "data_files", "tokens_dtype", *unused)
         data = registered.loader(registered_path or registered.path)
         processor = registered.sample_processor
-        return data, partial(text_of, text_field=source.text_field) if processor is text_of else processor, None
+        return _Opened(
+            data, partial(text_of, text_field=source.text_field) if processor is text_of else processor, None
+        )
     if (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():
         data = load_from_disk(source.path)
+        split = () if isinstance(data, datasets.DatasetDict) else ("split",)
+        without_effect(source, "a saved dataset", "name", "data_files", "tokens_dtype", *split)
         if isinstance(data, datasets.DatasetDict):
             if source.split not in data:
                 raise ConfigError(f"{source.path}: no split {source.split!r}, which has {', '.join(data)}")
             data = data[source.split]
         data = data.to_iterable_dataset() if source.streaming else data
-    elif place.exists() or place.is_absolute() or any(c in source.path for c in "*?["):
-        data, nbytes = open_local(source)
+    elif place.exists() or _looks_local(source.path):
+        without_effect(source, "local files", "name", "split", "data_files", "tokens_dtype")
+        data, files = open_local(source)
     else:
+        without_effect(source, "a dataset on the Hub", "tokens_dtype")
         options = {"name": source.name or None, "data_files": source.data_files or None}
         data = load_dataset(source.path, split=source.split, streaming=source.streaming, **options)
-    field = next((name for name in (source.text_field, TOKENS_FIELD) if name in (data.column_names or ())), None)
+    names = data.column_names or ()
+    field = next((name for name in (source.text_field, TOKENS_FIELD) if name in names), None)
     if field is not None:
-        data = data.select_columns([field])
-    return data, partial(text_of, text_field=source.text_field, where=source.path), nbytes
+        data = data.select_columns([field, *(name for name in names if field == TOKENS_FIELD and is_mask(name))])
+    return _Opened(data, partial(text_of, text_field=source.text_field, where=source.path), files)
+
+
+def _looks_local(path: str) -> bool:
+    """Whether a path where nothing is cannot have been meant as the name of a dataset on the Hub."""
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return True
+    return path.endswith(tuple(chain.from_iterable(ENDINGS.values()))) or ("/" in path and Path(path).parent.is_dir())
+
+
+def without_effect(source: DataSource, what: str, *names: str) -> None:
+    """Raises ConfigError if one of the options is set that mean nothing for a source of this kind."""
+    for name in names:
+        if (value := getattr(source, name)) != getattr(DataSource(), name):
+            raise ConfigError(f"{source.path}: {name} = {value!r} has no effect on {what}; leave it out")
 
 
 def _row_reader(data: Dataset, text_of_sample: TextOf) -> Callable[[int], dict[str, Any]]:
@@ -181,7 +239,10 @@ def _row_reader(data: Dataset, text_of_sample: TextOf) -> Callable[[int], dict[s
 
     def value(scalar: pyarrow.Scalar) -> Any:
         is_list = isinstance(scalar, pyarrow.ListScalar) and scalar.is_valid
-        return scalar.values.to_numpy(zero_copy_only=False) if is_list else scalar.as_py()
+        try:
+            return scalar.values.to_numpy(zero_copy_only=False) if is_list else scalar.as_py()
+        except UnicodeDecodeError:
+            return scalar.as_buffer().to_pybytes()  # neither text nor tokens
 
     def row(index: int) -> dict[str, Any]:
         table = rows[index]
@@ -191,8 +252,12 @@ def _row_reader(data: Dataset, text_of_sample: TextOf) -> Callable[[int], dict[s
 
 
 def text_of(sample: dict[str, Any], text_field: str = "text", where: str = "data.text_field") -> Any:
-    """Returns the text of a sample or, where ``text_field`` is absent, its tokens (``input_ids``); ConfigError without either."""
-    for field in (text_field, TOKENS_FIELD):
-        if field in sample:
-            return sample[field]
+    """Returns the text of a sample or, where ``text_field`` is absent, its tokens (``input_ids``, without padding).
+
+    Raises ConfigError without either, or for masks of tokens that are no padding.
+    """
+    if text_field in sample:
+        return sample[text_field]
+    if TOKENS_FIELD in sample:
+        return unpadded(sample)
     raise ConfigError(f"{where}: {text_field!r} is not in the data, which has {', '.join(sorted(sample))}")

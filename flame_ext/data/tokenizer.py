@@ -1,22 +1,139 @@
-"""torchtitan's tokenizer, the tokens before and after a document, and checks against the model's vocabulary."""
+"""AutoTokenizer's ids behind torchtitan's interface, the tokens before and after a document, checks against the model's vocabulary."""
 
-from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer, build_hf_tokenizer
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer
+from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
-from transformers import PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig, TokenizersBackend
 
 from flame_ext.data.documents import Tokens
+from flame_ext.distributed import failing_together
 from flame_ext.errors import ConfigError
+
+# Compared between tokenizer.json and a tokenizer that AutoTokenizer rebuilt from its vocabulary.
+_SAMPLE = "The 12345 words, it'll do.\n\ndef f(x):\n    return x;\n\tné, 東京 😀 <s></s>"
 
 
 def build_tokenizer(job_config: JobConfig) -> HuggingFaceTokenizer:
-    """Builds torchtitan's tokenizer, which has no EOS where one token is BOS and EOS (GPT-2, GPT-NeoX), and adds that EOS."""
-    tokenizer = build_hf_tokenizer(job_config)
-    if tokenizer.eos_id is None and tokenizer.config:
-        token = tokenizer._get_token_from_config(tokenizer.config, "eos_token")
-        if token is not None:
-            tokenizer.eos_token, tokenizer.eos_id = token, tokenizer.tokenizer.token_to_id(token)
-    return tokenizer
+    """Builds the tokenizer of ``model.hf_assets_path``. Collective; raises ConfigError if AutoTokenizer cannot read it."""
+    with failing_together(ConfigError):
+        return AutoHuggingFaceTokenizer(job_config.model.hf_assets_path, job_config.seed.trust_remote_code)
+
+
+class AutoHuggingFaceTokenizer(HuggingFaceTokenizer):
+    """torchtitan's tokenizer with ids, BOS and EOS as AutoTokenizer has them; torchtitan's own reader knows fewer files."""
+
+    vocab_limit: int | None = None
+    """The model's vocabulary size if the tokenizer has ids beyond it (:func:`require_of_model`)."""
+
+    def __init__(self, folder: str, trust_remote_code: bool = False) -> None:
+        self._auto = _auto_tokenizer(folder, trust_remote_code)
+        super().__init__(folder)
+
+    def _load_tokenizer_from_path(self, tokenizer_path: str) -> Any:
+        if not isinstance(self._auto, TokenizersBackend):
+            return _PythonTokenizer(self._auto)
+        tokenizer = self._auto.backend_tokenizer
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    def _infer_special_tokens(self) -> None:
+        auto = self._auto
+        self.eos_token, self.eos_id = auto.eos_token, auto.eos_token_id
+        # Of GPT-NeoX and others the class has a BOS that is EOS, which begins no document unless the folder names it.
+        if auto.bos_token != auto.eos_token or (self.config or {}).get("bos_token"):
+            self.bos_token, self.bos_id = auto.bos_token, auto.bos_token_id
+
+    def ids(self, text: str) -> list[int]:
+        """Returns the ids of a text with those that the tokenizer itself adds; ConfigError for an id beyond the model's vocabulary."""
+        # Without the offset of each token in the text, which takes time.
+        return self._known(self.tokenizer.encode_batch_fast([text])[0].ids)
+
+    def encode(self, *args: Any, **kwargs: Any) -> list[int]:
+        return self._known(super().encode(*args, **kwargs))
+
+    def _known(self, ids: list[int]) -> list[int]:
+        if self.vocab_limit is not None and (largest := max(ids, default=0)) >= self.vocab_limit:
+            raise ConfigError(
+                f"a text has the tokenizer's id {largest} ({self.id_to_token(largest)!r}), beyond the model's vocab_size "
+                f"{self.vocab_limit}: take it out of the text, or give the model its own tokenizer ({self.tokenizer_path})"
+            )
+        return ids
+
+
+class _Encoding(NamedTuple):
+    ids: list[int]
+
+
+class _PythonTokenizer:
+    """A tokenizer that is written in Python, with the methods of ``tokenizers.Tokenizer`` that torchtitan's class calls."""
+
+    def __init__(self, auto: Any) -> None:
+        self._auto = auto
+        self.get_vocab, self.decode, self.id_to_token = auto.get_vocab, auto.decode, auto.convert_ids_to_tokens
+
+    def encode(self, text: str) -> _Encoding:
+        return _Encoding(self._auto(text, verbose=False)["input_ids"])
+
+    def encode_batch_fast(self, texts: list[str]) -> list[_Encoding]:
+        return [self.encode(text) for text in texts]
+
+    def get_vocab_size(self) -> int:
+        return len(self._auto)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self.get_vocab().get(token)
+
+
+def _auto_tokenizer(folder: str, trust_remote_code: bool) -> Any:
+    """Returns AutoTokenizer's reading of a folder; ConfigError if it cannot read it or finds no vocabulary."""
+    file = Path(folder, "tokenizer.json")
+    as_it_is = 'if tokenizer.json is right, set "tokenizer_class": "TokenizersBackend" in tokenizer_config.json'
+    try:
+        auto = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        state = auto.backend_tokenizer if isinstance(auto, TokenizersBackend) else None
+        ignored = [name for name in ("truncation", "padding") if getattr(state, name, None)]
+        ids = auto(_SAMPLE, verbose=False)["input_ids"]  # which resets both
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # the tokenizers library panics with a BaseException
+        reason = " ".join(str(e).split())[:300]
+        if "trust_remote_code" in reason:
+            remedy = "to run the tokenizer's code in the folder, set seed.trust_remote_code = true"
+        elif file.exists():
+            remedy = f"copy the model's tokenizer files there again; or, {as_it_is}"
+        else:
+            remedy = (
+                "install what it needs (a .model file: pip install sentencepiece protobuf), or save a tokenizer.json where "
+                "it can be read: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
+        problem = f"AutoTokenizer cannot read the tokenizer ({type(e).__name__}: {reason})"
+        raise ConfigError(f"{folder}: {problem}; {remedy}") from e
+    kind, names = type(auto).__name__, {*auto.vocab_files_names.values(), "tekken.json", "tiktoken.model"}
+    if not any(Path(folder, name).is_file() for name in names):
+        raise ConfigError(
+            f"{folder}: AutoTokenizer reads a {kind}, and none of its files is there ({', '.join(sorted(names))}); "
+            "copy the model's tokenizer.json there"
+        )
+    if ignored:
+        logger.warning(
+            f"{file}: {' and '.join(ignored)} in it are of an earlier call; no text is cut or padded by them"
+        )
+    # Some classes take the vocabulary alone from tokenizer.json, and build the rest anew.
+    if isinstance(auto, TokenizersBackend) and type(auto) is not TokenizersBackend and file.is_file():
+        saved = Tokenizer.from_file(str(file))
+        saved.no_truncation()
+        saved.no_padding()
+        if saved.encode(_SAMPLE).ids != ids:
+            logger.warning(
+                f"{file}: AutoTokenizer builds a {kind} from it, which gives other ids than the file itself, and its ids are "
+                f"taken; {as_it_is}"
+            )
+    return auto
 
 
 def around_a_document(tokenizer: BaseTokenizer) -> tuple[list[int], list[int]]:
@@ -35,28 +152,58 @@ def around_a_document(tokenizer: BaseTokenizer) -> tuple[list[int], list[int]]:
 
 
 def require_of_model(tokenizer: BaseTokenizer, config: PreTrainedConfig, folder: str) -> None:
-    """Raise ConfigError if the tokenizer in ``folder`` has ids beyond the model's vocabulary; warn if ``config`` has another EOS."""
+    """Warns if the tokenizer in ``folder`` and the model's ``config`` have other EOS, BOS, or vocabularies.
+
+    Ids beyond the model's vocabulary do no harm while no text has them; from here on the tokenizer refuses a text that does.
+    Raises ConfigError if BOS or EOS, which every document has, is such an id.
+    """
     text = config.get_text_config()
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if largest >= text.vocab_size:
-        raise ConfigError(
-            f"{folder}: the tokenizer's id {largest} ({token!r}) is beyond the model's vocab_size {text.vocab_size}: it belongs "
-            "to another model"
-        )
-    named, eos_id = getattr(text, "eos_token_id", None), getattr(tokenizer, "eos_id", None)
-    named = named if isinstance(named, list) else [named]
-    if eos_id is not None and named != [None] and eos_id not in named:
+        beyond = f"is beyond the model's vocab_size {text.vocab_size}"
+        for around, name in zip(around_a_document(tokenizer), ("BOS", "EOS"), strict=True):
+            if around and around[0] >= text.vocab_size:
+                raise ConfigError(
+                    f"{folder}: the tokenizer's {name}, id {around[0]}, {beyond}: it belongs to another model, or "
+                    f"tokenizer_config.json has to name {name.lower()}_token"
+                )
         logger.warning(
-            f"{folder}: documents end with the tokenizer's EOS, {eos_id}, and config.json has eos_token_id {named}: does this "
-            "tokenizer belong to this model?"
+            f"{folder}: the tokenizer's id {largest} ({token!r}) {beyond}: a text that has such an id will be refused; does "
+            "this tokenizer belong to another model?"
+        )
+        tokenizer.vocab_limit = text.vocab_size
+    _warn_of_special_tokens(tokenizer, text, folder)
+
+
+def _warn_of_special_tokens(tokenizer: BaseTokenizer, text: PreTrainedConfig, folder: str) -> None:
+    def named(key: str) -> list[int]:
+        value = getattr(text, key, None)
+        return value if isinstance(value, list) else [] if value is None else [value]
+
+    eos_id, eos_ids, bos_ids = getattr(tokenizer, "eos_id", None), named("eos_token_id"), named("bos_token_id")
+    belongs = "does this tokenizer belong to this model?"
+    if eos_id is None:
+        has = f"config.json has eos_token_id {eos_ids}: " if eos_ids else ""
+        logger.warning(
+            f"{folder}: the tokenizer has no EOS, so documents of text follow each other without one; {has}name eos_token in "
+            "tokenizer_config.json"
+        )
+    elif eos_ids and eos_id not in eos_ids:
+        logger.warning(
+            f"{folder}: documents end with the tokenizer's EOS, {eos_id}, and config.json has eos_token_id {eos_ids}: {belongs}"
+        )
+    before, _ = around_a_document(tokenizer)
+    if before and bos_ids and before[0] not in bos_ids:
+        logger.warning(
+            f"{folder}: documents begin with the tokenizer's BOS, {before[0]}, and config.json has bos_token_id {bos_ids}: {belongs}"
         )
 
 
-def require_in_vocabulary(tokens: Tokens, vocab_size: int, where: str) -> Tokens:
+def require_in_vocabulary(tokens: Tokens, vocab_size: int) -> Tokens:
     """Returns the tokens; raises ConfigError if an id is not in 0..vocab_size - 1."""
     for token in (tokens.max(), tokens.min()) if len(tokens) else ():
         if not 0 <= token < vocab_size:
             raise ConfigError(
-                f"{where}: token id {token} is not in the model's vocabulary of {vocab_size}: another tokenizer made it"
+                f"token id {token} is not in the model's vocabulary of {vocab_size}: another tokenizer made it"
             )
     return tokens

@@ -1,6 +1,7 @@
 """Checks of the options of checkpoints, seeding, exports, training, metrics and sources of data."""
 
 from collections.abc import Iterator
+from operator import attrgetter
 
 import torch
 from torchtitan.config.job_config import DataLoader
@@ -139,11 +140,26 @@ def _check_memory_and_speed(config: FlameJobConfig) -> Iterator[str]:
         )
 
 
+# The options without effect beside tables of sources, and what to set instead.
+_REPLACED = {
+    "data.sources": {
+        "training.dataset": "",
+        "training.dataset_path": "",
+        "data.text_field": ", and set text_field in the tables",
+    },
+    "validation.sources": {"validation.dataset": "", "validation.dataset_path": ""},
+}
+
+
 def check_data(config: FlameJobConfig) -> Iterator[str]:
     """Yields one sentence for each finding in ``[[data.sources]]`` and ``[[validation.sources]]``."""
     for section in ("data", "validation"):
         sources = getattr(config, section).sources
         labels = [source.reported_as for source in sources]
+        for name, instead in _REPLACED[f"{section}.sources"].items():
+            value, default = (attrgetter(name)(c) for c in (config, FlameJobConfig()))
+            if sources and value != default:
+                yield f"{name} = {value!r} has no effect beside {section}.sources; leave one of them out{instead}"
         for i, source in enumerate(sources):
             name = f"{section}.sources[{i}]"
             if (first := labels.index(labels[i])) < i:
@@ -154,3 +170,5 @@ def check_data(config: FlameJobConfig) -> Iterator[str]:
                 yield f"{name}.weight must be > 0, got {source.weight}; to leave the source out, take its table out"
             if source.max_samples is not None and source.max_samples < 1:
                 yield f"{name}.max_samples must be >= 1, got {source.max_samples}"
+            if section == "validation" and (source.weight != 1.0 or source.when_exhausted != "repeat"):
+                yield f"{name}: weight and when_exhausted have no effect, since each source is read once by itself; leave them out"

@@ -69,7 +69,7 @@ def describe(path: str, allow_pickle: bool = False) -> Description:
         facts.append("lm_head.weight is there though config.json ties it; it has to equal the input embedding")
     if fields and not tied and not any("lm_head" in name or "embed_out" in name for name in names):
         problems.append("config.json does not tie the embeddings, and there is no output embedding")
-    tokenizer = [name for name in (*TOKENIZER_FILES, "tokenizer.model") if (folder / name).is_file()]
+    tokenizer = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     groups = _groups(source, names)
     return Description(source, problems, facts, groups, fields.get("model_type"), tokenizer, tied, step)
 

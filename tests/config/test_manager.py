@@ -163,7 +163,7 @@ def test_help_explains_every_option_of_ours() -> None:
 
 def test_tables_of_a_toml_are_checked_and_typed(tmp_path: Path) -> None:
     toml = tmp_path / "job.toml"
-    text = DEBUG_TOML.read_text()
+    text = DEBUG_TOML.read_text().replace('dataset = "python_stdlib"\n', "")
     toml.write_text(text + '\n[[data.sources]]\npath = "a"\n[[data.sources]]\npath = "b"\nweight = 2\n')
     config = parse([f"--job.config_file={toml}", "--data.sources.1.weight=3"])
     assert [(s.path, s.weight) for s in config.data.sources] == [("a", 1.0), ("b", 3.0)]
@@ -179,3 +179,26 @@ def test_tables_of_a_toml_are_checked_and_typed(tmp_path: Path) -> None:
     toml.write_text(text + "\n[data]\nsources = 3\n")
     with pytest.raises(ConfigError, match="'data.sources' must be a list of tables, got 3"):
         parse([f"--job.config_file={toml}"])
+
+
+def test_home_and_variables_in_paths_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CORPUS", "/corpus")
+    text = (
+        DEBUG_TOML.read_text()
+        .replace('dataset = "python_stdlib"\n', "")
+        .replace("./outputs/debug", "~/runs/$USER_NAME")
+    )
+    (tmp_path / "job.toml").write_text(
+        text + '\n[[data.sources]]\npath = "${CORPUS}/*.txt"\ndata_files = ["~/a", "b$"]\n'
+    )
+    command = ["--job.config_file=~/job.toml", f"--model.hf_assets_path={TINY_OLMO}"]
+    with pytest.raises(ConfigError, match=r"job.dump_folder = '~/runs/\$USER_NAME': no such user or variable"):
+        parse(command)
+    monkeypatch.setenv("USER_NAME", "me")
+    config = parse([*command, "--metrics.save_tb_folder=~/tb"])
+    assert config.job.dump_folder == f"{tmp_path}/runs/me" and config.metrics.save_tb_folder == f"{tmp_path}/tb"
+    (source,) = config.data.sources
+    assert source.path == "/corpus/*.txt" and source.data_files == [f"{tmp_path}/a", "b$"]
+    with pytest.raises(ConfigError, match="'~nobody-here/x': no such user or variable"):
+        parse([*command, "--job.dump_folder=~nobody-here/x"])

@@ -187,6 +187,18 @@ def test_model_and_tokenizer_are_compared_by_content(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes((TINY_OLMO / name).read_bytes())
     assert asset_digests(tmp_path) == asset_digests(TINY_OLMO)
     assert sorted(asset_digests(tmp_path)) == ["config.json", "tokenizer.json", "tokenizer_config.json"]
+    for name in (
+        more := (
+            "added_tokens.json",
+            "merges.txt",
+            "special_tokens_map.json",
+            "spiece.model",
+            "tekken.json",
+            "q.tiktoken",
+        )
+    ):
+        (tmp_path / name).touch()
+    assert {*asset_digests(tmp_path)} - {*asset_digests(TINY_OLMO)} == {*more}
     then = record(assets=asset_digests(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "modelling.py").touch()

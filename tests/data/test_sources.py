@@ -20,7 +20,7 @@ from torchtitan.hf_datasets.text_datasets import DATASETS
 from transformers import AutoTokenizer
 
 from flame_ext.config.sections import DataSource, FlameJobConfig
-from flame_ext.data import documents
+from flame_ext.data import documents, files
 from flame_ext.data.build import build_dataloader
 from flame_ext.data.loader import PackedDataloader
 from flame_ext.data.packing import PADDING
@@ -108,7 +108,13 @@ def flat_tokens(folder: Path) -> DataSource:
     for part in range(2):
         tokens = [token for text in TEXTS[part::2] for token in tokens_of(text)]
         np.array(tokens, dtype=np.uint16).tofile(folder / f"{part}.npy")
-    return DataSource(str(folder / "*.npy"))
+    return DataSource(str(folder / "*.npy"), tokens_dtype="uint16")
+
+
+def flat(folder: Path, written: str, read: Any) -> DataSource:
+    """A file of tokens, written with one type and read with another."""
+    np.arange(1, 201).astype(written).tofile(folder / "0.npy")
+    return DataSource(str(folder / "*.npy"), tokens_dtype=read)
 
 
 MAKERS: list[Maker] = [jsonl, jsonl_gz, jsonl_zst, parquet, arrow, arrow_file, txt, hub, input_ids, flat_tokens]
@@ -356,7 +362,23 @@ def write(folder: Path, name: str, content: bytes) -> str:
         (lambda f: [write(f, "a.npy", b"12"), DataSource(str(f))][-1], "name them with a glob that ends in .npy"),
         (lambda f: [arrow(f), DataSource(str(f / "saved"))][-1], "no split 'train', which has some"),
         (lambda f: DataSource(write(f, "a.txt", b"\xff\xfe")), "a.txt: not UTF-8"),
-        (lambda f: DataSource(write(f, "a.npy", b"123")), "its size is no multiple of uint16"),
+        (lambda f: DataSource(write(f, "a.npy", b"123"), tokens_dtype="uint16"), "its size is no multiple of uint16"),
+        (lambda f: DataSource(write(f, "a.npy", b"1234")), "a.npy: without NumPy's header; set tokens_dtype"),
+        (lambda f: flat(f, "uint32", "uint16"), r"0.npy: read as uint16 \(tokens_dtype\), every second number is 0"),
+        (lambda f: flat(f, "int64", "uint16"), r"0.npy: read as uint16 \(tokens_dtype\), every second number is 0"),
+        (lambda f: flat(f, "int64", "int32"), r"0.npy: read as int32 \(tokens_dtype\), every second number is 0"),
+        (lambda f: flat(f, ">u4", "uint16"), r"0.npy: read as uint16 \(tokens_dtype\), every second number is 0"),
+        (lambda f: flat(f, "uint16", "uint32"), r"0.npy: read as uint32 \(tokens_dtype\), it has the token id \d+, .*narrower"),
+        (lambda f: DataSource(write(f, "a.txt", b"x"), split="test"), "a.txt: split = 'test' has no effect on local files"),
+        (lambda f: DataSource(write(f, "a.txt", b"x"), tokens_dtype="uint16"), "tokens_dtype = 'uint16' has no effect on local"),
+        (lambda f: DataSource("c4", name="de"), "c4: name = 'de' has no effect on a registered dataset; leave it out"),
+        (lambda f: DataSource("c4", text_field="body"), "c4: text_field = 'body' has no effect on a registered dataset"),
+        (lambda f: [(f / "b.jsonl").symlink_to(f / "gone"), DataSource(str(f))][-1], "b.jsonl: a link to .*gone, where no file is"),
+        (lambda f: [write(f, "a.txt", b"x"), DataSource(str(f / "copus"))][-1], "no file matches"),
+        (lambda f: DataSource("copus.jsonl"), "'copus.jsonl': no file matches"),
+        (lambda f: DataSource("./corpus"), "'./corpus': no file matches"),
+        (lambda f: DataSource("corpus/en/wiki"), "'corpus/en/wiki': no file matches"),
+        (lambda f: DataSource("tests/corpus"), "'tests/corpus': no file matches"),
         (lambda f: DataSource(write(f, "a.npy", b"")), "no tokens in it"),
         (lambda f: DataSource(write(f, "a.parquet", b"PAR1 no")), "a.parquet"),
         (lambda f: DataSource("some-org/some-dataset"), "some-org/some-dataset"),
@@ -368,6 +390,86 @@ def test_what_can_not_be_read_is_said_in_one_line(tmp_path: Path, make: Maker, m
     with pytest.raises(ConfigError, match=message) as raised:
         read(loaders(job(source), 1, 0), 2)
     assert str(raised.value).startswith("data.sources[0]: ") and "\n" not in str(raised.value)
+
+
+def test_numbers_that_cannot_hold_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    source = flat(tmp_path, "uint16", "uint16")
+    with pytest.raises(ConfigError, match="0.npy: uint16 .* cannot hold the ids of the model's vocabulary of 70000"):
+        files.flat_tokens(source, 1, 9, 70000, None, 1)
+    assert files.flat_tokens(source, 1, 9, 2**16, None, 1).size == 23
+
+
+def test_links_are_followed_and_hidden_files_passed_over(tmp_path: Path) -> None:
+    for name in ("a/1.txt", "elsewhere/2.txt", "a/.hidden/3.txt", "a/._1.txt", "a/deep/4.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "a/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "a/loop").symlink_to(tmp_path / "a")
+    (tmp_path / "a/folder.txt").mkdir()
+    expected = [str(tmp_path / "a" / name) for name in ("1.txt", "deep/4.txt", "link/2.txt")]
+    for path in ("a", "a/", "a/**/*.txt"):
+        assert files.local_files(f"{tmp_path}/{path}", "text") == expected
+    assert files.local_files(f"{tmp_path}/a/.hidden", "text") == [str(tmp_path / "a/.hidden/3.txt")]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_files_may_differ_in_columns_that_are_not_read(
+    tmp_path: Path, kind: str, streaming: bool, expected: list
+) -> None:
+    for part, other in enumerate(({"url": ["x"] * 25}, {"url": [[1]] * 25, "more": [None] * 25})):
+        data = Dataset.from_dict({**other, "text": TEXTS[part::2]})
+        getattr(data, {"jsonl": "to_json", "parquet": "to_parquet"}[kind])(tmp_path / f"{part}.{kind}")
+    config = job(DataSource(str(tmp_path), streaming=streaming), epochs=1)
+    assert documents_in(read(loaders(config, 1, 0), config.training.steps)) == expected
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_padding_is_not_read_and_masked_tokens_are_refused(
+    tmp_path: Path, kind: str, streaming: bool, expected: list
+) -> None:
+    def source(rows: list[dict]) -> FlameJobConfig:
+        file = tmp_path / f"{len(list(tmp_path.iterdir()))}.{kind}"
+        getattr(Dataset.from_list(rows), {"jsonl": "to_json", "parquet": "to_parquet"}[kind])(file)
+        return job(DataSource(str(file), streaming=streaming), epochs=1)
+
+    rows = []
+    for text in TEXTS:
+        ids = tokens_of(text)
+        padding = 100 - len(ids)
+        mask = [1] * len(ids) + [0] * padding
+        rows.append({"input_ids": ids + [7] * padding, "attention_mask": mask, "labels": ids + [-100] * padding})
+    config = source(rows)
+    assert documents_in(read(loaders(config, 1, 0), config.training.steps)) == expected
+    rows[0]["labels"] = [-100] * 3 + rows[0]["labels"][3:]
+    with pytest.raises(ConfigError, match="(row|line) 1: column 'labels' differs from input_ids"):
+        loaders(source(rows), 1, 0)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
+@pytest.mark.parametrize("bad", [None, "half an emoji \ud83d", 7], ids=["null", "surrogate", "number"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_bad_row_is_named_or_skipped_and_counted(
+    tmp_path: Path, kind: str, bad: Any, streaming: bool, expected: list, caplog: Any
+) -> None:
+    texts = [*TEXTS[:41], bad, *TEXTS[41:]]
+    if kind == "jsonl":
+        (tmp_path / "a.jsonl").write_bytes(json_lines(texts))
+        place, skipped = "a.jsonl, line 42: ", "a.jsonl: skipped 1 unreadable lines"
+    elif bad is None:
+        Dataset.from_dict({"text": texts[:20]}).to_parquet(tmp_path / "a.parquet")
+        Dataset.from_dict({"text": texts[20:]}).to_parquet(tmp_path / "b.parquet")
+        place = "b.parquet, row 22: "
+        skipped = f"{place}skipped"
+    else:
+        return  # Parquet holds neither
+    config = job(DataSource(str(tmp_path), streaming=streaming), epochs=1)
+    with pytest.raises(ConfigError, match=place):
+        loaders(config, 1, 0)
+    config = job(DataSource(str(tmp_path), streaming=streaming, skip_unreadable=True), epochs=1)
+    assert documents_in(read(loaders(config, 1, 0), config.training.steps)) == expected
+    assert skipped in caplog.text
 
 
 @pytest.mark.parametrize("workers", [0, 1])

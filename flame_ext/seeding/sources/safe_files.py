@@ -9,7 +9,11 @@ from typing import Any
 
 from flame_ext.errors import SeedError
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")  # torchtitan builds its tokenizer from one of these
+# AutoTokenizer builds a tokenizer from one of these.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("tiktoken.model", "tekken.json"),
+)
 MAX_JSON_BYTES = 100 * 2**20  # far above any real checkpoint's header or index
 
 

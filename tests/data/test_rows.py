@@ -1,0 +1,65 @@
+"""Which tokens of a row are read, and which rows are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flame_ext.data.rows import RowError, checked, is_mask, unpadded
+from flame_ext.errors import ConfigError
+
+
+def row(**columns: Any) -> dict[str, Any]:
+    return {"input_ids": [5, 6, 7, 8, 9], "label": 1, "special_tokens_mask": [1, 0, 0, 0, 0], **columns}
+
+
+@pytest.mark.parametrize("kind", [list, np.array])
+@pytest.mark.parametrize(
+    ("columns", "read"),
+    [
+        ({}, [5, 6, 7, 8, 9]),
+        ({"attention_mask": None, "labels": 3}, [5, 6, 7, 8, 9]),
+        ({"attention_mask": [1] * 5, "labels": [5, 6, 7, 8, 9]}, [5, 6, 7, 8, 9]),
+        ({"attention_mask": [0, 1, 1, 1, 0]}, [6, 7, 8]),
+        ({"attention_mask": [0, 1, 1, 1, 0], "labels": [-100, -100, 7, 8, -100]}, [6, 7, 8]),
+        ({"labels": [5, 6, 7, -100, -100]}, [5, 6, 7]),
+        ({"labels": [-100] * 5}, []),
+        ({"attention_mask": [0] * 5}, []),
+        ({"labels": [5, 6, 7, 8, -100], "assistant_masks": [0, 1, 1, 1, 0]}, [5, 6, 7, 8]),
+    ],
+)
+def test_padding_is_left_out(kind: Any, columns: dict, read: list[int]) -> None:
+    columns = {name: kind(mask) if isinstance(mask, list) else mask for name, mask in columns.items()}
+    assert list(unpadded(row(**columns))) == read
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"attention_mask": [1, 0, 1, 1, 1]}, "column 'attention_mask' is not 1 between"),
+        ({"attention_mask": [1, 1, 2, 2, 2]}, "column 'attention_mask' is not 1 between"),
+        ({"labels": [-100, -100, 7, 8, 9]}, "column 'labels' differs from input_ids"),
+        ({"labels": [5, 6, -100, 8, 9]}, "column 'labels' differs"),
+        ({"labels": [6, 7, 8, 9, -100]}, "column 'labels' differs"),
+        ({"labels": [5, 6]}, r"column 'labels' has the shape \(2,\) beside 5 input_ids"),
+        ({"loss_mask": [1, 0, 1, 1, 1]}, "column 'loss_mask' masks tokens"),
+        ({"assistant_masks": [0, 0, 0, 1, 1]}, "column 'assistant_masks' masks tokens"),
+        ({"loss_weights": [1.0, 1.0, 0.5, 1.0, 1.0]}, "column 'loss_weights' masks tokens"),
+    ],
+)
+def test_other_masks_are_refused_by_name(columns: dict, message: str) -> None:
+    assert all(map(is_mask, columns))
+    with pytest.raises(ConfigError, match=message) as raised:
+        unpadded(row(**columns))
+    assert not isinstance(raised.value, RowError), "skip_unreadable is not meant for these"
+
+
+@pytest.mark.parametrize(
+    "value", [None, 7, 1.5, b"x", "a\ud83d", [1.5], [True], [[1], [2, 3]], [[1]], {"a": 1}, [None]]
+)
+def test_what_is_neither_text_nor_tokens(value: Any) -> None:
+    with pytest.raises(RowError):
+        checked(value)
+    assert checked("é 😀") == "é 😀" and checked([1, 2]).tolist() == [1, 2] and len(checked([])) == 0
