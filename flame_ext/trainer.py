@@ -208,7 +208,7 @@ class FutureTrainer(torchtitan.train.Trainer):
             UserError: on all ranks at the same step.
         """
         if self.job_config.seed.dry_run:
-            self.checkpointer.load(step=self.job_config.checkpoint.load_step)
+            self.checkpointer.load(step=self.job_config.checkpoint.load_step, only_try=True)
             logger.info(f"Dry run: stopped before step {self.step + 1}")
             return
         if (step := self._completed_before()) is not None:
@@ -244,20 +244,18 @@ class FutureTrainer(torchtitan.train.Trainer):
         logger.info(f"The data ended after step {self.step} of {self.job_config.training.steps}: this run is complete")
 
     def _completed_before(self) -> CompleteStep | None:
-        """The last step of this run if there is one; its export is made up for if it is not there. Collective."""
+        """The last step of this run if there is one; exports that are not there are made up for. Collective."""
         config = self.job_config.checkpoint
-        if not config.enable or config.load_step != -1:
+        if not config.enable:
             return None
-        step = self.checkpointer.newest_step()
-        if step is None:
+        folder, candidates = self.checkpointer.find(config.load_step)
+        if not candidates:
             return None
+        step = candidates[-1]
         finished_then = step.manifest.get("finished") and "training.steps" not in config.allow_config_change
         if not finished_then and step.step < self.job_config.training.steps:
             return None
-        self.checkpointer.hooks.resumed(step.manifest, step.path)
-        if config.last_save_in_hf and not self.checkpointer.hooks.is_exported(step.step):
-            self.checkpointer.load_model(step)
-            self.checkpointer.hooks.export(step.step)
+        self.checkpointer.make_up(folder, step, config.load_step)
         return step
 
     # -- its state -----------------------------------------------------------------------------------------------
@@ -276,7 +274,8 @@ class FutureTrainer(torchtitan.train.Trainer):
         ranks, rank = self._data_ranks()
         self.ntokens_seen = tokens // ranks + (tokens % ranks if rank == 0 else 0)  # torchtitan sums over ranks
         self._tokens_beside = tokens - ranks * self.ntokens_seen
-        self.metrics_processor.rewind(self.step)
+        if not self.job_config.seed.dry_run:
+            self.metrics_processor.rewind(self.step)
 
     def _data_ranks(self) -> tuple[int, int]:
         """Number of ranks that read different data, and this one's among them."""

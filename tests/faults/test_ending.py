@@ -167,3 +167,19 @@ def test_data_that_can_not_be_read_on_one_rank_are_said_by_all(dump_folder: Path
     assert run.exit_codes == [1, 1] and steps_of(dump_folder) == [2]
     for rank in run.ranks:
         assert rank.output.splitlines()[-1] == "error: [rank 1] RuntimeError: this sequence cannot be read"
+
+
+def test_exports_that_were_due_are_made_up_for_before_a_run_is_complete(dump_folder: Path) -> None:
+    options = (
+        *FAST,
+        "--training.steps=4",
+        "--checkpoint.interval=1",
+        "--checkpoint.keep_latest_k=2",
+        "--export.interval=2",
+    )
+    killed = train(dump_folder, *options, env={"FLAME_EXT_FAULT": "during_export"}, check=False)
+    assert killed.exit_codes == [-9] and not (dump_folder / "hf" / "step-4").exists()
+    again = train(dump_folder, *options)
+    assert "Already complete: " in again.ranks[0].output
+    assert sorted(p.name for p in (dump_folder / "hf").iterdir()) == ["step-2", "step-4"]
+    assert steps_of(dump_folder) == [3, 4], "step 2 was kept until its export was made"
