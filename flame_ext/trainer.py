@@ -40,7 +40,7 @@ class FutureTrainer(torchtitan.train.Trainer):
 
     def __init__(self, job_config: FlameJobConfig, signals: StopSignals | None = None) -> None:
         self._signals = signals or StopSignals()
-        self._lock = FolderLock(Path(job_config.job.dump_folder))
+        self._lock = FolderLock(Path(job_config.job.dump_folder), job_config.checkpoint.take_over_lock)
         self._stopping = False
         with trainer_built_with(SeedingCheckpointManager), self._lock.released_on_error():
             super().__init__(job_config)
@@ -182,7 +182,7 @@ class FutureTrainer(torchtitan.train.Trainer):
             ended = True
         except Exception as e:  # of whatever kind: the other ranks have to hear of it before it is raised
             unreadable = e
-        error = self.checkpointer.background_error() if self.checkpointer.enable else None
+        error = self._lock.error() or (self.checkpointer.background_error() if self.checkpointer.enable else None)
         stop = self._signals.received is not None
         now = agree(Circumstances(stop, ended, unreadable is not None, error is not None), self.device)
         if now.data_failed:
