@@ -65,7 +65,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_from_the
     assert not (dump_folder / "hf").exists(), "only a run that is complete is exported"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_launcher_ends_with_the_code_for_requeueing(tmp_path: Path, number: signal.Signals) -> None:
     dump_folder = tmp_path / "run"
     environment = {
@@ -82,7 +82,9 @@ def test_a_signal_to_the_launcher_ends_with_the_code_for_requeueing(tmp_path: Pa
         )
         try:
             wait_for_steps(dump_folder, 1, lambda: launcher.poll() is None)
-            launcher.send_signal(number)
+            os.killpg(launcher.pid, number) if number == signal.SIGINT else launcher.send_signal(
+                number
+            )  # as Ctrl-C does
             assert launcher.wait(timeout=60) == EXIT_PREEMPTED, (tmp_path / "log").read_text()[-3000:]
         finally:
             with suppress(ProcessLookupError):
