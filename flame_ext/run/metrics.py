@@ -15,6 +15,7 @@ from torchtitan.tools.logging import logger
 
 from flame_ext.files import METRICS_NAME
 from flame_ext.host.names import get_metrics_rank
+from flame_ext.run.wandb_run import continue_wandb_run
 
 VALIDATION_NAME = "validation.jsonl"
 
@@ -31,9 +32,11 @@ class FutureMetricsProcessor(MetricsProcessor):
     def __init__(
         self, job_config: JobConfig, parallel_dims: ParallelDims, _model_args: Any = None, tag: str | None = None
     ) -> None:
+        self._folder, rank = Path(job_config.job.dump_folder), torch.distributed.get_rank()
+        self._writes = rank == get_metrics_rank(parallel_dims, job_config)
+        if job_config.metrics.enable_wandb and (self._writes or job_config.metrics.save_for_all_ranks):
+            continue_wandb_run(self._folder, rank if job_config.metrics.save_for_all_ranks else 0)
         super().__init__(job_config, parallel_dims, tag)
-        self._folder = Path(job_config.job.dump_folder)
-        self._writes = torch.distributed.get_rank() == get_metrics_rank(parallel_dims, job_config)
 
     def rewind(self, step: int) -> None:
         """Drops the lines of steps after ``step``, from which the run goes on."""
