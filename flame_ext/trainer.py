@@ -182,7 +182,7 @@ class FutureTrainer(torchtitan.train.Trainer):
             ended = True
         except Exception as e:  # of whatever kind: the other ranks have to hear of it before it is raised
             unreadable = e
-        error = self._lock.error() or (self.checkpointer.background_error() if self.checkpointer.enable else None)
+        error = self._error_of_files()
         stop = self._signals.received is not None
         now = agree(Circumstances(stop, ended, unreadable is not None, error is not None), self.device)
         if now.data_failed:
@@ -190,12 +190,22 @@ class FutureTrainer(torchtitan.train.Trainer):
                 if unreadable is not None:
                     raise unreadable
         if now.save_failed:
-            raise CheckpointError(error or "a save in the background failed on another rank, which says why")
+            self._require_files()
         if now.data_ended:
             self.ntokens_seen, self.finishing = tokens_before, True
             raise DataloaderExhaustedError
         self._stopping = now.stop
         return batches
+
+    def _error_of_files(self) -> str | None:
+        """Why nothing more is to be written, as far as this rank knows."""
+        saving = self.checkpointer.background_error() if self.checkpointer.enable else None
+        return self._lock.error() or self.metrics_processor.write_error or saving
+
+    def _require_files(self) -> None:
+        with failing_together(CheckpointError):
+            if (error := self._error_of_files()) is not None:
+                raise CheckpointError(error)
 
     # -- a run ---------------------------------------------------------------------------------------------------
 
@@ -215,6 +225,7 @@ class FutureTrainer(torchtitan.train.Trainer):
             logger.info(f"Already complete: {step.path} is the last step of this run, and nothing is left to train")
             return
         super().train()
+        self._require_files()
         if self.finishing:
             self._finish()
         if not self.preempted:

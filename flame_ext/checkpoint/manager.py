@@ -20,10 +20,12 @@ from flame_ext.checkpoint.files import RankRNG, StepPlanner, StepWriter
 from flame_ext.checkpoint.hooks import CheckpointHooks
 from flame_ext.checkpoint.lineage import ROOT, Lineage, StepFolder, as_json, lineage_of, read_steps, record_lineage
 from flame_ext.checkpoint.steps import (
+    MANIFEST_NAME,
     CompleteStep,
     complete_step,
     damaged_files,
     describe_files,
+    read_manifest,
     recover_replaced,
     start,
     temporary_path,
@@ -170,7 +172,9 @@ class SeedingCheckpointManager(CheckpointManager):
         """Loads as torchtitan does, but unpickles only plain data; a CheckpointError is raised on all ranks. Collective."""
         path = Path(checkpoint_id)
         with failing_together(CheckpointError):  # first, and apart: DCP would log it as a traceback
-            DcpReader(path).read_metadata()
+            _require_listed(
+                path, {info.relative_path for info in DcpReader(path).read_metadata().storage_data.values()}
+            )
         try:
             dcp.load(state_dict, storage_reader=DcpReader(path), planner=StepPlanner())
         except CheckpointException as e:
@@ -293,6 +297,9 @@ class SeedingCheckpointManager(CheckpointManager):
         except (OSError, CheckpointError, CheckpointException) as e:
             raise CheckpointError(f"the save in the background failed: {_first_failure(e)}") from e
 
+    def __del__(self) -> None:
+        """Nothing: the trainer closes, and one that was not built whole has nothing to close."""
+
     def close(self) -> None:
         """Waits for a save in the background, then closes as torchtitan does."""
         if getattr(self, "save_future", None) is not None:
@@ -313,6 +320,15 @@ class SeedingCheckpointManager(CheckpointManager):
             in_use = self.hooks.exports.in_use()
             for stale in (step for step in steps[: -self.keep_latest_k] if step.path not in in_use):
                 self.purge_queue.put(str(stale.path))
+
+
+def _require_listed(step: Path, files: set[str]) -> None:
+    """Raises a CheckpointError if a file of a step is not listed in its manifest, so that nobody has looked whether it is damaged."""
+    plain = {name for name in files if Path(name).name == name and not (step / name).is_symlink()}
+    if unlisted := sorted(plain - read_manifest(step)["files"].keys()):
+        raise CheckpointError(
+            f"{step}: its {MANIFEST_NAME} does not list {', '.join(unlisted[:8])}: restore it from a copy"
+        )
 
 
 def _then(upload: Future[Any], action: Callable[[], None]) -> Future[None]:

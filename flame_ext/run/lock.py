@@ -52,6 +52,7 @@ class FolderLock:
         self._kernel = FileLock(self._kernel_file, fallback_to_soft=False, on_acquired=self._require_in_place)
         self._mine: Holder | None = None
         self._lost: str | None = None
+        self._folder: int | None = None  # a descriptor
         self._beats: threading.Thread | None = None
         self._end = threading.Event()
 
@@ -79,6 +80,7 @@ class FolderLock:
             raise
         if before is not None:
             logger.warning(f"{self.file}: {before} has ended without releasing it; taken over")
+        self._folder = os.open(self.file.parent, os.O_RDONLY)
         self._end.clear()
         self._beats = threading.Thread(target=self._beat, daemon=True, name="lock")
         self._beats.start()
@@ -91,6 +93,9 @@ class FolderLock:
         self._end.set()
         if self._beats is not None:
             self._beats.join()
+        if self._folder is not None:
+            os.close(self._folder)
+            self._folder = None
         holder = self._read()
         if holder == mine:
             self.file.unlink(missing_ok=True)
@@ -100,6 +105,11 @@ class FolderLock:
 
     def error(self) -> str | None:
         """Returns why this process must not write to the folder any more; None if it may."""
+        if self._folder is not None and self._lost is None:
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._folder), self.file.parent.stat()):
+                    return None
+            self._lost = f"{self.file.parent} was removed while this run was writing to it"
         return self._lost
 
     @contextmanager
@@ -158,8 +168,7 @@ class FolderLock:
                 if holder is not None and holder != self._mine:
                     self._lost = f"{self.file} now names {holder}: another run has taken {self.file.parent} over"
                     return
-                if not self.file.parent.is_dir():
-                    self._lost = f"{self.file.parent} was removed while this run was writing to it"
+                if self.error() is not None:
                     return
                 if holder is None and self._mine is not None:  # someone has removed it
                     self._write(self._mine, None)

@@ -29,6 +29,9 @@ class FutureMetricsProcessor(MetricsProcessor):
     shown: tuple[str, ...] = ()
     """Metrics that are printed beside the losses; the file has all of them. The trainer sets it."""
 
+    write_error: str | None = None
+    """Why a line could not be written."""
+
     def __init__(
         self, job_config: JobConfig, parallel_dims: ParallelDims, _model_args: Any = None, tag: str | None = None
     ) -> None:
@@ -97,6 +100,9 @@ class FutureMetricsProcessor(MetricsProcessor):
             return
         # JSON has no NaN.
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / name).open("a") as stream:
-            stream.write(json.dumps(values, allow_nan=False) + "\n")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with (self._folder / name).open("a") as stream:
+                stream.write(json.dumps(values, allow_nan=False) + "\n")
+        except OSError as e:  # such as a full disk; the other ranks have to hear of it before it is raised
+            self.write_error = f"{self._folder / name} cannot be written: {e}"

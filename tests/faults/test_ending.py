@@ -171,6 +171,24 @@ def test_data_that_can_not_be_read_on_one_rank_are_said_by_all(dump_folder: Path
         assert rank.output.splitlines()[-1] == "error: [rank 1] RuntimeError: this sequence cannot be read"
 
 
+@pytest.mark.parametrize("lost", ["folder", "metrics"])
+def test_a_folder_that_is_lost_under_a_run_ends_it_on_all_ranks(dump_folder: Path, lost: str) -> None:
+    def lose(processes: list[mp.Process]) -> None:
+        wait_for_steps(dump_folder, 2, processes[0].is_alive)
+        if lost == "folder":
+            dump_folder.rename(dump_folder.with_name("away"))
+            return
+        (dump_folder / "metrics.jsonl").unlink()
+        (dump_folder / "metrics.jsonl").mkdir()
+
+    run = train(dump_folder, *WITHOUT_END, world_size=2, watch=lose, check=False)
+    reason = "was removed while this run was writing to it" if lost == "folder" else "metrics.jsonl cannot be written: "
+    assert run.exit_codes == [1, 1] and not steps_of(dump_folder)
+    for rank in run.ranks:
+        assert rank.output.splitlines()[-1].startswith("error: ") and reason in rank.output.splitlines()[-1]
+        assert "Traceback" not in rank.output
+
+
 def test_exports_that_were_due_are_made_up_for_before_a_run_is_complete(dump_folder: Path) -> None:
     options = (
         *FAST,

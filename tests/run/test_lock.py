@@ -272,10 +272,13 @@ def test_a_process_that_is_taken_over_from_hears_of_it(tmp_path: Path) -> None:
 def test_a_folder_that_is_removed_is_heard_of(tmp_path: Path) -> None:
     mine = FolderLock(tmp_path / "run")
     mine.acquire()
+    assert mine.error() is None
     shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").mkdir()  # as whoever writes a file to it does
     mine._beats.join(10)
     assert "was removed while this run was writing to it" in mine.error()
     mine.release()
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 @pytest.mark.usefixtures("impatient")
