@@ -7,7 +7,8 @@
 #   LOG_RANK      local ranks whose output is shown, comma-separated (default: 0)
 #   PYTHON        the interpreter (default: python)
 #
-# SIGTERM and SIGUSR1 are handed on: the run saves and this script exits with 75, for a launcher to start it again.
+# SIGTERM, SIGUSR1, SIGINT (Ctrl-C) and SIGHUP are handed on: the run saves and this script exits with 75, for a launcher to
+# start it again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -42,16 +43,24 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 FLAME_EXT_EXIT_FILE=$(mktemp)
 export FLAME_EXT_EXIT_FILE
 
+# In a process group of its own, so that Ctrl-C reaches it once, from here.
+set -m
 "$PYTHON" -m torch.distributed.run \
     --nnodes "$NNODE" --nproc_per_node "$NGPU" "${rendezvous[@]}" \
     --signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
     --local_ranks_filter "$LOG_RANK" --role rank --tee 3 \
     -m flame_ext.train --job.config_file "$CONFIG_FILE" "$@" &
 torchrun=$!
+set +m
+stop() { # once: torchrun would not wait for its workers after a second one
+    trap '' TERM USR1 INT HUP
+    kill -s "$1" "$torchrun" 2>/dev/null || true
+}
 for signal in TERM USR1 INT; do
     # shellcheck disable=SC2064
-    trap "kill -s $signal $torchrun 2>/dev/null || true" "$signal"
+    trap "stop $signal" "$signal"
 done
+trap "stop TERM" HUP
 while kill -0 "$torchrun" 2>/dev/null; do
     wait "$torchrun" || true # a trap ends it early
 done

@@ -6,8 +6,13 @@ import atexit
 import gc
 import logging
 import os
+import signal
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
+from typing import NoReturn
+
+if __name__ == "__main__":  # a signal that comes while modules are imported is looked at when the handlers are there
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
 
 from flame_ext.imports import without_collection
 
@@ -20,7 +25,7 @@ with without_collection():
     from flame_ext.config.sections import FlameJobConfig
     from flame_ext.errors import UserError
     from flame_ext.preflight.parse import parse
-    from flame_ext.run.signals import EXIT_PREEMPTED, StopSignals, note_exit_code
+    from flame_ext.run.signals import EXIT_PREEMPTED, STOP_SIGNALS, StopSignals, note_exit_code
     from flame_ext.trainer import FutureTrainer
 
 
@@ -32,6 +37,8 @@ def run(config: FlameJobConfig) -> int:
         with closing(FutureTrainer(config, signals)) as trainer:
             trainer.train()
     finally:
+        if __name__ == "__main__":  # nothing is left that a signal could stop
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         signals.restore()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -59,11 +66,34 @@ def main(args: list[str] | None = None) -> None:
         code = run(config)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
+        note_exit_code(code)
         raise SystemExit(code) from e
+    except SystemExit as e:  # a command line that cannot be parsed
+        if isinstance(e.code, int) and e.code:
+            note_exit_code(e.code)
+        raise
     if code:
         note_exit_code(code)
         raise SystemExit(code)
 
 
+def command() -> NoReturn:
+    """Runs :func:`main` and ends the process without ending the interpreter, in which a thread of gloo or NCCL that drops its last
+    reference to a tensor aborts. What ends with an interpreter is done before: handlers of ``atexit``, and all output.
+    """
+    code = 0
+    try:
+        main()
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    for end in (atexit._run_exitfuncs, logging.shutdown, sys.stdout.flush, sys.stderr.flush):
+        with suppress(Exception):  # such as a pipe that nobody reads any more
+            end()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    main()
+    command()

@@ -40,7 +40,7 @@ class FutureTrainer(torchtitan.train.Trainer):
 
     def __init__(self, job_config: FlameJobConfig, signals: StopSignals | None = None) -> None:
         self._signals = signals or StopSignals()
-        self._lock = FolderLock(Path(job_config.job.dump_folder))
+        self._lock = FolderLock(Path(job_config.job.dump_folder), job_config.checkpoint.take_over_lock)
         self._stopping = False
         with trainer_built_with(SeedingCheckpointManager), self._lock.released_on_error():
             super().__init__(job_config)
@@ -183,7 +183,7 @@ class FutureTrainer(torchtitan.train.Trainer):
             ended = True
         except Exception as e:  # of whatever kind: the other ranks have to hear of it before it is raised
             unreadable = e
-        error = self.checkpointer.background_error() if self.checkpointer.enable else None
+        error = self._error_of_files()
         stop = self._signals.received is not None
         now = agree(Circumstances(stop, ended, unreadable is not None, error is not None), self.device)
         if now.data_failed:
@@ -191,12 +191,22 @@ class FutureTrainer(torchtitan.train.Trainer):
                 if unreadable is not None:
                     raise unreadable
         if now.save_failed:
-            raise CheckpointError(error or "a save in the background failed on another rank, which says why")
+            self._require_files()
         if now.data_ended:
             self.ntokens_seen, self.finishing = tokens_before, True
             raise DataloaderExhaustedError
         self._stopping = now.stop
         return batches
+
+    def _error_of_files(self) -> str | None:
+        """Why nothing more is to be written, as far as this rank knows."""
+        saving = self.checkpointer.background_error() if self.checkpointer.enable else None
+        return self._lock.error() or self.metrics_processor.write_error or saving
+
+    def _require_files(self) -> None:
+        with failing_together(CheckpointError):
+            if (error := self._error_of_files()) is not None:
+                raise CheckpointError(error)
 
     # -- a run ---------------------------------------------------------------------------------------------------
 
@@ -209,7 +219,7 @@ class FutureTrainer(torchtitan.train.Trainer):
             UserError: on all ranks at the same step.
         """
         if self.job_config.seed.dry_run:
-            self.checkpointer.load(step=self.job_config.checkpoint.load_step)
+            self.checkpointer.load(step=self.job_config.checkpoint.load_step, only_try=True)
             logger.info(f"Dry run: stopped before step {self.step + 1}")
             return
         if (step := self._completed_before()) is not None:
@@ -217,6 +227,7 @@ class FutureTrainer(torchtitan.train.Trainer):
             return
         with profiling_any_device():
             super().train()
+        self._require_files()
         if self.finishing:
             self._finish()
         if not self.preempted:
@@ -246,20 +257,18 @@ class FutureTrainer(torchtitan.train.Trainer):
         logger.info(f"The data ended after step {self.step} of {self.job_config.training.steps}: this run is complete")
 
     def _completed_before(self) -> CompleteStep | None:
-        """The last step of this run if there is one; its export is made up for if it is not there. Collective."""
+        """The last step of this run if there is one; exports that are not there are made up for. Collective."""
         config = self.job_config.checkpoint
-        if not config.enable or config.load_step != -1:
+        if not config.enable:
             return None
-        step = self.checkpointer.newest_step()
-        if step is None:
+        folder, candidates = self.checkpointer.find(config.load_step)
+        if not candidates:
             return None
+        step = candidates[-1]
         finished_then = step.manifest.get("finished") and "training.steps" not in config.allow_config_change
         if not finished_then and step.step < self.job_config.training.steps:
             return None
-        self.checkpointer.hooks.resumed(step.manifest, step.path)
-        if config.last_save_in_hf and not self.checkpointer.hooks.is_exported(step.step):
-            self.checkpointer.load_model(step)
-            self.checkpointer.hooks.export(step.step)
+        self.checkpointer.make_up(folder, step, config.load_step)
         return step
 
     # -- its state -----------------------------------------------------------------------------------------------
@@ -278,7 +287,8 @@ class FutureTrainer(torchtitan.train.Trainer):
         ranks, rank = self._data_ranks()
         self.ntokens_seen = tokens // ranks + (tokens % ranks if rank == 0 else 0)  # torchtitan sums over ranks
         self._tokens_beside = tokens - ranks * self.ntokens_seen
-        self.metrics_processor.rewind(self.step)
+        if not self.job_config.seed.dry_run:
+            self.metrics_processor.rewind(self.step)
 
     def _data_ranks(self) -> tuple[int, int]:
         """Number of ranks that read different data, and this one's among them."""

@@ -22,11 +22,17 @@ _OPTIONS = (
 _SOURCE = re.compile(r"data\.sources\.\d+\.(path|name|split|weight|max_samples)")
 
 
-def card_of_step(step: Path) -> str | None:
-    """Returns the card for ``checkpoint/step-N`` from its manifest and the run's metrics; None without a manifest."""
+def card_of_step(step: Path, dump_folder: Path | None = None) -> str | None:
+    """Returns the card for a step from its manifest and the run's metrics; None without a manifest. Metrics lie in the run's
+    ``dump_folder``, by default two folders above the step.
+    """
     if not (step / MANIFEST_NAME).is_file():
         return None
-    manifest, file, metrics = read_json(step / MANIFEST_NAME, "file"), step.parent.parent / METRICS_NAME, {}
+    manifest, file, metrics = (
+        read_json(step / MANIFEST_NAME, "file"),
+        (dump_folder or step.parent.parent) / METRICS_NAME,
+        {},
+    )
     for line in reversed(file.read_text(errors="replace").splitlines() if file.is_file() else []):
         with suppress(ValueError, RecursionError):  # the line was cut off by a kill, or edited
             values = json.loads(line)

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from torchtitan.tools.logging import logger
 from transformers import GenerationConfig, PreTrainedConfig
 
-from flame_ext.checkpoint.steps import put_in_place, start, temporary_path
-from flame_ext.distributed import is_main_rank, on_main_rank
+from flame_ext.checkpoint.export_folder import ExportFolder, Origin
+from flame_ext.distributed import from_main_rank, is_main_rank, on_main_rank
 from flame_ext.errors import CheckpointError
 from flame_ext.fault_injection import fault_point
 from flame_ext.files import parse_size, write_json
@@ -43,6 +43,7 @@ class ExportSpec:
     heads: dict[str, dict[str, Any]] | None  # name of each head to the arguments of build_head; None without heads
     max_shard_size: str = "5GB"  # maximum size of each file of the backbone
     card: str | None = None  # README.md
+    origin: Origin | None = None  # the step that is exported
 
 
 Read = Callable[[str], "Tensor | None"]
@@ -71,9 +72,14 @@ def export_hf(
     described = on_meta(state, spec.dtype)
     heads = {key: tensor for key, tensor in described.items() if key.startswith(tuple(f"{n}." for n in head_names))}
     backbone = {key: tensor for key, tensor in described.items() if key not in heads}
-    on_main_rank(start, folder)
-    write_hf(backbone, heads, read_for_file, temporary_path(folder), spec)
-    on_main_rank(put_in_place, folder)
+    place = ExportFolder(folder, replace=True)
+    try:
+        temporary = from_main_rank(on_main_rank(place.open))
+        assert temporary is not None
+        write_hf(backbone, heads, read_for_file, temporary, spec)
+        on_main_rank(place.publish, spec.origin)
+    finally:
+        place.close()
     logger.info(f"Exported {len(backbone)} tensors of the backbone and {len(heads)} of the heads to {folder}")
 
 

@@ -18,12 +18,14 @@ from torchtitan.tools.utils import GarbageCollection
 
 from flame_ext.checkpoint.files import RankRNG, StepPlanner, StepWriter
 from flame_ext.checkpoint.hooks import CheckpointHooks
+from flame_ext.checkpoint.lineage import ROOT, Lineage, StepFolder, as_json, lineage_of, read_steps, record_lineage
 from flame_ext.checkpoint.steps import (
+    MANIFEST_NAME,
     CompleteStep,
     complete_step,
     damaged_files,
     describe_files,
-    find_steps,
+    read_manifest,
     recover_replaced,
     start,
     temporary_path,
@@ -49,6 +51,7 @@ class SeedingCheckpointManager(CheckpointManager):
     """Takes torchtitan's arguments. The trainer sets :attr:`hooks` before it loads or saves anything."""
 
     hooks: CheckpointHooks
+    lineage: Lineage = ROOT  # of the steps that are saved from now on
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -60,33 +63,29 @@ class SeedingCheckpointManager(CheckpointManager):
     # -- loading -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def load(self, step: int = -1) -> bool:
-        """Resumes from the newest complete step, or from ``step``; without steps, seeds from the source. Collective.
+    def load(self, step: int = -1, only_try: bool = False) -> bool:
+        """Resumes from the newest complete step of the current lineage, or from ``step``; without steps, seeds. Collective.
+
+        Args:
+            step: ``checkpoint.load_step``; it yields to newer steps of the lineage that it began.
+            only_try: leaves the folder of the steps as it is: nothing is to be saved.
 
         Raises:
             CheckpointError: ``step`` is not there complete and undamaged, or every step is damaged.
             ConfigError: the options that determine the numbers differ from those of the step's run.
             SeedError: the source cannot be put into the model.
         """
-        folder = Path(self.folder)
-        on_main_rank(recover_replaced, folder)
-        with failing_together(CheckpointError):
-            steps, passed_over = find_steps(folder)
-            for line in passed_over:
-                logger.warning(f"Passed over {folder / line}")
-            if step != -1 and step not in {s.step for s in steps}:
-                there = ", ".join(str(s.step) for s in steps) or "none"
-                raise CheckpointError(
-                    f"checkpoint.load_step = {step}: no complete step of that number in {folder} (complete: {there})"
-                )
-        chosen = self._undamaged([s for s in steps if step in (-1, s.step)])
+        folder, candidates = self.find(step)
+        for line in folder.passed_over:
+            logger.warning(f"Passed over {folder.path / line}")
+        chosen = self._undamaged(candidates)
         if chosen is None:
             if (path := self.initial_load_path) is None:
                 path = self.sd_adapter.hf_assets_path
                 logger.info(
                     "Seeding from model.hf_assets_path (checkpoint.initial_load_in_hf is set, initial_load_path is not)"
                 )
-            logger.info(f"No complete step in {folder}: seeding step 0 from {path}")
+            logger.info(f"No complete step in {folder.path}: seeding step 0 from {path}")
             self.hooks.seed(path)
             return True
         if self.initial_load_path:
@@ -97,6 +96,7 @@ class SeedingCheckpointManager(CheckpointManager):
                 "from its export with a new job.dump_folder, or set last_save_model_only = false before the last step"
             )
         loaded = self.hooks.resumed(chosen.manifest, chosen.path)
+        self._yield(folder, chosen, step)
         states = self._states_to_load(model_only=False)
         if not self.states[RNG].fits(chosen.manifest["world_size"]) or not self._shares_models_as(chosen):
             del states[RNG]
@@ -104,12 +104,64 @@ class SeedingCheckpointManager(CheckpointManager):
         self.dcp_load(states, str(chosen.path), from_hf=False, from_quantized=False)
         GarbageCollection.collect("GC collection for checkpoint loading.")
         loaded()
-        if is_main_rank():
-            for other in steps:  # those that were not finished, or not begun
-                if other.manifest.get("run") == chosen.manifest.get("run") and other.step <= chosen.step:
-                    self.hooks.exports.start(other.path, just_saved=False)
-        logger.info(f"Resumed from {chosen.path} (complete: {', '.join(str(s.step) for s in steps)})")
+        if not only_try and not self.load_only:
+            self._go_on(folder, chosen, step)
+        logger.info(f"Resumed from {chosen.path} (complete: {', '.join(str(s.step) for s in folder.steps)})")
         return True
+
+    def find(self, step: int) -> tuple[StepFolder, list[CompleteStep]]:
+        """Returns the steps in the folder and those to go on from, the last one first in line. Collective.
+
+        Args:
+            step: ``checkpoint.load_step``; a CheckpointError is raised if there is no complete step of that number.
+        """
+        on_main_rank(recover_replaced, Path(self.folder))
+        with failing_together(CheckpointError):
+            folder = read_steps(Path(self.folder))
+            return folder, folder.candidates(step)
+
+    def _yield(self, folder: StepFolder, chosen: CompleteStep, load_step: int) -> None:
+        """Says that ``load_step`` yields to a newer step; raises a CheckpointError if that is of another configuration."""
+        if not folder.yields(load_step) or chosen.step == load_step:
+            return
+        why = f"this folder went back to step {load_step} before and has gone on to {chosen.path}"
+        if chosen.manifest.get("config_sha256") != self.hooks.facts().get("config_sha256"):
+            later = ", ".join(s.path.name for s in folder.current if s.step > load_step)
+            raise CheckpointError(
+                f"checkpoint.load_step = {load_step}: {why} with another configuration; to go on from there, leave out "
+                f"load_step; to go back to step {load_step} once more, move these out of the folder first: {later}"
+            )
+        logger.warning(f"checkpoint.load_step = {load_step} yields: {why}")
+
+    def _go_on(self, folder: StepFolder, chosen: CompleteStep, load_step: int) -> None:
+        """Begins a branch if need be, and makes up for exports that were not finished, or not begun. Collective."""
+        run, self.lineage = chosen.manifest.get("run"), folder.lineage_from(chosen, load_step)
+        if self.lineage != folder.lineage:
+            kept = {s.path for s in folder.of(run, self.lineage)}
+            given_up = [s.path.name for s in folder.of_any_branch(run) if s.path not in kept]
+            on_main_rank(record_lineage, folder.path, run, self.lineage)
+            left = f"; not on it, and left until a save takes their name: {', '.join(given_up)}" if given_up else ""
+            logger.warning(f"Going back to {chosen.path}: a branch begins after it{left}")
+        self.make_up_exports([s for s in folder.of(run, self.lineage) if s.step <= chosen.step])
+
+    def make_up(self, folder: StepFolder, last: CompleteStep, load_step: int) -> None:
+        """Makes what a run that has saved its ``last`` step still lacks: exports, and then deletions. Collective."""
+        self.hooks.resumed(last.manifest, last.path)
+        self._yield(folder, last, load_step)
+        self.lineage = lineage_of(last)
+        before = [s for s in folder.of(last.manifest.get("run"), self.lineage) if s.step <= last.step]
+        self.make_up_exports([s for s in before if s is not last or not self._exports_last_step])
+        if self._exports_last_step and not self.hooks.is_exported(last.step):
+            self.load_model(last)
+            self.hooks.export(last.step)
+        self.finish_exports()
+        if last in folder.current:
+            self._purge_stale_checkpoints()
+
+    def make_up_exports(self, steps: list[CompleteStep]) -> None:
+        """Starts the exports of these steps that are due and not there."""
+        for step in steps if is_main_rank() else []:
+            self.hooks.exports.start(step.path, just_saved=False)
 
     def _shares_models_as(self, step: CompleteStep) -> bool:
         """Returns whether the step's ranks split a model as these do, and so draw the same random numbers for it."""
@@ -120,18 +172,14 @@ class SeedingCheckpointManager(CheckpointManager):
         """Loads as torchtitan does, but unpickles only plain data; a CheckpointError is raised on all ranks. Collective."""
         path = Path(checkpoint_id)
         with failing_together(CheckpointError):  # first, and apart: DCP would log it as a traceback
-            DcpReader(path).read_metadata()
+            _require_listed(
+                path, {info.relative_path for info in DcpReader(path).read_metadata().storage_data.values()}
+            )
         try:
             dcp.load(state_dict, storage_reader=DcpReader(path), planner=StepPlanner())
         except CheckpointException as e:
             raise CheckpointError(f"{path} cannot be loaded: {_first_failure(e)}") from e
         self.states[MODEL].load_state_dict(state_dict)
-
-    def newest_step(self) -> CompleteStep | None:
-        """Returns the complete step with the highest number; its files have not been read. Collective."""
-        with failing_together(CheckpointError):
-            steps, _ = find_steps(Path(self.folder))
-        return steps[-1] if steps else None
 
     def load_model(self, step: CompleteStep) -> None:
         """Loads only the weights of a step. Collective."""
@@ -175,8 +223,8 @@ class SeedingCheckpointManager(CheckpointManager):
         if not self.enable or self.load_only:
             return
         self._async_wait()
-        newest = self.newest_step()
-        if (newest is not None and newest.step == step) or not self.hooks.admit(step):
+        folder, _ = self.find(-1)
+        if any(s.step == step for s in folder.current) or not self.hooks.admit(step):
             return
         self.dcp_save(self._flattened_model_states_sd(), self._create_checkpoint_id(step), AsyncMode.DISABLED)
         self._purge_stale_checkpoints()
@@ -188,6 +236,7 @@ class SeedingCheckpointManager(CheckpointManager):
         facts = {
             "world_size": dist.get_world_size(),
             "model_only": "train_state" not in state_dict,
+            "lineage": as_json(self.lineage),
             **self.hooks.facts(),
         }
 
@@ -248,6 +297,9 @@ class SeedingCheckpointManager(CheckpointManager):
         except (OSError, CheckpointError, CheckpointException) as e:
             raise CheckpointError(f"the save in the background failed: {_first_failure(e)}") from e
 
+    def __del__(self) -> None:
+        """Nothing: the trainer closes, and one that was not built whole has nothing to close."""
+
     def close(self) -> None:
         """Waits for a save in the background, then closes as torchtitan does."""
         if getattr(self, "save_future", None) is not None:
@@ -262,13 +314,21 @@ class SeedingCheckpointManager(CheckpointManager):
             self.hooks.export(curr_step)
 
     def _purge_stale_checkpoints(self) -> None:
-        """Deletes all but the newest ``keep_latest_k`` complete steps of this run."""
+        """Deletes all but the newest ``keep_latest_k`` complete steps of this run's lineage."""
         if self.keep_latest_k > 0 and is_main_rank():
-            run = self.hooks.facts()["run"]
-            steps = [step for step in find_steps(Path(self.folder))[0] if step.manifest.get("run") == run]
+            steps = read_steps(Path(self.folder)).of(self.hooks.facts()["run"], self.lineage)
             in_use = self.hooks.exports.in_use()
             for stale in (step for step in steps[: -self.keep_latest_k] if step.path not in in_use):
                 self.purge_queue.put(str(stale.path))
+
+
+def _require_listed(step: Path, files: set[str]) -> None:
+    """Raises a CheckpointError if a file of a step is not listed in its manifest, so that nobody has looked whether it is damaged."""
+    plain = {name for name in files if Path(name).name == name and not (step / name).is_symlink()}
+    if unlisted := sorted(plain - read_manifest(step)["files"].keys()):
+        raise CheckpointError(
+            f"{step}: its {MANIFEST_NAME} does not list {', '.join(unlisted[:8])}: restore it from a copy"
+        )
 
 
 def _then(upload: Future[Any], action: Callable[[], None]) -> Future[None]:

@@ -20,6 +20,7 @@ from torchtitan.tools.logging import logger
 import flame_ext
 from flame_ext.checkpoint.card import card_of_step
 from flame_ext.checkpoint.export import ExportSpec, StagedReader, export_hf
+from flame_ext.checkpoint.export_folder import origin_of, why_not_exported
 from flame_ext.checkpoint.hooks import CheckpointHooks
 from flame_ext.config.resume_record import asset_digests, check_unchanged, config_digest, config_record
 from flame_ext.distributed import from_main_rank, is_main_rank, on_main_rank
@@ -60,7 +61,9 @@ class RunHooks(CheckpointHooks):
         self._folder = Path(self._config.job.dump_folder)
         self._runner: ModelRunner = trainer.runner
         self._model: HFCausalLM = trainer.runner.model
-        self.exports = background_exports(self._config, lambda: trainer.finishing)
+        self.exports = background_exports(
+            self._config, lambda: trainer.finishing, lambda step, export: why_not_exported(step, export) is None
+        )
         # The manifest of every step names the run and the source of its step 0.
         self._run_id: str | None = None
         self._seed_identity: dict[str, Any] | None = None
@@ -123,11 +126,12 @@ class RunHooks(CheckpointHooks):
 
     def is_exported(self, step: int) -> bool:
         def unreadable() -> str | None:
+            export = self._folder / "hf" / f"step-{step}"
             try:
-                open_source(self._folder / "hf" / f"step-{step}")
+                open_source(export)
             except SeedError as e:
                 return str(e)
-            return None
+            return why_not_exported(self._step_folder(step), export)
 
         if reason := from_main_rank(on_main_rank(unreadable)):
             logger.warning(f"Exporting step {step} again: {reason}")
@@ -140,7 +144,8 @@ class RunHooks(CheckpointHooks):
             dtype=TORCH_DTYPE_MAP[self._config.checkpoint.export_dtype],
             heads=self._head_arguments,
             max_shard_size=self._config.export.max_shard_size,
-            card=on_main_rank(card_of_step, self._folder / "checkpoint" / f"step-{step}"),
+            card=on_main_rank(card_of_step, self._step_folder(step), self._folder),
+            origin=on_main_rank(origin_of, self._step_folder(step)),
         )
         state, whole = self._trainer.checkpointer.states[MODEL].state_dict(), self._model.whole
         full = whole_state(self._model, state)
@@ -148,6 +153,9 @@ class RunHooks(CheckpointHooks):
         held, named = ({file_keys[key]: tensor for key, tensor in tensors.items()} for tensors in (state, full))
         read = None if self._runner.group is None else StagedReader(held, self._runner.group)
         export_hf(named, list(whole.heads), self._folder / "hf" / f"step-{step}", spec, read)
+
+    def _step_folder(self, step: int) -> Path:
+        return Path(self._trainer.checkpointer.folder) / f"step-{step}"
 
     @cached_property
     def _head_arguments(self) -> dict[str, dict[str, Any]] | None:

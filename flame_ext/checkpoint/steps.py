@@ -14,6 +14,7 @@ from typing import Any
 from flame_ext.errors import CheckpointError
 from flame_ext.fault_injection import fault_point
 from flame_ext.files import write_json
+from flame_ext.seeding.sources.dcp import METADATA_NAME
 
 MANIFEST_NAME = "manifest.json"
 _MAX_MANIFEST_BYTES = 2**26
@@ -60,6 +61,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"no {MANIFEST_NAME}: {reason}") from e
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"unreadable {MANIFEST_NAME} ({e})") from e
+    if _STEP_NAME.fullmatch(path.name) and path.name != f"step-{manifest.get('step')}":
+        raise CheckpointError(
+            f"its {MANIFEST_NAME} is that of step {manifest.get('step')!r}: give the folder its own name back"
+        )
+    if METADATA_NAME not in files:
+        raise CheckpointError(f"its {MANIFEST_NAME} does not list {METADATA_NAME}: it is not complete")
     for name, (size, _) in files.items():
         file = path / name
         found = "not a file" if file.is_symlink() or file.exists() else "absent"
@@ -102,11 +109,19 @@ def written_files(final: Path) -> list[str]:
 
 
 def recover_replaced(folder: Path) -> None:
-    """Gives back its name to a step whose run was killed while it replaced the step (:func:`put_in_place`). For one rank."""
-    for path in folder.glob(f"{_REPLACED}step-*") if folder.is_dir() else []:
-        final = folder / path.name.removeprefix(_REPLACED)
+    """Gives its name to a step whose run was killed between the two renames of :func:`put_in_place`: the new one, which is complete
+    then, else the old one. For one rank.
+    """
+    for replaced in folder.glob(f"{_REPLACED}step-*") if folder.is_dir() else []:
+        final = folder / replaced.name.removeprefix(_REPLACED)
         if not final.exists():
-            path.rename(final)
+            try:
+                read_manifest(temporary_path(final))
+                temporary_path(final).rename(final)
+            except CheckpointError:
+                replaced.rename(final)
+                continue
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def temporary_path(final: Path) -> Path:
@@ -131,9 +146,9 @@ def complete_step(final: Path, step: int, facts: dict[str, Any], files: dict[str
     put_in_place(final)
 
 
-def put_in_place(final: Path) -> None:
+def put_in_place(final: Path, temporary: Path | None = None) -> None:
     """Flushes the temporary folder of ``final`` to disk and renames it to ``final``, replacing an older one. For one rank."""
-    temporary = temporary_path(final)
+    temporary = temporary or temporary_path(final)
     replaced = final.with_name(_REPLACED + final.name)
     for path in [*temporary.rglob("*"), temporary]:
         _sync(path)

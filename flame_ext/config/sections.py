@@ -138,6 +138,9 @@ class Checkpoint(job_config.Checkpoint):
     max_nonfinite_steps: int = 10
     """Stop after this many steps in a row whose gradient norm is not finite."""
 
+    take_over_lock: bool = False
+    """Take `job.dump_folder` over from a run that seems to use it, which you know to have ended; if it has not, it will end."""
+
 
 @dataclass
 class Export:

@@ -1,7 +1,6 @@
 """Exports steps while training goes on: another process converts each saved step that is due, and training does not wait."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,16 +15,27 @@ from flame_ext.config.sections import FlameJobConfig
 from flame_ext.run.signals import STOP_SIGNALS
 
 
+def _there(_step: Path, export: Path) -> bool:
+    return export.exists()
+
+
 class BackgroundExports:
     """Converts steps to ``folder/step-N`` one after the other, in the order in which they are complete. For one rank.
 
     Args:
         options: options of ``flame-ext convert`` beside source, destination and layout.
         due: maps the number of a step to whether it is to be exported.
+        exported: maps the folders of a step and of an export to whether this is that step's.
     """
 
-    def __init__(self, folder: Path, options: list[str], due: Callable[[int], bool]) -> None:
-        self.folder, self.options, self.due = folder, options, due
+    def __init__(
+        self,
+        folder: Path,
+        options: list[str],
+        due: Callable[[int], bool],
+        exported: Callable[[Path, Path], bool] = _there,
+    ) -> None:
+        self.folder, self.options, self.due, self.exported = folder, options, due, exported
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="export")
         self._exports: dict[Path, Future[str | None]] = {}
         self._process: subprocess.Popen[str] | None = None
@@ -34,7 +44,7 @@ class BackgroundExports:
     def start(self, step: Path, just_saved: bool) -> None:
         """Exports the step in folder ``step`` if it is due; one that is there already is replaced if the step was ``just_saved``."""
         number = int(step.name.removeprefix("step-"))
-        if self.due(number) and (just_saved or not (self.folder / step.name).exists()):
+        if self.due(number) and (just_saved or not self.exported(step, self.folder / step.name)):
             self._exports[step] = self._executor.submit(self._convert, step)
 
     def in_use(self) -> set[Path]:
@@ -56,10 +66,17 @@ class BackgroundExports:
     def _convert(self, step: Path) -> str | None:
         if self._cancelled:
             return None
-        destination = self.folder / step.name
-        if destination.is_dir():
-            shutil.rmtree(destination)
-        command = [sys.executable, "-m", "flame_ext.tools.main", "convert", str(step), str(destination), "--to", "hf"]
+        command = [
+            sys.executable,
+            "-m",
+            "flame_ext.tools.main",
+            "convert",
+            str(step),
+            str(self.folder / step.name),
+            "--to",
+            "hf",
+        ]
+        command += ["--replace", "--end-with", str(os.getpid())]  # else a killed run would leave it behind
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # training needs the rest
         pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         with subprocess.Popen([*command, *self.options], env=environment, **pipes) as process:
@@ -75,7 +92,9 @@ class BackgroundExports:
         return None
 
 
-def background_exports(config: FlameJobConfig, finishing: Callable[[], bool]) -> BackgroundExports:
+def background_exports(
+    config: FlameJobConfig, finishing: Callable[[], bool], exported: Callable[[Path, Path], bool] = _there
+) -> BackgroundExports:
     """Returns the exports that ``export.interval`` asks for; ``finishing`` tells whether the step being saved is the last one."""
 
     def due(step: int) -> bool:
@@ -87,4 +106,4 @@ def background_exports(config: FlameJobConfig, finishing: Callable[[], bool]) ->
     options += ["--max-shard-size", config.export.max_shard_size]
     options += ["--import", config.experimental.custom_import] if config.experimental.custom_import else []
     options += ["--trust-remote-code"] if config.seed.trust_remote_code else []
-    return BackgroundExports(Path(config.job.dump_folder) / "hf", options, due)
+    return BackgroundExports(Path(config.job.dump_folder) / "hf", options, due, exported)

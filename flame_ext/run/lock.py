@@ -1,11 +1,14 @@
-"""Lets one run at a time write to a ``job.dump_folder``. ``.lock``, created exclusively, names its process on any host; a kernel
-lock on ``.lock.HOST``, which ends with the process, tells the runs of that host whether the process is still there.
+"""Lets one run at a time write to a ``job.dump_folder``. A kernel lock on ``.lock.kernel`` ends with its process, whichever host or
+container that was in, if the file system has such locks and its hosts share them. ``.lock`` names the process for people, and its
+time of change is the process's heartbeat for hosts that cannot see its kernel lock.
 """
 
 import errno
 import json
 import os
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -19,6 +22,8 @@ from flame_ext.errors import CheckpointError
 
 LOCK_NAME = ".lock"
 _PATIENCE = 1.0  # seconds, in which another process that has the kernel lock has written its record
+_BEAT = 5.0  # seconds between two heartbeats
+_SILENCE = 30.0  # seconds without a heartbeat after which a process has ended
 _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
@@ -28,72 +33,84 @@ class Holder:
 
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
-    time: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    time: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="microseconds"))
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} (since {self.time})"
 
 
 class FolderLock:
-    """Keeps a folder, which it creates, for this process. It takes over from a process of this host that has ended; the record of
-    another host stands until someone removes it. For one rank.
+    """Keeps a folder, which it creates, for this process. It takes over from a process that has ended. For one rank.
+
+    Args:
+        take_over: also takes over from a process that seems to be alive, whose run then ends.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.file = folder / LOCK_NAME
-        self._kernel_file = folder / f"{LOCK_NAME}.{socket.gethostname()}"
+    def __init__(self, folder: Path, take_over: bool = False) -> None:
+        self.file, self.take_over = folder / LOCK_NAME, take_over
+        self._kernel_file = folder / f"{LOCK_NAME}.kernel"
         self._kernel = FileLock(self._kernel_file, fallback_to_soft=False, on_acquired=self._require_in_place)
         self._mine: Holder | None = None
+        self._lost: str | None = None
+        self._folder: int | None = None  # a descriptor
+        self._beats: threading.Thread | None = None
+        self._end = threading.Event()
 
     def acquire(self) -> None:
-        """Takes the lock; raises a CheckpointError if another process holds it, or the record is damaged."""
+        """Takes the lock; raises a CheckpointError if another process holds it."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        mine, no_flock = Holder(), ""
         try:
             self._kernel.acquire(timeout=_PATIENCE)
         except Timeout:
-            raise self._in_use(self._read(), "wait until that process has ended, or end it") from None
+            if not self.take_over:
+                raise self._in_use(self._read()) from None
         except OSError as e:
             if e.errno not in _NO_FLOCK:
                 raise
             self._kernel_file.unlink(missing_ok=True)
-            no_flock = f"this file system has no flock ({e.strerror})"
         try:
-            ended = self._read()
-            if ended is not None and ended.host != mine.host:
-                raise self._in_use(ended, f"if that process is known to have ended on its machine, remove {self.file}")
-            if ended is not None and no_flock:
-                remedy = f"make sure yourself that it has ended, as {no_flock}; remove {self.file} then"
-                raise self._in_use(ended, remedy)
-            if ended is not None:
-                self.file.unlink(missing_ok=True)
-            self._write(mine)
+            before = self._read()
+            if not self.take_over:
+                self._require_ended(before)
+            self._mine = Holder()
+            self._write(self._mine, before)
         except BaseException:
-            self._kernel_file.unlink(missing_ok=True)
-            self._kernel.release()
+            self._mine = None
+            self._release_kernel()
             raise
-        self._mine = mine
-        if ended is not None:
-            logger.warning(f"{self.file}: {ended} has ended without releasing it; taken over")
-        if no_flock:
-            logger.warning(f"{no_flock}: if this run is killed, remove {self.file} before you start it again")
+        if before is not None:
+            logger.warning(f"{self.file}: {before} has ended without releasing it; taken over")
+        self._folder = os.open(self.file.parent, os.O_RDONLY)
+        self._end.clear()
+        self._beats = threading.Thread(target=self._beat, daemon=True, name="lock")
+        self._beats.start()
 
     def release(self) -> None:
         """Removes the lock, if :meth:`acquire` took it and the record is still this process's."""
         mine, self._mine = self._mine, None
         if mine is None:
             return
-        try:
-            holder = self._read()
-            if holder == mine:
-                self.file.unlink(missing_ok=True)
-                self._kernel_file.unlink(missing_ok=True)
-            elif holder is not None:
-                logger.warning(f"{self.file} now names {holder}: left to it")
-        except CheckpointError as e:
-            logger.warning(f"{e} (left as it is)")
-        finally:
-            self._kernel.release()
+        self._end.set()
+        if self._beats is not None:
+            self._beats.join()
+        if self._folder is not None:
+            os.close(self._folder)
+            self._folder = None
+        holder = self._read()
+        if holder == mine:
+            self.file.unlink(missing_ok=True)
+        elif holder is not None:
+            logger.warning(f"{self.file} now names {holder}: left to it")
+        self._release_kernel()
+
+    def error(self) -> str | None:
+        """Returns why this process must not write to the folder any more; None if it may."""
+        if self._folder is not None and self._lost is None:
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._folder), self.file.parent.stat()):
+                    return None
+            self._lost = f"{self.file.parent} was removed while this run was writing to it"
+        return self._lost
 
     @contextmanager
     def released_on_error(self) -> Iterator[None]:
@@ -104,6 +121,11 @@ class FolderLock:
             self.release()
             raise
 
+    def _release_kernel(self) -> None:
+        if self._kernel.is_locked:
+            self._kernel_file.unlink(missing_ok=True)
+            self._kernel.release()
+
     def _require_in_place(self, descriptor: int) -> None:
         """Refuses a locked file that its last holder has removed since: the next process would lock a new one."""
         with suppress(FileNotFoundError):
@@ -111,7 +133,51 @@ class FolderLock:
                 return
         raise CheckpointError(f"{self.file.parent} was in use until this moment: start again")
 
-    def _read(self) -> Holder | None:
+    def _require_ended(self, before: "Holder | str | None") -> None:
+        """Raises a CheckpointError if the process of the record is alive: it has a heartbeat, or had one a moment ago and this
+        process cannot know better.
+        """
+        known = isinstance(before, Holder) and before.host == socket.gethostname() and self._kernel.is_locked
+        if before is None or known:  # its kernel lock would have been seen on its own host
+            return
+        first = self._last_beat()
+        if first is not None and first[1] <= _SILENCE:
+            logger.warning(f"{self.file}: {before} may be alive; waiting up to {_SILENCE - first[1]:.0f} seconds")
+        while first is not None and (last := self._last_beat()) is not None and last[1] <= _SILENCE:
+            if last[0] != first[0] or self._read() != before:
+                raise self._in_use(self._read())
+            time.sleep(_BEAT / 5)
+
+    def _last_beat(self) -> tuple[float, float] | None:
+        """Returns when the last heartbeat was and how many seconds ago, by the clock of the file system; None without a record."""
+        probe = self.file.with_name(f"{LOCK_NAME}.{os.getpid()}.{socket.gethostname()}")
+        try:
+            probe.touch()
+            with self.file.open("rb") as stream:  # opened: a network file system then asks its server
+                beat = os.fstat(stream.fileno()).st_mtime
+            return beat, probe.stat().st_mtime - beat
+        except FileNotFoundError:
+            return None
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        while not self._end.wait(_BEAT):
+            try:
+                holder = self._read()
+                if holder is not None and holder != self._mine:
+                    self._lost = f"{self.file} now names {holder}: another run has taken {self.file.parent} over"
+                    return
+                if self.error() is not None:
+                    return
+                if holder is None and self._mine is not None:  # someone has removed it
+                    self._write(self._mine, None)
+                os.utime(self.file)
+            except OSError as e:  # the next one may succeed
+                logger.warning(f"{self.file} cannot be written: {e}")
+
+    def _read(self) -> Holder | str | None:
+        """Returns the process of the record, or what is wrong with the record; None if there is none."""
         try:
             values = json.loads(self.file.read_bytes())
             holder = Holder(values["host"], values["pid"], values["time"])
@@ -120,15 +186,19 @@ class FolderLock:
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, LookupError, RecursionError) as e:
-            damage = f"does not say which process holds it ({e}): damaged file"
-            raise CheckpointError(f"{self.file}: {damage}; if no run uses {self.file.parent}, remove it") from e
+            return f"a process that {self.file} does not name ({e}: damaged file)"
         return holder
 
-    def _write(self, mine: Holder) -> None:
+    def _write(self, mine: Holder, before: "Holder | str | None") -> None:
+        """Replaces the record that is known to be dead; of two processes, one writes the new one."""
+        if self._read() != before:
+            raise self._in_use(self._read())
+        if before is not None or self.file.is_symlink():
+            self.file.unlink(missing_ok=True)
         try:
             stream = self.file.open("x", encoding="utf-8")
         except FileExistsError:  # a run on another host was faster
-            raise self._in_use(self._read(), "wait until that process has ended, or end it") from None
+            raise self._in_use(self._read()) from None
         try:
             with stream:
                 json.dump(asdict(mine), stream, indent=2)
@@ -138,8 +208,9 @@ class FolderLock:
             self.file.unlink(missing_ok=True)
             raise
 
-    def _in_use(self, holder: Holder | None, remedy: str) -> CheckpointError:
+    def _in_use(self, holder: Holder | str | None) -> CheckpointError:
         return CheckpointError(
             f"{self.file.parent} is in use by {holder or f'a process that has locked {self._kernel_file}'}, and two runs in "
-            f"one job.dump_folder destroy each other's steps; give this run another one, or {remedy}"
+            "one job.dump_folder destroy each other's steps; give this run another one, or wait until that process has ended, "
+            "or end it, or, if it is known to have ended, set checkpoint.take_over_lock = true"
         )

@@ -16,6 +16,7 @@ from torchtitan.tools.logging import logger
 from flame_ext.errors import UserError
 from flame_ext.files import METRICS_NAME
 from flame_ext.host.names import get_metrics_rank
+from flame_ext.run.wandb_run import continue_wandb_run
 
 VALIDATION_NAME = "validation.jsonl"
 
@@ -29,12 +30,17 @@ class FutureMetricsProcessor(MetricsProcessor):
     shown: tuple[str, ...] = ()
     """Metrics that are printed beside the losses; the file has all of them. The trainer sets it."""
 
+    write_error: str | None = None
+    """Why a line could not be written."""
+
     def __init__(
         self, job_config: JobConfig, parallel_dims: ParallelDims, _model_args: Any = None, tag: str | None = None
     ) -> None:
+        self._folder, rank = Path(job_config.job.dump_folder), torch.distributed.get_rank()
+        self._writes = rank == get_metrics_rank(parallel_dims, job_config)
+        if job_config.metrics.enable_wandb and (self._writes or job_config.metrics.save_for_all_ranks):
+            continue_wandb_run(self._folder, rank if job_config.metrics.save_for_all_ranks else 0)
         super().__init__(job_config, parallel_dims, tag)
-        self._folder = Path(job_config.job.dump_folder)
-        self._writes = torch.distributed.get_rank() == get_metrics_rank(parallel_dims, job_config)
 
     def rewind(self, step: int) -> None:
         """Drops the lines of steps after ``step``, from which the run goes on."""
@@ -105,7 +111,5 @@ class FutureMetricsProcessor(MetricsProcessor):
             self._folder.mkdir(parents=True, exist_ok=True)
             with (self._folder / name).open("a") as stream:
                 stream.write(json.dumps(values, allow_nan=False) + "\n")
-        except OSError as e:
-            raise UserError(
-                f"{self._folder / name} cannot be written: {e}; free the place, and start the same command again"
-            ) from e
+        except OSError as e:  # such as a full disk; the other ranks have to hear of it before it is raised
+            self.write_error = f"{self._folder / name} cannot be written: {e}"

@@ -13,7 +13,7 @@ EXIT_PREEMPTED = 75
 """The exit code of a run that a signal has stopped and that has saved: start it again. EX_TEMPFAIL of sysexits.h."""
 EXIT_FILE_VARIABLE = "FLAME_EXT_EXIT_FILE"
 """Names a file for the exit code, since torchrun exits with 1 after every failure of its workers."""
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # torchrun and Slurm send them before they kill
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # torchrun, Slurm and Ctrl-C send them before they kill
 
 
 class StopSignals:
@@ -24,8 +24,9 @@ class StopSignals:
         self._before: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
-        """Sets the handlers; Python allows it in the main thread only."""
+        """Sets the handlers, and lets signals in that were held back; Python allows it in the main thread only."""
         self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def restore(self) -> None:
         """Sets the handlers that were there before."""
@@ -43,7 +44,9 @@ class Circumstances(NamedTuple):
     stop: bool = False  # a stop signal has come: this step is the last one of this process
     data_ended: bool = False  # there is not enough data for this step
     data_failed: bool = False  # the data of this step cannot be read
-    save_failed: bool = False  # a save in the background has failed
+    save_failed: bool = (
+        False  # a file cannot be written: of a save in the background, of metrics, or the folder is gone
+    )
 
 
 def agree(circumstances: Circumstances, device: torch.device) -> Circumstances:

@@ -1,6 +1,5 @@
 """Converts any layout of weights to any other: streamed, read back and compared, complete or absent."""
 
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,8 +16,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from flame_ext.checkpoint.card import card_of_step
 from flame_ext.checkpoint.export import ExportSpec, on_meta, require_written, write_hf
+from flame_ext.checkpoint.export_folder import ExportFolder, Origin, origin_of
 from flame_ext.checkpoint.files import StepWriter
-from flame_ext.checkpoint.steps import MANIFEST_NAME, put_in_place, start, temporary_path
+from flame_ext.checkpoint.steps import MANIFEST_NAME
 from flame_ext.errors import CheckpointError, SeedError
 from flame_ext.files import parse_size
 from flame_ext.heads.names import is_head_key
@@ -47,6 +47,7 @@ class Conversion:
     key_map: tuple[str, ...] = ()  # as seed.key_map
     allow_pickle: bool = False
     trust_remote_code: bool = False
+    replace: bool = False  # whether an older destination is replaced, once the new one is complete
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def convert(
     """
     begin = time.perf_counter()
     folder = folder_of(path, options.allow_pickle)
-    if destination.exists() or destination.is_symlink():
+    if not options.replace and (destination.exists() or destination.is_symlink()):
         raise CheckpointError(
             f"{destination}: is there already and is not overwritten; name another folder or remove it"
         )
@@ -86,7 +87,8 @@ def convert(
     rules = parse_key_map(options.key_map, "--key-map")
     source = renamed(open_source(folder, options.allow_pickle), rules, "--key-map")
     assets = options.assets or source.path
-    with _appearing(destination) as temporary:
+    origin = origin_of(folder) if to == "hf" else None
+    with _appearing(ExportFolder(destination, options.replace), origin) as temporary:
         if (assets / "config.json").is_file():
             architecture = load_architecture(assets, options.trust_remote_code)
             source = _as_model(source, architecture, assets)
@@ -110,15 +112,15 @@ def convert(
 
 
 @contextmanager
-def _appearing(destination: Path) -> Iterator[Path]:
-    """Yields a temporary folder that is renamed to ``destination`` at the end, or removed after an error."""
+def _appearing(place: ExportFolder, origin: Origin | None) -> Iterator[Path]:
+    """Yields a temporary folder that gets its name at the end, or is removed after an error."""
     try:
-        yield start(destination)
-        put_in_place(destination)
+        yield place.open()
+        place.publish(origin)
     except OSError as e:
-        raise CheckpointError(f"{destination} cannot be written: {e}") from e
+        raise CheckpointError(f"{place.final} cannot be written: {e}") from e
     finally:
-        shutil.rmtree(temporary_path(destination), ignore_errors=True)
+        place.close()
 
 
 def _convert_to_hf(

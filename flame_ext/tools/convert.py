@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,11 +39,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--import", dest="module", help="module that registers heads of your own")
     parser.add_argument("--allow-pickle", action="store_true", help="read .bin files, with weights_only")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the modelling code of the model's folder")
+    parser.add_argument("--replace", action="store_true", help="replace DST, once everything is written")
+    ends = "end with the process of this number, which started this one (Linux)"
+    parser.add_argument("--end-with", type=int, metavar="PID", help=ends)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Returns 0; every failure is raised as a UserError."""
+    if options.end_with:
+        end_with(options.end_with)
     import torch
 
     from flame_ext.tools.conversion import Conversion, convert
@@ -63,6 +71,7 @@ def run(options: argparse.Namespace) -> int:
         key_map=tuple(options.key_map),
         allow_pickle=options.allow_pickle,
         trust_remote_code=options.trust_remote_code,
+        replace=options.replace,
     )
     columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
@@ -81,6 +90,15 @@ def run(options: argparse.Namespace) -> int:
         "read them back"
     )
     return 0
+
+
+def end_with(parent: int) -> None:
+    """Lets the kernel kill this process when ``parent`` ends, whichever way; Linux alone can."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it has ended before
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _of_the_run(config_file: str) -> tuple[Path, dict[str, dict[str, Any]] | None]:

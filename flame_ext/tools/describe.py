@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flame_ext.checkpoint.steps import MANIFEST_NAME, find_steps, read_manifest
+from flame_ext.checkpoint.lineage import read_steps
+from flame_ext.checkpoint.steps import MANIFEST_NAME, read_manifest
 from flame_ext.errors import CheckpointError, ConfigError, SeedError, UserError
 from flame_ext.heads.names import is_head_key
 from flame_ext.seeding.sources.hub import locate
@@ -154,14 +155,16 @@ def differences(first: Description, second: Description) -> tuple[list[Differenc
 
 def _newest_step(folder: Path) -> tuple[Path, list[str], list[str]]:
     """Returns the newest complete step of a dump or checkpoint folder, else the folder; with problems and facts."""
-    for place in (folder / "checkpoint", folder):
-        steps, passed_over = find_steps(place)
-        if steps:
-            numbers = ", ".join(str(step.step) for step in steps)
-            problems = [f"passed over: {place / line}" for line in passed_over]
-            return steps[-1].path, problems, [f"steps in {place}: {numbers}; this is the newest"]
-        if passed_over and place != folder:
-            raise SeedError(f"{place}: no complete step: {'; '.join(passed_over)}")
+    # Any other subfolder may be the run's checkpoint.folder.
+    others = sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "checkpoint")
+    for place in (folder / "checkpoint", folder, *others):
+        found = read_steps(place)
+        if found.steps:
+            numbers = ", ".join(str(step.step) for step in found.steps)
+            problems = [f"passed over: {place / line}" for line in found.passed_over]
+            return found.current[-1].path, problems, [f"steps in {place}: {numbers}; this is the newest"]
+        if found.passed_over and place == folder / "checkpoint":
+            raise SeedError(f"{place}: no complete step: {'; '.join(found.passed_over)}")
     return folder, [], []
 
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from flame_ext.analysis import load_future_heads, load_with_heads, predict_future
 from flame_ext.checkpoint.card import card_of_step, model_card
+from flame_ext.checkpoint.lineage import ROOT
 from flame_ext.checkpoint.manager import SeedingCheckpointManager
 from flame_ext.errors import SeedError
 from flame_ext.run.background_export import BackgroundExports
@@ -160,7 +161,7 @@ def test_a_step_that_an_export_still_reads_is_not_deleted(run: TrainRun) -> None
     manifest = json.loads((folder / "step-1" / "manifest.json").read_text())
     queued: queue.Queue[str] = queue.Queue()
     manager = SimpleNamespace(
-        keep_latest_k=2, folder=str(folder), purge_queue=queued,
+        keep_latest_k=2, folder=str(folder), purge_queue=queued, lineage=ROOT,
         hooks=SimpleNamespace(
             facts=lambda: {"run": manifest["run"]}, exports=SimpleNamespace(in_use=lambda: {folder / "step-1"})
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,12 +26,17 @@ from tests.ranks import TrainRun, train
 
 def write_step(folder: Path, step: int, content: bytes = b"weights") -> Path:
     final = folder / f"step-{step}"
-    (start(final) / "__0_0.distcp").write_bytes(content)
+    write_files(final, content)
     complete(final, step)
     return final
 
 
-def complete(final: Path, step: int, **facts: int) -> None:
+def write_files(final: Path, content: bytes) -> None:
+    (start(final) / "__0_0.distcp").write_bytes(content)
+    (temporary_path(final) / ".metadata").write_bytes(b"")
+
+
+def complete(final: Path, step: int, **facts: Any) -> None:
     complete_step(final, step, facts, describe_files(temporary_path(final), written_files(final)))
 
 
@@ -53,7 +59,7 @@ def test_only_complete_steps_are_found_in_order_of_their_number(tmp_path: Path) 
 
 def test_a_step_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
     final = write_step(tmp_path, 3, b"old")
-    (start(final) / "__0_0.distcp").write_bytes(b"half of the new")
+    write_files(final, b"half of the new")
     assert (final / "__0_0.distcp").read_bytes() == b"old" and len(find_steps(tmp_path)[0]) == 1
     complete(final, 3, fact=1)
     assert (final / "__0_0.distcp").read_bytes() == b"half of the new"
@@ -68,6 +74,31 @@ def test_a_step_moved_aside_by_a_killed_run_gets_its_name_back(tmp_path: Path) -
     recover_replaced(tmp_path)
     assert [s.step for s in find_steps(tmp_path)[0]] == [3]
     assert (final / "__0_0.distcp").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("complete_too", [True, False])
+def test_between_two_renames_the_new_step_is_taken_if_it_is_complete(tmp_path: Path, complete_too: bool) -> None:
+    write_step(tmp_path, 3, b"new").rename(temporary_path(tmp_path / "step-3"))
+    if not complete_too:
+        (temporary_path(tmp_path / "step-3") / "manifest.json").unlink()
+    temporary_path(tmp_path / "step-3").rename(tmp_path / "aside")  # write_step clears what has this name
+    write_step(tmp_path, 3, b"old").rename(tmp_path / ".replaced-step-3")
+    (tmp_path / "aside").rename(temporary_path(tmp_path / "step-3"))
+    recover_replaced(tmp_path)
+    expected = b"new" if complete_too else b"old"
+    assert (tmp_path / "step-3" / "__0_0.distcp").read_bytes() == expected
+    assert not (tmp_path / ".replaced-step-3").exists()
+
+
+def test_a_step_under_another_name_and_a_manifest_without_the_metadata_are_no_steps(tmp_path: Path) -> None:
+    write_step(tmp_path, 3).rename(tmp_path / "step-30")
+    manifest = write_step(tmp_path, 4) / "manifest.json"
+    values = json.loads(manifest.read_text())
+    del values["files"][".metadata"]
+    manifest.write_text(json.dumps(values))
+    steps, (thirty, four) = find_steps(tmp_path)
+    assert not steps and "step-30: its manifest.json is that of step 3" in thirty
+    assert "step-4: its manifest.json does not list .metadata" in four
 
 
 def test_background_saves_are_complete_and_resumable(ten_steps: TrainRun, dump_folder: Path) -> None:

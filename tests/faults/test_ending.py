@@ -65,7 +65,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_from_the
     assert not (dump_folder / "hf").exists(), "only a run that is complete is exported"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_launcher_ends_with_the_code_for_requeueing(tmp_path: Path, number: signal.Signals) -> None:
     dump_folder = tmp_path / "run"
     environment = {
@@ -82,7 +82,9 @@ def test_a_signal_to_the_launcher_ends_with_the_code_for_requeueing(tmp_path: Pa
         )
         try:
             wait_for_steps(dump_folder, 1, lambda: launcher.poll() is None)
-            launcher.send_signal(number)
+            os.killpg(launcher.pid, number) if number == signal.SIGINT else launcher.send_signal(
+                number
+            )  # as Ctrl-C does
             assert launcher.wait(timeout=60) == EXIT_PREEMPTED, (tmp_path / "log").read_text()[-3000:]
         finally:
             with suppress(ProcessLookupError):
@@ -167,3 +169,37 @@ def test_data_that_can_not_be_read_on_one_rank_are_said_by_all(dump_folder: Path
     assert run.exit_codes == [1, 1] and steps_of(dump_folder) == [2]
     for rank in run.ranks:
         assert rank.output.splitlines()[-1] == "error: [rank 1] RuntimeError: this sequence cannot be read"
+
+
+@pytest.mark.parametrize("lost", ["folder", "metrics"])
+def test_a_folder_that_is_lost_under_a_run_ends_it_on_all_ranks(dump_folder: Path, lost: str) -> None:
+    def lose(processes: list[mp.Process]) -> None:
+        wait_for_steps(dump_folder, 2, processes[0].is_alive)
+        if lost == "folder":
+            dump_folder.rename(dump_folder.with_name("away"))
+            return
+        (dump_folder / "metrics.jsonl").unlink()
+        (dump_folder / "metrics.jsonl").mkdir()
+
+    run = train(dump_folder, *WITHOUT_END, world_size=2, watch=lose, check=False)
+    reason = "was removed while this run was writing to it" if lost == "folder" else "metrics.jsonl cannot be written: "
+    assert run.exit_codes == [1, 1] and not steps_of(dump_folder)
+    for rank in run.ranks:
+        assert rank.output.splitlines()[-1].startswith("error: ") and reason in rank.output.splitlines()[-1]
+        assert "Traceback" not in rank.output
+
+
+def test_exports_that_were_due_are_made_up_for_before_a_run_is_complete(dump_folder: Path) -> None:
+    options = (
+        *FAST,
+        "--training.steps=4",
+        "--checkpoint.interval=1",
+        "--checkpoint.keep_latest_k=2",
+        "--export.interval=2",
+    )
+    killed = train(dump_folder, *options, env={"FLAME_EXT_FAULT": "during_export"}, check=False)
+    assert killed.exit_codes == [-9] and not (dump_folder / "hf" / "step-4").exists()
+    again = train(dump_folder, *options)
+    assert "Already complete: " in again.ranks[0].output
+    assert sorted(p.name for p in (dump_folder / "hf").iterdir()) == ["step-2", "step-4"]
+    assert steps_of(dump_folder) == [3, 4], "step 2 was kept until its export was made"

@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from flame_ext.checkpoint.files import RankRNG
+from flame_ext.config.sections import FlameJobConfig
 from tests.ranks import DEBUG_TOML, TrainRun, run_ranks
 
 BATCH, LENGTH, STEPS = 4, 64, 4
@@ -245,5 +246,5 @@ def _trainer(ranks: int, rank: int) -> Any:
     trainer = FutureTrainer.__new__(FutureTrainer)
     mesh = SimpleNamespace(size=lambda: ranks, get_local_rank=lambda: rank)
     trainer.parallel_dims = SimpleNamespace(get_optional_mesh=lambda _name: mesh)
-    trainer.metrics_processor = mock.Mock()
+    trainer.metrics_processor, trainer.job_config = mock.Mock(), FlameJobConfig()
     return trainer

@@ -92,7 +92,8 @@ def test_a_step_that_is_saved_again_is_never_lost(unbroken: TrainRun, dump_folde
     where = folder / ("step-2" if point == "before_rename" else ".replaced-step-2")
     assert contents(where) == before
     train(dump_folder, *FAST, "--checkpoint.load_step=2")
-    assert contents(folder / "step-2") == before and steps_in(folder) == [1, 2, 3]
+    assert steps_in(folder) == [1, 2, 3] and not list(folder.glob(".replaced-*"))
+    assert (contents(folder / "step-2") == before) == (point == "before_rename"), "else the new one, which was complete"
 
 
 def test_a_run_killed_in_its_export_is_complete_when_started_again(unbroken: TrainRun, dump_folder: Path) -> None:

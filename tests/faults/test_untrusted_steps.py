@@ -107,6 +107,17 @@ def test_nothing_of_a_step_is_run_or_read_from_elsewhere(
     assert "Traceback" not in run.ranks[0].output
 
 
+def test_a_file_that_the_manifest_does_not_list_is_not_read(saved: TrainRun, dump_folder: Path) -> None:
+    shutil.copytree(saved.dump_folder, dump_folder)
+    manifest = dump_folder / "checkpoint" / "step-1" / "manifest.json"
+    values = json.loads(manifest.read_text())
+    del values["files"]["__0_0.distcp"]
+    manifest.write_text(json.dumps(values))
+    run = train(dump_folder, *FAST, "--checkpoint.load_step=1", check=False)
+    assert run.exit_codes == [1] and "Traceback" not in run.ranks[0].output
+    assert "its manifest.json does not list __0_0.distcp" in run.ranks[0].output.splitlines()[-1]
+
+
 def test_a_link_is_no_file_of_a_step(saved: TrainRun, dump_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(saved.dump_folder, dump_folder)
     a_link_that_leads_elsewhere(dump_folder / "checkpoint" / "step-2", tmp_path)

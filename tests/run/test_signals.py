@@ -16,7 +16,7 @@ from tests.ranks import run_ranks
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_stop_signal_is_remembered_until_the_handlers_are_restored(number: signal.Signals) -> None:
     seen: list[int] = []
     before = {stop: signal.signal(stop, lambda number, _: seen.append(number)) for stop in STOP_SIGNALS}
@@ -36,6 +36,17 @@ def test_a_stop_signal_is_remembered_until_the_handlers_are_restored(number: sig
     finally:
         for stop, handler in before.items():
             signal.signal(stop, handler)
+
+
+def test_a_signal_that_was_held_back_until_the_handlers_are_there_counts() -> None:
+    signals = StopSignals()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    os.kill(os.getpid(), signal.SIGTERM)
+    signals.install()
+    try:
+        assert signals.received is signal.SIGTERM
+    finally:
+        signals.restore()
 
 
 def test_one_process_agrees_with_itself() -> None:
