@@ -80,8 +80,11 @@ class RunHooks(CheckpointHooks):
         for change in changes:
             logger.warning(f"Changed since {step.name}, as checkpoint.allow_config_change permits: {change}")
         self._seed_identity, self._run_id = manifest.get("seed"), manifest.get("run")
-        path, allow_pickle = self._config.checkpoint.initial_load_path, self._config.seed.allow_pickle
-        if is_main_rank() and (other := changed_source(self._seed_identity, path, allow_pickle)) is not None:
+        path, seed = self._config.checkpoint.initial_load_path, self._config.seed
+        other = (
+            changed_source(self._seed_identity, path, seed.allow_pickle, seed.follow_links) if is_main_rank() else None
+        )
+        if other is not None:
             logger.warning(other)
         if not changes:
             return lambda: None
@@ -131,6 +134,7 @@ class RunHooks(CheckpointHooks):
         spec = ExportSpec(
             config=self._trainer.model_args.load(),
             assets=Path(self._config.model.hf_assets_path),
+            follow_links=self._config.seed.follow_links,
             dtype=TORCH_DTYPE_MAP[self._config.checkpoint.export_dtype],
             heads=self._head_arguments,
             max_shard_size=self._config.export.max_shard_size,

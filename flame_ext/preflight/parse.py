@@ -1,5 +1,7 @@
 """Command line and TOML to a configuration that is checked before a process group exists."""
 
+from pathlib import Path
+
 from flame_ext.assembly import register
 from flame_ext.config.manager import FlameConfigManager
 from flame_ext.config.sections import FlameJobConfig
@@ -9,6 +11,7 @@ from flame_ext.hf_config import load_hf_config
 from flame_ext.preflight.model import check_model, check_model_config
 from flame_ext.preflight.options import check_data, check_options
 from flame_ext.preflight.parallelism import check_parallelism, check_parallelism_of_model
+from flame_ext.seeding.sources.safe_files import require_contained
 
 
 def parse(args: list[str]) -> FlameJobConfig:
@@ -18,6 +21,7 @@ def parse(args: list[str]) -> FlameJobConfig:
     checks = (check_model, check_parallelism, check_options, check_heads, check_data)
     problems = [problem for check in checks for problem in check(config)]
     if not problems:
+        require_contained(Path(config.model.hf_assets_path), config.seed.follow_links)
         hf_config = load_hf_config(config.model.hf_assets_path, config.seed.trust_remote_code)
         checks_of_model = (check_model_config, check_heads_of_model, check_parallelism_of_model)
         problems = [problem for check in checks_of_model for problem in check(config, hf_config)]

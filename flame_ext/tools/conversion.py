@@ -27,7 +27,7 @@ from flame_ext.hf_config import load_hf_config
 from flame_ext.seeding.names import in_model_names, parse_key_map, renamed
 from flame_ext.seeding.sources.dcp import NESTED_PREFIX
 from flame_ext.seeding.sources.open import open_source
-from flame_ext.seeding.sources.safe_files import read_json
+from flame_ext.seeding.sources.safe_files import find_file, read_json, require_contained
 from flame_ext.seeding.sources.source import HEADS_FOLDER, Source, TensorEntry, cast, read_tensor, same_bits
 from flame_ext.tools.architecture import Architecture, load_architecture
 from flame_ext.tools.describe import folder_of
@@ -46,6 +46,7 @@ class Conversion:
     head_arguments: dict[str, dict[str, Any]] | None = None  # by head, for build_head; None = the source or assets say
     key_map: tuple[str, ...] = ()  # as seed.key_map
     allow_pickle: bool = False
+    follow_links: bool = False
     trust_remote_code: bool = False
 
 
@@ -84,8 +85,9 @@ def convert(
     if destination.resolve().is_relative_to(folder.resolve()):
         raise CheckpointError(f"{destination}: lies inside the source {folder}; name a folder beside it")
     rules = parse_key_map(options.key_map, "--key-map")
-    source = renamed(open_source(folder, options.allow_pickle), rules, "--key-map")
+    source = renamed(open_source(folder, options.allow_pickle, options.follow_links), rules, "--key-map")
     assets = options.assets or source.path
+    require_contained(assets, options.follow_links)
     with _appearing(destination) as temporary:
         if (assets / "config.json").is_file():
             architecture = load_architecture(assets, options.trust_remote_code)
@@ -136,6 +138,7 @@ def _convert_to_hf(
         heads=_head_arguments(source, heads, options) if heads else None,
         max_shard_size=options.max_shard_size,
         card=card_of_step(source.path),
+        follow_links=options.follow_links,
     )
     file_keys = architecture.model.file_keys(backbone)
     source = replace(source, entries={file_keys[name]: entry for name, entry in backbone.items()} | heads)
@@ -216,11 +219,12 @@ def _require_tensors(source: Source) -> None:
 
 def _head_arguments(source: Source, heads: Mapping[str, TensorEntry], options: Conversion) -> dict[str, dict[str, Any]]:
     """Returns the arguments of the source's heads; raises a SeedError if they are not known, or do not fit the tensors."""
-    files = [place / HEADS_FOLDER / "config.json" for place in (source.path, options.assets) if place is not None]
+    places = [place for place in (source.path, options.assets) if place is not None]
+    files = [find_file(place, f"{HEADS_FOLDER}/config.json", options.follow_links) for place in places]
     manifest = source.path / MANIFEST_NAME
     where: str | Path = "--job.config_file"
     arguments = options.head_arguments
-    if arguments is None and (file := next(filter(Path.is_file, files), None)):
+    if arguments is None and (file := next(filter(None, files), None)):
         arguments, where = read_json(file, "file"), file
     elif arguments is None and manifest.is_file():
         arguments, where = read_json(manifest, "file").get("heads"), manifest

@@ -44,10 +44,10 @@ def folder_of(path: str, allow_pickle: bool = False) -> Path:
     return folder
 
 
-def describe(path: str, allow_pickle: bool = False) -> Description:
+def describe(path: str, allow_pickle: bool = False, follow_links: bool = False) -> Description:
     """Describes what a job can be seeded from, or the newest step of a dump folder; raises a UserError if there is none."""
     folder, problems, facts = _newest_step(folder_of(path, allow_pickle))
-    source = open_source(folder, allow_pickle)
+    source = open_source(folder, allow_pickle, follow_links)
     facts += [f"passed over: {name}" for name in source.passed_over]
     if source.objects:
         facts.append(f"not tensors: {_by_first_part(source.objects)}")
