@@ -22,7 +22,7 @@ from flame_ext.errors import CheckpointError
 from flame_ext.fault_injection import fault_point
 from flame_ext.files import parse_size, write_json
 from flame_ext.seeding.sources.hf_safetensors import INDEX_NAME, read_header
-from flame_ext.seeding.sources.safe_files import TOKENIZER_FILES, find_file
+from flame_ext.seeding.sources.safe_files import TOKENIZER_FILES
 from flame_ext.seeding.sources.source import HEADS_FOLDER, TensorEntry, cast, same_bits
 
 # The tokenizer's files, listed one by one: modelling code in the source must not be copied.
@@ -43,7 +43,6 @@ class ExportSpec:
     heads: dict[str, dict[str, Any]] | None  # name of each head to the arguments of build_head; None without heads
     max_shard_size: str = "5GB"  # maximum size of each file of the backbone
     card: str | None = None  # README.md
-    follow_links: bool = False  # whether files of ``assets`` may be links out of it
 
 
 Read = Callable[[str], "Tensor | None"]
@@ -102,11 +101,11 @@ def _write_small_files(folder: Path, spec: ExportSpec) -> None:
     spec.config.dtype = spec.dtype
     spec.config._auto_class = None  # type: ignore[misc]  # otherwise transformers would save the code that came with the configuration
     spec.config.save_pretrained(folder)
-    if find_file(spec.assets, "generation_config.json", spec.follow_links) is not None:
+    if (spec.assets / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(spec.assets).save_pretrained(folder)
     for name in _COPIED_FILES:
-        if (file := find_file(spec.assets, name, spec.follow_links)) is not None:
-            shutil.copyfile(file, folder / name)
+        if (spec.assets / name).is_file():
+            shutil.copyfile(spec.assets / name, folder / name)
     if spec.card is not None:
         (folder / "README.md").write_text(spec.card)
     if spec.heads is not None:

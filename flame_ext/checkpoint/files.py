@@ -68,7 +68,7 @@ class RankRNG(Stateful):
     def __init__(self) -> None:
         self._rank = dist.get_rank() if dist.is_initialized() else 0
 
-    def fits(self, world_size: int) -> bool:
+    def fits(self, world_size: int | None) -> bool:
         """Returns whether so many ranks are running."""
         return world_size == (dist.get_world_size() if dist.is_initialized() else 1)
 

@@ -134,7 +134,6 @@ class RunHooks(CheckpointHooks):
         spec = ExportSpec(
             config=self._trainer.model_args.load(),
             assets=Path(self._config.model.hf_assets_path),
-            follow_links=self._config.seed.follow_links,
             dtype=TORCH_DTYPE_MAP[self._config.checkpoint.export_dtype],
             heads=self._head_arguments,
             max_shard_size=self._config.export.max_shard_size,

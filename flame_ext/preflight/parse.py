@@ -5,7 +5,7 @@ from pathlib import Path
 from flame_ext.assembly import register
 from flame_ext.config.manager import FlameConfigManager
 from flame_ext.config.sections import FlameJobConfig
-from flame_ext.errors import ConfigError
+from flame_ext.errors import ConfigError, SeedError
 from flame_ext.heads.registry import check_heads, check_heads_of_model, job_config_class
 from flame_ext.hf_config import load_hf_config
 from flame_ext.preflight.model import check_model, check_model_config
@@ -20,8 +20,11 @@ def parse(args: list[str]) -> FlameJobConfig:
     config = FlameConfigManager(job_config_class).parse_args(args)
     checks = (check_model, check_parallelism, check_options, check_heads, check_data)
     problems = [problem for check in checks for problem in check(config)]
-    if not problems:
+    try:  # before any of it is read
         require_contained(Path(config.model.hf_assets_path), config.seed.follow_links)
+    except SeedError as e:
+        problems.append(str(e))
+    if not problems:
         hf_config = load_hf_config(config.model.hf_assets_path, config.seed.trust_remote_code)
         checks_of_model = (check_model_config, check_heads_of_model, check_parallelism_of_model)
         problems = [problem for check in checks_of_model for problem in check(config, hf_config)]

@@ -48,11 +48,11 @@ def changed_source(
         now = "another name" if on_hub else f"digest {open_source(path, allow_pickle, follow_links).digest[:12]}"
     except SeedError:
         return None
-    then = f"digest {identity['source_digest'][:12]}"
-    if now == then or (on_hub and path == identity["source"]):
+    source, then = identity.get("source"), f"digest {str(identity.get('source_digest'))[:12]}"
+    if now == then or (on_hub and path == source):
         return None
     return (
-        f"This run was seeded from {identity['source']} ({then}), but "
+        f"This run was seeded from {source} ({then}), but "
         f"checkpoint.initial_load_path is now {path} ({now}). The run goes on with the weights of its step; to start from the "
         "other source, give it another job.dump_folder"
     )

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from flame_ext.checkpoint.card import card_of_step
 from flame_ext.checkpoint.export import ExportSpec, on_meta, require_written, write_hf
 from flame_ext.checkpoint.files import StepWriter
-from flame_ext.checkpoint.steps import MANIFEST_NAME, put_in_place, start, temporary_path
-from flame_ext.errors import CheckpointError, SeedError
+from flame_ext.checkpoint.steps import MANIFEST_NAME, parse_manifest, put_in_place, start, temporary_path
+from flame_ext.errors import CheckpointError, SeedError, UserError
 from flame_ext.files import parse_size
 from flame_ext.heads.names import is_head_key
 from flame_ext.heads.registry import build_head
@@ -90,7 +90,7 @@ def convert(
     require_contained(assets, options.follow_links)
     with _appearing(destination) as temporary:
         if (assets / "config.json").is_file():
-            architecture = load_architecture(assets, options.trust_remote_code)
+            architecture = load_architecture(assets, options.trust_remote_code, len(source.entries))
             source = _as_model(source, architecture, assets)
             if to == "hf":
                 source = _convert_to_hf(source, architecture, assets, temporary, options, progress)
@@ -138,7 +138,6 @@ def _convert_to_hf(
         heads=_head_arguments(source, heads, options) if heads else None,
         max_shard_size=options.max_shard_size,
         card=card_of_step(source.path),
-        follow_links=options.follow_links,
     )
     file_keys = architecture.model.file_keys(backbone)
     source = replace(source, entries={file_keys[name]: entry for name, entry in backbone.items()} | heads)
@@ -227,7 +226,7 @@ def _head_arguments(source: Source, heads: Mapping[str, TensorEntry], options: C
     if arguments is None and (file := next(filter(None, files), None)):
         arguments, where = read_json(file, "file"), file
     elif arguments is None and manifest.is_file():
-        arguments, where = read_json(manifest, "file").get("heads"), manifest
+        arguments, where = parse_manifest(source.path).get("heads"), manifest
     if not isinstance(arguments, dict):
         raise SeedError(
             f"{source.path}: has heads ({', '.join(sorted({name.split('.')[0] for name in heads}))}), and nothing says what "
@@ -236,7 +235,9 @@ def _head_arguments(source: Source, heads: Mapping[str, TensorEntry], options: C
     try:
         with torch.device("meta"):
             built = {name: build_head(name, values) for name, values in arguments.items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+    except UserError:
+        raise
+    except Exception as e:
         raise SeedError(f"{where}: heads cannot be built from it ({type(e).__name__}: {e})") from e
     shapes = {f"{head}.{name}": tuple(t.shape) for head, m in built.items() for name, t in m.state_dict().items()}
     _require_shapes(heads, shapes, f"{source.path}: its heads are not those of {where}")

@@ -143,7 +143,7 @@ def differences(first: Description, second: Description) -> tuple[list[Differenc
             from flame_ext.seeding.names import in_model_names  # here, since it imports transformers
             from flame_ext.tools.architecture import load_architecture  # here, since it imports torchtitan
 
-            model = load_architecture(config)
+            model = load_architecture(config, tensors=max(len(a.entries), len(b.entries)))
             a, b = (model.tied_once(in_model_names(source, model.names)) for source in (first.source, second.source))
             found = compare_headers(a.entries, b.entries)
         except UserError:

@@ -110,7 +110,14 @@ def open_dcp(folder: Path, follow_links: bool = False) -> DcpSource:
     nested = any(len(path) > 1 and path[0] == "model" for path in (metadata.planner_data or {}).values())
     nesting = NESTED_PREFIX if nested else ""
     return DcpSource(
-        folder, entries, digest.hexdigest(), passed_over, objects, _LAYOUTS[nesting], nesting, follow_links
+        folder,
+        entries,
+        digest.hexdigest(),
+        passed_over,
+        objects,
+        _LAYOUTS[nesting],
+        nesting=nesting,
+        follow_links=follow_links,
     )
 
 
@@ -181,7 +188,7 @@ def _read_box(mapping: mmap.mmap, stream: Any, file: Path, entry: TensorEntry, c
 class DcpReader(FileSystemReader):
     """Reads one folder as torch does, but the metadata cannot run code or name a file outside of the folder."""
 
-    def __init__(self, folder: Path, follow_links: bool = False) -> None:
+    def __init__(self, folder: Path, follow_links: bool | None = None) -> None:
         super().__init__(folder)
         self._follow_links = follow_links
 

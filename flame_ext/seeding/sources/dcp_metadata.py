@@ -69,7 +69,7 @@ class _Record:
     state: Any = None
 
 
-def read_metadata(folder: Path, follow_links: bool = False) -> tuple[bytes, dcp.Metadata]:
+def read_metadata(folder: Path, follow_links: bool | None = None) -> tuple[bytes, dcp.Metadata]:
     """Return raw bytes and metadata; raise SeedError if it is none, or names other classes than DCP's or files elsewhere."""
     file = contained_file(folder, METADATA_NAME, "the folder", follow_links)
     raw = read_bytes(file, "DCP metadata", MAX_METADATA_BYTES)
@@ -243,7 +243,8 @@ def _dict(value: Any) -> dict[Any, Any]:
 
 
 def _text(value: Any) -> str:
-    return _typed(value, str)
+    _typed(value, str).encode()  # raises if it cannot be printed: a pickle may hold half of a surrogate pair
+    return value
 
 
 def _natural(value: Any) -> int:

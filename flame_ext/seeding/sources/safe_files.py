@@ -49,11 +49,11 @@ def as_seed_error(problem: str, remedy: str = ": damaged file; copy it again") -
         raise SeedError(f"{problem} ({type(e).__name__}: {' '.join(str(e).split())[:300]}){remedy}") from e
 
 
-def contained_file(root: Path, name: str, named_by: str, follow_links: bool = False) -> Path:
+def contained_file(root: Path, name: str, named_by: str, follow_links: bool | None = None) -> Path:
     """Return the file ``name`` of the source ``root``, which ``named_by`` lists.
 
     Raises SeedError if it is absent, no regular file, or, without ``follow_links``, a link out of ``root`` other than the Hub
-    cache's from ``snapshots`` into ``blobs``.
+    cache's from ``snapshots`` into ``blobs``. The message names the option for links unless ``follow_links`` is None.
     """
     file = root / name
     with as_seed_error(f"{file}: cannot be looked at"):
@@ -65,16 +65,17 @@ def contained_file(root: Path, name: str, named_by: str, follow_links: bool = Fa
     is_hub_cache = snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
     allowed = [resolved_root, snapshots.parent / "blobs"] if is_hub_cache else [resolved_root]
     if not follow_links and not any(target.is_relative_to(folder) for folder in allowed):
+        option = "; or, if you trust who made the links, set seed.follow_links = true (of a command: --follow-links)"
         raise SeedError(
-            f"{file}: is a link to {target}, outside the source; copy the file itself to its place, or, if you trust what the "
-            "folder's links lead to, set seed.follow_links = true (--follow-links)"
+            f"{file}: is a link to {target}, outside the source; copy the file itself to its place"
+            + ("" if follow_links is None else option)
         )
     if not target.is_file():
         raise SeedError(f"{file}: is not a file")
     return file
 
 
-def require_contained(root: Path, follow_links: bool = False) -> None:
+def require_contained(root: Path, follow_links: bool | None = None) -> None:
     """Raise SeedError if a file beside the weights that other libraries will read is a link out of ``root``, or too large, or if
     ``config.json`` asks for more layers, labels, … than a model has.
     """
@@ -99,7 +100,7 @@ def _require_modest(config: Path) -> None:
             raise SeedError(f"{config}: more than {_MAX_CONFIG_VALUES} values; no model's configuration has as many")
 
 
-def find_file(root: Path, name: str, follow_links: bool = False) -> Path | None:
+def find_file(root: Path, name: str, follow_links: bool | None = None) -> Path | None:
     """Return the file ``name`` of ``root``, None if there is none; raise as :func:`contained_file` does."""
     if not (root / name).is_symlink() and not (root / name).exists():
         return None
@@ -151,7 +152,7 @@ def parse_json(raw: bytes, file: Path, what: str) -> dict[str, Any]:
     return value
 
 
-def read_weight_map(index_file: Path, follow_links: bool = False) -> dict[str, str]:
+def read_weight_map(index_file: Path, follow_links: bool | None = None) -> dict[str, str]:
     """Return a Hugging Face index's map from key to file name; raise SeedError unless every name is plain."""
     file = contained_file(index_file.parent, index_file.name, "the folder", follow_links)
     weight_map = read_json(file, "index").get("weight_map")
