@@ -18,7 +18,10 @@ _READ_FIRST = {"model_type": str, "auto_map": dict, "quantization_config": dict,
 def load_hf_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Read it from a local folder; raise ConfigError if it is absent, invalid, of an unknown type or needs the folder's code."""
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+        if not isinstance(config.get_text_config(), PreTrainedConfig):
+            raise TypeError(f"{config.get_text_config()!r:.80} is no configuration of a text model")
+        return config
     except Exception as e:  # transformers raises whatever a field of another type leads to
         if "trust_remote_code" in str(e):
             raise ConfigError(

@@ -14,7 +14,7 @@ from typing import Any
 from flame_ext.errors import CheckpointError, SeedError
 from flame_ext.fault_injection import fault_point
 from flame_ext.files import write_json
-from flame_ext.seeding.sources.safe_files import find_file, read_json
+from flame_ext.seeding.sources.safe_files import find_file, is_plain_name, read_json
 
 MANIFEST_NAME = "manifest.json"
 _READ_BYTES = 2**22
@@ -57,8 +57,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest = parse_manifest(path)
     try:
         files = {name: (int(file["size"]), str(file["sha256"])) for name, file in manifest["files"].items()}
-        if foreign := next((name for name in files if Path(name).name != name), None):
-            raise ValueError(f"{foreign!r} is no name of a file in the folder")
+        if foreign := next((name for name in files if not is_plain_name(name)), None):
+            raise ValueError(f"{foreign!r:.300} is no name of a file in the folder")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
         raise CheckpointError(f"unreadable {MANIFEST_NAME} (files: {type(e).__name__}: {e})") from e
     for name, (size, _) in files.items():

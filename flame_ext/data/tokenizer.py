@@ -11,12 +11,20 @@ from flame_ext.errors import ConfigError
 
 def build_tokenizer(job_config: JobConfig) -> HuggingFaceTokenizer:
     """Builds torchtitan's tokenizer, which has no EOS where one token is BOS and EOS (GPT-2, GPT-NeoX), and adds that EOS."""
-    tokenizer = build_hf_tokenizer(job_config)
-    if tokenizer.eos_id is None and tokenizer.config:
-        token = tokenizer._get_token_from_config(tokenizer.config, "eos_token")
-        if token is not None:
-            tokenizer.eos_token, tokenizer.eos_id = token, tokenizer.tokenizer.token_to_id(token)
-    return tokenizer
+    try:
+        tokenizer = build_hf_tokenizer(job_config)
+        if tokenizer.eos_id is None and tokenizer.config:
+            token = tokenizer._get_token_from_config(tokenizer.config, "eos_token")
+            if token is not None:
+                tokenizer.eos_token, tokenizer.eos_id = token, tokenizer.tokenizer.token_to_id(token)
+        return tokenizer
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # files may hold anything, and the tokenizers library panics with a BaseException
+        folder, reason = job_config.model.hf_assets_path, " ".join(str(e).split())[:300]
+        raise ConfigError(
+            f"{folder}: the tokenizer cannot be read ({type(e).__name__}: {reason}); copy its files there again"
+        ) from e
 
 
 def around_a_document(tokenizer: BaseTokenizer) -> tuple[list[int], list[int]]:

@@ -19,6 +19,7 @@ MAX_TOKENIZER_BYTES = 2**28
 MAX_KEYS = 2**18  # of one JSON object
 MAX_RANK = 8  # dimensions of a tensor
 _MAX_CONFIG_VALUES = 2**17
+_MAX_NAME_BYTES = 255  # of a file, in every file system
 
 # Endings of a configuration's fields to the largest integer that they may be: transformers makes lists and buffers of these lengths.
 _LARGEST = (
@@ -121,10 +122,18 @@ def read_bytes(file: Path, what: str, limit: int = MAX_JSON_BYTES) -> bytes:
             return stream.read(limit)
 
 
+def is_plain_name(name: str) -> bool:
+    """Return whether a name is of a file in the same folder, and of a length and in characters that every file system takes."""
+    plain = Path(name).name == name and name not in ("", ".", "..") and name.isprintable()
+    return plain and len(name.encode()) <= _MAX_NAME_BYTES
+
+
 def require_plain_name(name: object, key: str, named_by: Path) -> str:
     """Return ``name``; raise SeedError unless it names a file in the same folder as ``named_by``."""
-    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or "\0" in name:
-        raise SeedError(f"{named_by}: {key!r} points to {name!r}; only plain file names in the same folder are read")
+    if not isinstance(name, str) or not is_plain_name(name):
+        raise SeedError(
+            f"{named_by}: {key!r} points to {name!r:.300}; only plain file names in the same folder are read"
+        )
     return name
 
 
