@@ -1,6 +1,5 @@
 """Loads the backbone and the heads of an export, and predicts with them, without a trainer."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from flame_ext.errors import SeedError
 from flame_ext.heads.registry import build_head
 from flame_ext.seeding.sources.hf_safetensors import SINGLE_NAME
+from flame_ext.seeding.sources.safe_files import as_seed_error, contained_file, find_file, read_json, require_contained
 from flame_ext.seeding.sources.source import HEADS_FOLDER
 
 
@@ -32,14 +32,12 @@ def load_future_heads(folder: str | Path) -> nn.ModuleDict:
         CheckpointError: a head of your own is not registered: import its module first.
     """
     heads_folder = Path(folder) / HEADS_FOLDER
-    if not (heads_folder / "config.json").is_file():
+    if find_file(Path(folder), f"{HEADS_FOLDER}/config.json") is None:
         raise SeedError(f"{heads_folder}: no config.json; name an export (hf/step-N) of a run with heads")
-    try:
-        config = json.loads((heads_folder / "config.json").read_text())
+    with as_seed_error(f"{heads_folder}: cannot be read", "; export the step again"):
+        config = read_json(heads_folder / "config.json", "file")
         heads = nn.ModuleDict({name: build_head(name, arguments) for name, arguments in config.items()})
-        heads.load_state_dict(load_file(heads_folder / SINGLE_NAME), strict=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as e:
-        raise SeedError(f"{heads_folder}: cannot be read ({type(e).__name__}: {e}); export the step again") from e
+        heads.load_state_dict(load_file(contained_file(heads_folder, SINGLE_NAME, "the folder")), strict=True)
     return heads.eval()
 
 
@@ -50,6 +48,7 @@ def load_with_heads(
     Raises what :func:`load_future_heads` raises, and a SeedError if the backbone cannot be loaded.
     """
     heads = load_future_heads(folder)  # first, since it is quick
+    require_contained(Path(folder))
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
     except (OSError, ValueError, SafetensorError) as e:

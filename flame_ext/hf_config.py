@@ -1,22 +1,54 @@
 """Reads ``config.json`` without importing what builds the model."""
 
-from huggingface_hub.errors import StrictDataclassError
+import json
+from contextlib import suppress
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
 from transformers import AutoConfig, PreTrainedConfig
 
 from flame_ext.errors import ConfigError
+
+_SMALL = 2**15
+# Fields that are read before the configuration's own class is known.
+_READ_FIRST = {"model_type": str, "auto_map": dict, "quantization_config": dict, "configuration_files": list}
 
 
 def load_hf_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Read it from a local folder; raise ConfigError if it is absent, invalid, of an unknown type or needs the folder's code."""
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as e:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+        if not isinstance(config.get_text_config(), PreTrainedConfig):
+            raise TypeError(f"{config.get_text_config()!r:.80} is no configuration of a text model")
+        return config
+    except Exception as e:  # transformers raises whatever a field of another type leads to
         if "trust_remote_code" in str(e):
             raise ConfigError(
                 f"model.hf_assets_path {path!r}: config.json asks for modelling code from the folder; to run it, set "
                 "seed.trust_remote_code = true"
             ) from e
-        reason = " ".join(line.strip() for line in str(e).strip().splitlines()[:2])
+        reason = " ".join(line.strip() for line in str(e).strip().splitlines()[:2])[:500] or type(e).__name__
         raise ConfigError(
-            f"model.hf_assets_path {path!r}: no usable config.json: {reason}; give the folder of a Hugging Face causal LM"
+            f"model.hf_assets_path {path!r}: no usable config.json: {_wrong_field(path)}{reason}; give the folder of a Hugging "
+            "Face causal LM"
         ) from e
+
+
+def _wrong_field(path: str) -> str:
+    """Name the field without which the rest can be read, since most of transformers' errors do not."""
+    file = Path(path) / "config.json"
+    fields: Any = {}
+    with suppress(Exception):
+        if file.stat().st_size < _SMALL:  # what follows takes as long as the file has bytes, for each field
+            fields = json.loads(file.read_bytes())
+    if not isinstance(fields, dict):
+        return ""
+    for field, kind in _READ_FIRST.items():
+        if not isinstance(fields.get(field, kind()), kind):
+            return f"{field} is {fields[field]!r:.80}: "
+    for field in [None, *fields]:
+        with suppress(Exception):
+            AutoConfig.for_model(**deepcopy({key: value for key, value in fields.items() if key != field}))
+            return "" if field is None else f"{field} is {fields[field]!r:.80}: "
+    return ""

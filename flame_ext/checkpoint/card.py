@@ -3,17 +3,17 @@
 import json
 import re
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from flame_ext.checkpoint.steps import MANIFEST_NAME
+from flame_ext.checkpoint.steps import MANIFEST_NAME, parse_manifest
 from flame_ext.files import METRICS_NAME
 from flame_ext.heads.registry import shown_on_cards
 from flame_ext.seeding.sources.hub import HUB_PREFIX
-from flame_ext.seeding.sources.safe_files import read_json
+from flame_ext.seeding.sources.safe_files import find_file
 
 _OPTIONS = (
     *("training.dataset", "training.dataset_path", "training.seq_len", "training.global_batch_size"),
@@ -28,17 +28,16 @@ def card_of_step(step: Path, dump_folder: Path | None = None) -> str | None:
     """
     if not (step / MANIFEST_NAME).is_file():
         return None
-    manifest, file, metrics = (
-        read_json(step / MANIFEST_NAME, "file"),
-        (dump_folder or step.parent.parent) / METRICS_NAME,
-        {},
-    )
-    for line in reversed(file.read_text(errors="replace").splitlines() if file.is_file() else []):
-        with suppress(ValueError, RecursionError):  # the line was cut off by a kill, or edited
-            values = json.loads(line)
-            if isinstance(values, dict) and values.get("step") == manifest.get("step"):
-                metrics = values
-                break
+    manifest, metrics = parse_manifest(step), {}
+    number, file = manifest.get("step"), find_file(dump_folder or step.parent.parent, METRICS_NAME)
+    of_step = re.compile(rf'"step": *{number}\b')  # there may be millions of lines
+    source: Any = nullcontext([]) if file is None else file.open(errors="replace")
+    with source as lines:
+        for line in filter(of_step.search, lines):
+            with suppress(ValueError, RecursionError):  # the line was cut off by a kill, or edited
+                values = json.loads(line)
+                if isinstance(values, dict) and values.get("step") == number:
+                    metrics = values
     return model_card(manifest, metrics)
 
 
@@ -50,7 +49,7 @@ def model_card(manifest: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     tags = ["flame_ext", "torchtitan"]
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, base_model=base)
     revision = f", revision {seed['revision']}" if seed.get("revision") else ""
-    digest = f", digest of its headers {seed['source_digest'][:16]}" if seed.get("source_digest") else ""
+    digest = f", digest of its headers {str(seed['source_digest'])[:16]}" if seed.get("source_digest") else ""
     head_metrics, head_options = shown_on_cards()
     rows: dict[str, Any] = {"continues from": f"`{source}`{revision}{digest}"}
     rows |= {"run": manifest.get("run"), "step": manifest.get("step"), "tokens seen": metrics.get("tokens_seen")}
@@ -90,8 +89,8 @@ from flame_ext.analysis import load_with_heads
 model, heads = load_with_heads("path/of/this/folder")
 ```
 """
-    return card
+    return card.encode(errors="replace").decode()
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+    return f"{value:.6g}" if isinstance(value, float) else " ".join(str(value).split()).replace("|", "\\|")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemWriter
+from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.stateful import Stateful
@@ -26,12 +27,15 @@ class StepPlanner(DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Raises a CheckpointError if the entry holds anything but tensors, numbers, text and containers of them."""
         try:
-            torch.load(value, weights_only=True)
+            plain = torch.load(value, weights_only=True)
         except Exception as e:  # a damaged entry can raise anything
             name, reason = read_item.dest_index.fqn, str(e).splitlines()[0] if str(e) else type(e).__name__
             raise CheckpointError(f"{name!r} is not plain data and was not unpickled: {reason}") from e
-        value.seek(0)
-        super().load_bytes(read_item, value)
+        # As torch's planner, which would unpickle it a second time, without restrictions.
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], plain)
+        else:
+            self.state_dict[read_item.dest_index.fqn] = plain
 
 
 class StepWriter(FileSystemWriter):
@@ -64,7 +68,7 @@ class RankRNG(Stateful):
     def __init__(self) -> None:
         self._rank = dist.get_rank() if dist.is_initialized() else 0
 
-    def fits(self, world_size: int) -> bool:
+    def fits(self, world_size: int | None) -> bool:
         """Returns whether so many ranks are running."""
         return world_size == (dist.get_world_size() if dist.is_initialized() else 1)
 

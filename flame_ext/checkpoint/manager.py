@@ -98,7 +98,7 @@ class SeedingCheckpointManager(CheckpointManager):
         loaded = self.hooks.resumed(chosen.manifest, chosen.path)
         self._yield(folder, chosen, step)
         states = self._states_to_load(model_only=False)
-        if not self.states[RNG].fits(chosen.manifest["world_size"]) or not self._shares_models_as(chosen):
+        if not self.states[RNG].fits(chosen.manifest.get("world_size")) or not self._shares_models_as(chosen):
             del states[RNG]
             logger.info(f"{chosen.path} has the random number generators of other ranks: they start anew")
         self.dcp_load(states, str(chosen.path), from_hf=False, from_quantized=False)

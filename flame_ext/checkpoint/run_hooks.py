@@ -89,8 +89,11 @@ class RunHooks(CheckpointHooks):
         for change in changes:
             logger.warning(f"Changed since {step.name}, as checkpoint.allow_config_change permits: {change}")
         self._seed_identity, self._run_id = manifest.get("seed"), manifest.get("run")
-        path, allow_pickle = self._config.checkpoint.initial_load_path, self._config.seed.allow_pickle
-        if is_main_rank() and (other := changed_source(self._seed_identity, path, allow_pickle)) is not None:
+        path, seed = self._config.checkpoint.initial_load_path, self._config.seed
+        other = (
+            changed_source(self._seed_identity, path, seed.allow_pickle, seed.follow_links) if is_main_rank() else None
+        )
+        if other is not None:
             logger.warning(other)
         if not changes:
             return lambda: None

@@ -1,7 +1,6 @@
 """Writes a step under a temporary name until its manifest is written, so it is complete or absent; finds and checks steps."""
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -9,18 +8,27 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from flame_ext.errors import CheckpointError
+from flame_ext.errors import CheckpointError, SeedError
 from flame_ext.fault_injection import fault_point
 from flame_ext.files import write_json
-from flame_ext.seeding.sources.dcp import METADATA_NAME
+from flame_ext.seeding.sources.dcp_metadata import METADATA_NAME
+from flame_ext.seeding.sources.safe_files import find_file, is_plain_name, read_json
 
 MANIFEST_NAME = "manifest.json"
-_MAX_MANIFEST_BYTES = 2**26
 _READ_BYTES = 2**22
 _HASHING_THREADS = 4
 _STEP_NAME = re.compile(r"step-(\d+)")
+# Types of what other code takes from a manifest; null and absent are one.
+_FIELDS: dict[str, type] = {
+    **dict.fromkeys(("step", "world_size"), int),
+    **dict.fromkeys(("config", "seed", "heads", "data", "parallelism", "versions"), dict),
+    "files": dict,
+    **dict.fromkeys(("model_only", "finished"), bool),
+    "run": str,
+}
 _REPLACED = ".replaced-"  # prefix of an old step or export between two renames
 
 
@@ -47,20 +55,13 @@ def find_steps(folder: Path) -> tuple[list[CompleteStep], list[str]]:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """Reads a step's manifest; raises if it is unreadable, or a file of it is absent, a link, elsewhere or of another size."""
+    manifest = parse_manifest(path)
     try:
-        with (path / MANIFEST_NAME).open("rb") as stream:
-            raw = stream.read(_MAX_MANIFEST_BYTES + 1)
-        if len(raw) > _MAX_MANIFEST_BYTES:
-            raise ValueError(f"larger than {_MAX_MANIFEST_BYTES} bytes")
-        manifest = json.loads(raw)
         files = {name: (int(file["size"]), str(file["sha256"])) for name, file in manifest["files"].items()}
-        if foreign := next((name for name in files if Path(name).name != name), None):
-            raise ValueError(f"{foreign!r} is no name of a file in the folder")
-    except FileNotFoundError as e:
-        reason = "the save did not finish, or it is not a step of this trainer"
-        raise CheckpointError(f"no {MANIFEST_NAME}: {reason}") from e
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise CheckpointError(f"unreadable {MANIFEST_NAME} ({e})") from e
+        if foreign := next((name for name in files if not is_plain_name(name)), None):
+            raise ValueError(f"{foreign!r:.300} is no name of a file in the folder")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
+        raise CheckpointError(f"unreadable {MANIFEST_NAME} (files: {type(e).__name__}: {e})") from e
     if _STEP_NAME.fullmatch(path.name) and path.name != f"step-{manifest.get('step')}":
         raise CheckpointError(
             f"its {MANIFEST_NAME} is that of step {manifest.get('step')!r}: give the folder its own name back"
@@ -74,6 +75,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
             found = f"{file.stat().st_size} bytes"
         if found != f"{size} bytes":
             raise CheckpointError(f"{name} is {found}, its manifest says {size} bytes")
+    return manifest
+
+
+def parse_manifest(path: Path) -> dict[str, Any]:
+    """Reads a step's manifest and looks at no other file; raises if it is unreadable or a field has another type."""
+    try:
+        if (file := find_file(path, MANIFEST_NAME)) is None:
+            reason = "the save did not finish, or it is not a step of this trainer"
+            raise CheckpointError(f"no {MANIFEST_NAME}: {reason}")
+        manifest = read_json(file, "manifest")
+    except SeedError as e:
+        raise CheckpointError(f"unreadable {MANIFEST_NAME} ({e})") from e
+    for field, kind in _FIELDS.items():
+        if type(value := manifest.get(field)) not in (kind, NoneType):
+            raise CheckpointError(f"unreadable {MANIFEST_NAME} ({field} is {value!r:.80}, expected {kind.__name__})")
     return manifest
 
 

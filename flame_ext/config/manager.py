@@ -62,7 +62,7 @@ class FlameConfigManager(ConfigManager):
                 return tomllib.load(file)
         except OSError as e:
             raise ConfigError(f"--job.config_file {path}: {e.strerror}; give the path of a TOML file") from e
-        except tomllib.TOMLDecodeError as e:
+        except (ValueError, RecursionError) as e:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
             raise ConfigError(f"--job.config_file {path}: not valid TOML: {e}") from e
 
     def _maybe_add_custom_config(self, args: list[str], toml_values: dict[str, Any] | None) -> type[JobConfig]:

@@ -38,6 +38,10 @@ class Seed:
     trust_remote_code: bool = False
     """Run the modelling code in the model's folder, as the option of this name in transformers does."""
 
+    follow_links: bool = False
+    """Read files of `initial_load_path` and of `model.hf_assets_path` that are links out of their folder, such as into a store of
+    weights beside it. Exports hold copies of the files behind the links. Links of the Hub's cache need no option."""
+
     dry_run: bool = False
     """Build the distributed model, seed it, prove it, write `seed_report.json` and stop before step 1."""
 

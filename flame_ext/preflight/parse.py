@@ -1,15 +1,18 @@
 """Command line and TOML to a configuration that is checked before a process group exists."""
 
+from pathlib import Path
+
 from flame_ext.assembly import register
 from flame_ext.config.manager import FlameConfigManager
 from flame_ext.config.sections import FlameJobConfig
-from flame_ext.errors import ConfigError
+from flame_ext.errors import ConfigError, SeedError
 from flame_ext.heads.registry import check_heads, check_heads_of_model, job_config_class
 from flame_ext.hf_config import load_hf_config
 from flame_ext.preflight.model import check_model, check_model_config
 from flame_ext.preflight.options import check_data, check_options
 from flame_ext.preflight.parallelism import check_parallelism, check_parallelism_of_model
 from flame_ext.preflight.ranges import check_ranges
+from flame_ext.seeding.sources.safe_files import require_contained
 
 
 def parse(args: list[str]) -> FlameJobConfig:
@@ -19,6 +22,10 @@ def parse(args: list[str]) -> FlameJobConfig:
     checks = (check_model, check_parallelism, check_options, check_heads, check_data)
     # The other checks calculate with numbers that are in their ranges.
     problems = [*check_ranges(config)] or [problem for check in checks for problem in check(config)]
+    try:  # before any of it is read
+        require_contained(Path(config.model.hf_assets_path), config.seed.follow_links)
+    except SeedError as e:
+        problems.append(str(e))
     if not problems:
         hf_config = load_hf_config(config.model.hf_assets_path, config.seed.trust_remote_code)
         checks_of_model = (check_model_config, check_heads_of_model, check_parallelism_of_model)

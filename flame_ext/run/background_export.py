@@ -105,5 +105,6 @@ def background_exports(
     options = ["--assets", config.model.hf_assets_path, "--dtype", config.checkpoint.export_dtype]
     options += ["--max-shard-size", config.export.max_shard_size]
     options += ["--import", config.experimental.custom_import] if config.experimental.custom_import else []
+    options += ["--follow-links"] if config.seed.follow_links else []
     options += ["--trust-remote-code"] if config.seed.trust_remote_code else []
     return BackgroundExports(Path(config.job.dump_folder) / "hf", options, due, exported)

@@ -13,7 +13,6 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
-from flame_ext.errors import UserError
 from flame_ext.files import METRICS_NAME
 from flame_ext.host.names import get_metrics_rank
 from flame_ext.run.wandb_run import continue_wandb_run

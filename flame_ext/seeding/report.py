@@ -34,7 +34,9 @@ class SeedReport:
         return {name: getattr(self, name) for name in ("source", "revision", "source_digest", "weights_digest")}
 
 
-def changed_source(identity: dict[str, Any] | None, path: str | None, allow_pickle: bool) -> str | None:
+def changed_source(
+    identity: dict[str, Any] | None, path: str | None, allow_pickle: bool, follow_links: bool
+) -> str | None:
     """Return a warning if ``path`` (``checkpoint.initial_load_path``) holds other weights than ``identity`` says, else None.
 
     A source on the Hub is compared by name only; one that cannot be read any more is not compared.
@@ -43,14 +45,14 @@ def changed_source(identity: dict[str, Any] | None, path: str | None, allow_pick
         return None
     on_hub = path.startswith(HUB_PREFIX)
     try:
-        now = "another name" if on_hub else f"digest {open_source(path, allow_pickle).digest[:12]}"
+        now = "another name" if on_hub else f"digest {open_source(path, allow_pickle, follow_links).digest[:12]}"
     except SeedError:
         return None
-    then = f"digest {identity['source_digest'][:12]}"
-    if now == then or (on_hub and path == identity["source"]):
+    source, then = identity.get("source"), f"digest {str(identity.get('source_digest'))[:12]}"
+    if now == then or (on_hub and path == source):
         return None
     return (
-        f"This run was seeded from {identity['source']} ({then}), but "
+        f"This run was seeded from {source} ({then}), but "
         f"checkpoint.initial_load_path is now {path} ({now}). The run goes on with the weights of its step; to start from the "
         "other source, give it another job.dump_folder"
     )

@@ -76,7 +76,7 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
 
 def match(target: SeedTarget, folder: Path, options: Seed) -> tuple[Source, Account]:
     """Return the source under the model's names and the account of every key, from headers; raise SeedError if it misfits."""
-    source = renamed(open_source(folder, options.allow_pickle), parse_key_map(options.key_map))
+    source = renamed(open_source(folder, options.allow_pickle, options.follow_links), parse_key_map(options.key_map))
     source = in_model_names(source, target.names)
     if (folder / "config.json").exists():  # a DCP checkpoint has none, unless somebody put it there
         require_same_function(source, target.config, options.trust_remote_code)

@@ -7,7 +7,8 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools.utils import set_default_dtype
 
 from flame_ext.config.sections import FlameJobConfig
-from flame_ext.errors import SeedError
+from flame_ext.errors import ConfigError, SeedError
+from flame_ext.hf_config import load_hf_config
 from flame_ext.model.hf_causal_lm import HFCausalLM, HFModelArgs, build_hf_causal_lm
 from flame_ext.seeding.names import KeyNames
 from flame_ext.seeding.sources.hub import locate
@@ -35,8 +36,16 @@ class Architecture:
         return replace(source, entries=entries)
 
 
-def load_architecture(folder: Path, trust_remote_code: bool = False) -> Architecture:
-    """Builds the model of a folder's ``config.json`` on meta; raises a ConfigError if there is none of a causal LM."""
+def load_architecture(folder: Path, trust_remote_code: bool = False, tensors: int | None = None) -> Architecture:
+    """Builds the model of a folder's ``config.json`` on meta; raises a ConfigError if there is none of a causal LM, or it has more
+    layers than there are ``tensors``.
+    """
+    if tensors is not None:
+        layers = load_hf_config(str(folder), trust_remote_code).get_text_config().num_hidden_layers
+        if layers > tensors:  # before so many are built
+            raise ConfigError(
+                f"{folder / 'config.json'}: num_hidden_layers is {layers}, and the source holds {tensors} tensors: it is another model's"
+            )
     model = build_hf_causal_lm(HFModelArgs(hf_assets_path=str(folder), trust_remote_code=trust_remote_code))
     return Architecture(model, key_names(model, {name: tuple(t.shape) for name, t in model.state_dict().items()}))
 

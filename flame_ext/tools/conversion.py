@@ -18,8 +18,8 @@ from flame_ext.checkpoint.card import card_of_step
 from flame_ext.checkpoint.export import ExportSpec, on_meta, require_written, write_hf
 from flame_ext.checkpoint.export_folder import ExportFolder, Origin, origin_of
 from flame_ext.checkpoint.files import StepWriter
-from flame_ext.checkpoint.steps import MANIFEST_NAME
-from flame_ext.errors import CheckpointError, SeedError
+from flame_ext.checkpoint.steps import MANIFEST_NAME, parse_manifest
+from flame_ext.errors import CheckpointError, SeedError, UserError
 from flame_ext.files import parse_size
 from flame_ext.heads.names import is_head_key
 from flame_ext.heads.registry import build_head
@@ -27,7 +27,7 @@ from flame_ext.hf_config import load_hf_config
 from flame_ext.seeding.names import in_model_names, parse_key_map, renamed
 from flame_ext.seeding.sources.dcp import NESTED_PREFIX
 from flame_ext.seeding.sources.open import open_source
-from flame_ext.seeding.sources.safe_files import read_json
+from flame_ext.seeding.sources.safe_files import find_file, read_json, require_contained
 from flame_ext.seeding.sources.source import HEADS_FOLDER, Source, TensorEntry, cast, read_tensor, same_bits
 from flame_ext.tools.architecture import Architecture, load_architecture
 from flame_ext.tools.describe import folder_of
@@ -46,6 +46,7 @@ class Conversion:
     head_arguments: dict[str, dict[str, Any]] | None = None  # by head, for build_head; None = the source or assets say
     key_map: tuple[str, ...] = ()  # as seed.key_map
     allow_pickle: bool = False
+    follow_links: bool = False
     trust_remote_code: bool = False
     replace: bool = False  # whether an older destination is replaced, once the new one is complete
 
@@ -85,12 +86,13 @@ def convert(
     if destination.resolve().is_relative_to(folder.resolve()):
         raise CheckpointError(f"{destination}: lies inside the source {folder}; name a folder beside it")
     rules = parse_key_map(options.key_map, "--key-map")
-    source = renamed(open_source(folder, options.allow_pickle), rules, "--key-map")
+    source = renamed(open_source(folder, options.allow_pickle, options.follow_links), rules, "--key-map")
     assets = options.assets or source.path
+    require_contained(assets, options.follow_links)
     origin = origin_of(folder) if to == "hf" else None
     with _appearing(ExportFolder(destination, options.replace), origin) as temporary:
         if (assets / "config.json").is_file():
-            architecture = load_architecture(assets, options.trust_remote_code)
+            architecture = load_architecture(assets, options.trust_remote_code, len(source.entries))
             source = _as_model(source, architecture, assets)
             if to == "hf":
                 source = _convert_to_hf(source, architecture, assets, temporary, options, progress)
@@ -218,14 +220,15 @@ def _require_tensors(source: Source) -> None:
 
 def _head_arguments(source: Source, heads: Mapping[str, TensorEntry], options: Conversion) -> dict[str, dict[str, Any]]:
     """Returns the arguments of the source's heads; raises a SeedError if they are not known, or do not fit the tensors."""
-    files = [place / HEADS_FOLDER / "config.json" for place in (source.path, options.assets) if place is not None]
+    places = [place for place in (source.path, options.assets) if place is not None]
+    files = [find_file(place, f"{HEADS_FOLDER}/config.json", options.follow_links) for place in places]
     manifest = source.path / MANIFEST_NAME
     where: str | Path = "--job.config_file"
     arguments = options.head_arguments
-    if arguments is None and (file := next(filter(Path.is_file, files), None)):
+    if arguments is None and (file := next(filter(None, files), None)):
         arguments, where = read_json(file, "file"), file
     elif arguments is None and manifest.is_file():
-        arguments, where = read_json(manifest, "file").get("heads"), manifest
+        arguments, where = parse_manifest(source.path).get("heads"), manifest
     if not isinstance(arguments, dict):
         raise SeedError(
             f"{source.path}: has heads ({', '.join(sorted({name.split('.')[0] for name in heads}))}), and nothing says what "
@@ -234,7 +237,9 @@ def _head_arguments(source: Source, heads: Mapping[str, TensorEntry], options: C
     try:
         with torch.device("meta"):
             built = {name: build_head(name, values) for name, values in arguments.items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+    except UserError:
+        raise
+    except Exception as e:
         raise SeedError(f"{where}: heads cannot be built from it ({type(e).__name__}: {e})") from e
     shapes = {f"{head}.{name}": tuple(t.shape) for head, m in built.items() for name, t in m.state_dict().items()}
     _require_shapes(heads, shapes, f"{source.path}: its heads are not those of {where}")

@@ -38,6 +38,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--key-map", nargs="+", default=[], metavar="OLD=NEW", help=rules)
     parser.add_argument("--import", dest="module", help="module that registers heads of your own")
     parser.add_argument("--allow-pickle", action="store_true", help="read .bin files, with weights_only")
+    parser.add_argument(
+        "--follow-links", action="store_true", help="read files of SRC and --assets that are links out of them"
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run the modelling code of the model's folder")
     parser.add_argument("--replace", action="store_true", help="replace DST, once everything is written")
     ends = "end with the process of this number, which started this one (Linux)"
@@ -70,6 +73,7 @@ def run(options: argparse.Namespace) -> int:
         head_arguments=heads,
         key_map=tuple(options.key_map),
         allow_pickle=options.allow_pickle,
+        follow_links=options.follow_links,
         trust_remote_code=options.trust_remote_code,
         replace=options.replace,
     )

@@ -45,10 +45,10 @@ def folder_of(path: str, allow_pickle: bool = False) -> Path:
     return folder
 
 
-def describe(path: str, allow_pickle: bool = False) -> Description:
+def describe(path: str, allow_pickle: bool = False, follow_links: bool = False) -> Description:
     """Describes what a job can be seeded from, or the newest step of a dump folder; raises a UserError if there is none."""
     folder, problems, facts = _newest_step(folder_of(path, allow_pickle))
-    source = open_source(folder, allow_pickle)
+    source = open_source(folder, allow_pickle, follow_links)
     facts += [f"passed over: {name}" for name in source.passed_over]
     if source.objects:
         facts.append(f"not tensors: {_by_first_part(source.objects)}")
@@ -144,7 +144,7 @@ def differences(first: Description, second: Description) -> tuple[list[Differenc
             from flame_ext.seeding.names import in_model_names  # here, since it imports transformers
             from flame_ext.tools.architecture import load_architecture  # here, since it imports torchtitan
 
-            model = load_architecture(config)
+            model = load_architecture(config, tensors=max(len(a.entries), len(b.entries)))
             a, b = (model.tied_once(in_model_names(source, model.names)) for source in (first.source, second.source))
             found = compare_headers(a.entries, b.entries)
         except UserError:

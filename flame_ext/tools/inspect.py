@@ -33,6 +33,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--values", action="store_true", help="compare values too, tensor by tensor")
     parser.add_argument("--job.config_file", dest="config_file", help="TOML: could this job be seeded from PATH?")
     parser.add_argument("--allow-pickle", action="store_true", help="read .bin files, with weights_only")
+    parser.add_argument("--follow-links", action="store_true", help="read files that are links out of the folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.set_defaults(run=run)
 
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
 
     if options.values and not options.against:
         raise ConfigError("--values compares values; name what to compare with: --against PATH")
-    found = describe(options.path, options.allow_pickle)
+    found = describe(options.path, options.allow_pickle, options.follow_links)
     facts = as_json(found)
     if options.config_file:
         from flame_ext.preflight.parse import parse
@@ -54,7 +55,9 @@ def run(options: argparse.Namespace) -> int:
         reason = why_not_seedable(parse([f"--job.config_file={options.config_file}"]), str(found.source.path))
         facts |= {"seedable": reason is None, "why_not_seedable": reason}
     if options.against:
-        differing, first, second, common = differences(found, describe(options.against, options.allow_pickle))
+        differing, first, second, common = differences(
+            found, describe(options.against, options.allow_pickle, options.follow_links)
+        )
         if options.values:
             differing += compare_values(first, second, common)
         facts["against"] = {

@@ -19,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if arguments is None:  # `| head` ends the command by the signal, not with exit code 1, which means "differs"
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names in files may be any text
     try:
         return options.run(options)
     except UserError as e:

@@ -1,7 +1,9 @@
 """Computes with boxes of index ranges, which say where a part lies in a full tensor."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import product
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
@@ -36,19 +38,15 @@ def inside(box: Box, outer: Box) -> tuple[slice, ...]:
 
 
 def tiles_exactly(box: Box, parts: Iterable[Box]) -> bool:
-    """Return whether every element of ``box`` lies in exactly one of ``parts``, and nothing lies outside."""
-    tiles = sorted(part for part in parts if volume(part) > 0)
-    if sum(map(volume, tiles)) != volume(box) or any(intersection(tile, box) != tile for tile in tiles):
-        return False
-    # As many elements as the box, all inside: exact if no two overlap. Sorted by the first dimension, only those
-    # that begin before a tile ends there can overlap it.
-    for i, tile in enumerate(tiles):
-        for other in tiles[i + 1 :]:
-            if tile and other[0][0] >= tile[0][1]:
-                break
-            if intersection(tile, other) is not None:
-                return False
-    return True
+    """Return whether every element of ``box`` lies in exactly one of ``parts``, and nothing lies outside; in linear time."""
+    # The corners of a box, with the sign of their parity, are the differences along all dimensions of its indicator function,
+    # and determine it: two sums of indicator functions are equal if the sums of their corners are.
+    corners: Counter[tuple[int, ...]] = Counter()
+    for tile, sign in [*((part, 1) for part in parts), (box, -1)]:
+        if volume(tile) > 0:
+            for corner in product(*(((begin, 1), (end, -1)) for begin, end in tile)):
+                corners[tuple(at for at, _ in corner)] += sign * math.prod(side for _, side in corner)
+    return not any(corners.values())
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, Box]:

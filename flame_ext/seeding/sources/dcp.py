@@ -3,41 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import mmap
-import pickle
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from flame_ext.errors import SeedError
 from flame_ext.seeding.sources.boxes import Box, box_at, full_box, inside, tiles_exactly
-from flame_ext.seeding.sources.safe_files import as_seed_error, contained_file, require_plain_name, some
+from flame_ext.seeding.sources.dcp_metadata import METADATA_NAME, read_metadata
+from flame_ext.seeding.sources.safe_files import as_seed_error, some
 from flame_ext.seeding.sources.source import Chunk, ReadBox, Source, TensorEntry
-
-METADATA_NAME = ".metadata"
-_MAX_METADATA_BYTES = 2**29
-_CLASSES = (
-    _StorageInfo, dcp_metadata._MEM_FORMAT_ENCODING, dcp_metadata.BytesStorageMetadata, dcp_metadata.ChunkStorageMetadata,
-    Metadata, dcp_metadata.MetadataIndex, StorageMeta, dcp_metadata.TensorProperties, TensorStorageMetadata,
-)  # fmt: skip
-_ALLOWED: dict[tuple[str, str], Any] = {(cls.__module__, cls.__qualname__): cls for cls in _CLASSES} | {
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-}
 
 NESTED_PREFIX = "model."  # of every key in {"model": state_dict}
 _LAYOUTS = {"": "dcp-flat", NESTED_PREFIX: "dcp-nested"}
@@ -83,7 +70,7 @@ class DcpSource(Source):
     def independent_state(self, names: Collection[str]) -> dict[str, Tensor]:
         entries = [self.entries[name] for name in names]
         state = {entry.key: torch.empty(entry.shape, dtype=entry.dtype) for entry in entries}
-        dcp.load(state, storage_reader=DcpReader(self.path), no_dist=True)
+        dcp.load(state, storage_reader=DcpReader(self.path, self.follow_links), no_dist=True)
         return state
 
     @contextmanager
@@ -95,14 +82,14 @@ class DcpSource(Source):
             yield partial(_read_box, mapping, stream, file)
 
 
-def open_dcp(folder: Path) -> DcpSource:
+def open_dcp(folder: Path, follow_links: bool = False) -> DcpSource:
     """Read the pieces of every tensor from ``.metadata``; keys are as stored, and the layout is the one that the writer noted.
 
     Raises SeedError if the metadata is damaged or wants to run code, pieces do not tile a tensor, or a file has another size.
     """
-    raw, metadata = read_metadata(folder)
+    raw, metadata = read_metadata(folder, follow_links)
     digest = hashlib.sha256(raw)
-    with as_seed_error(f"{folder / METADATA_NAME}: is malformed"):  # a class that is allowed may still hold anything
+    with as_seed_error(f"{folder / METADATA_NAME}: is malformed"):
         entries, objects, extents = _described(folder, metadata)
     for name, ranges in sorted(extents.items()):
         file = folder / name
@@ -115,13 +102,23 @@ def open_dcp(folder: Path) -> DcpSource:
             found = f"has {size} bytes, {METADATA_NAME} describes {end}"
             raise SeedError(f"{file}: {found}: truncated or damaged; copy the folder again")
         digest.update(f"{name}\0{size}\0".encode())
-    stray = [p for p in sorted(folder.glob("*.distcp")) if p.name not in extents and p.stat().st_size > 0]
+    stray = [
+        p for p in sorted(folder.glob("*.distcp")) if p.name not in extents and p.is_file() and p.stat().st_size > 0
+    ]
     passed_over = tuple(f"{p.name} (not in {METADATA_NAME})" for p in stray)
     # DCP's planner keeps, beside each flattened key, its path in the dictionary that was saved.
-    paths = metadata.planner_data.values() if isinstance(metadata.planner_data, dict) else ()
-    nested = any(isinstance(path, tuple) and len(path) > 1 and path[0] == "model" for path in paths)
+    nested = any(len(path) > 1 and path[0] == "model" for path in (metadata.planner_data or {}).values())
     nesting = NESTED_PREFIX if nested else ""
-    return DcpSource(folder, entries, digest.hexdigest(), passed_over, objects, _LAYOUTS[nesting], nesting)
+    return DcpSource(
+        folder,
+        entries,
+        digest.hexdigest(),
+        passed_over,
+        objects,
+        _LAYOUTS[nesting],
+        nesting=nesting,
+        follow_links=follow_links,
+    )
 
 
 def _described(
@@ -131,26 +128,20 @@ def _described(
     metadata_file = folder / METADATA_NAME
     storage, extents = {}, defaultdict(list)
     for index, info in metadata.storage_data.items():
-        if getattr(info, "transform_descriptors", None):
+        if info.transform_descriptors:
             raise SeedError(f"{metadata_file}: {index.fqn!r} was transformed on saving (compressed?); save it plainly")
         storage[index.fqn, None if index.offset is None else tuple(index.offset)] = info
-        if type(info.offset) is not int or type(info.length) is not int or info.offset < 0 or info.length < 0:
-            raise ValueError(f"{index.fqn!r} lies at {info.offset!r} with length {info.length!r}")
         extents[info.relative_path].append((info.offset, info.length))
     entries: dict[str, TensorEntry] = {}
     objects: dict[str, Path] = {}
     for key, value in metadata.state_dict_metadata.items():
-        if not isinstance(key, str):
-            raise TypeError(f"key {key!r}")
         if not isinstance(value, TensorStorageMetadata):
             info = storage.get((key, None))
             objects[key] = folder / info.relative_path if info is not None else metadata_file
             continue
-        shape, dtype, chunks = _sizes(value.size), value.properties.dtype, []
-        if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"dtype of {key!r}: {dtype!r}")
+        shape, dtype, chunks = tuple(value.size), value.properties.dtype, []
         for chunk in value.chunks:
-            box = box_at(_sizes(chunk.offsets), _sizes(chunk.sizes))
+            box = box_at(chunk.offsets, chunk.sizes)
             info = storage.get((key, tuple(chunk.offsets)))
             if info is None:
                 raise SeedError(f"{metadata_file}: no file for {key!r} at {[*chunk.offsets]}: damaged; copy it again")
@@ -161,13 +152,6 @@ def _described(
             raise SeedError(f"{metadata_file}: {pieces}: the checkpoint is incomplete")
         entries[key] = TensorEntry(key, shape, dtype, tuple(chunks))
     return entries, objects, extents
-
-
-def _sizes(values: Any) -> tuple[int, ...]:
-    sizes = tuple(values)
-    if any(type(n) is not int or n < 0 for n in sizes):
-        raise ValueError(f"{sizes} are no sizes")
-    return sizes
 
 
 def _read_box(mapping: mmap.mmap, stream: Any, file: Path, entry: TensorEntry, chunk: Chunk, box: Box) -> Tensor:
@@ -204,53 +188,11 @@ def _read_box(mapping: mmap.mmap, stream: Any, file: Path, entry: TensorEntry, c
 class DcpReader(FileSystemReader):
     """Reads one folder as torch does, but the metadata cannot run code or name a file outside of the folder."""
 
+    def __init__(self, folder: Path, follow_links: bool | None = None) -> None:
+        super().__init__(folder)
+        self._follow_links = follow_links
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        _, metadata = read_metadata(Path(self.path))
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
+        _, metadata = read_metadata(Path(self.path), self._follow_links)
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
-
-
-def read_metadata(folder: Path) -> tuple[bytes, Metadata]:
-    """Return raw bytes and metadata; raise SeedError if it is none, or names other classes than DCP's or files elsewhere."""
-    file = contained_file(folder, METADATA_NAME, "the folder")
-    size = file.stat().st_size
-    if size > _MAX_METADATA_BYTES:
-        raise SeedError(f"{file}: {size} bytes is no DCP metadata; expected at most {_MAX_METADATA_BYTES}")
-    raw = file.read_bytes()
-    with as_seed_error(f"{file}: is not DCP metadata"):
-        metadata = _MetadataUnpickler(raw, file).load()
-    if not isinstance(metadata, Metadata):
-        raise SeedError(f"{file}: is not DCP metadata but a pickled {type(metadata).__name__}")
-    with as_seed_error(f"{file}: is malformed"):  # a class that is allowed may still hold anything
-        infos = (metadata.storage_data or {}).items()
-        for name in sorted({require_plain_name(info.relative_path, index.fqn, file) for index, info in infos}):
-            contained_file(folder, name, METADATA_NAME)
-    return raw, metadata
-
-
-class _MetadataUnpickler(pickle._Unpickler):
-    """Gives DCP's own classes and dtypes, nothing else.
-
-    It is Python's implementation: in C's a damaged byte can ask for a memo of 2**32 entries, allocated at once. BYTEARRAY8
-    is left out since it allocates what a length field says.
-    """
-
-    dispatch: ClassVar[dict[int, Any]] = {
-        code: method for code, method in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
-    }
-
-    def __init__(self, raw: bytes, file: Path) -> None:
-        super().__init__(io.BytesIO(raw))
-        self._file = file
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED:
-            return _ALLOWED[module, name]
-        # The path of the checkpoint when it was written; the class and its module's name depend on system and Python.
-        if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "WindowsPath"):
-            return PurePosixPath
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        asks = f"{self._file}: asks for {module}.{name}"
-        raise SeedError(f"{asks}; a checkpoint has no use for it, so this one is damaged or made to run code")

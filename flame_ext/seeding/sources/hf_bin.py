@@ -30,14 +30,14 @@ class BinSource(Source):
         yield read
 
 
-def open_hf_bin(folder: Path, allow_pickle: bool) -> BinSource:
+def open_hf_bin(folder: Path, allow_pickle: bool, follow_links: bool = False) -> BinSource:
     """Read the index and the structure of the files; raise SeedError unless pickles are allowed and hold tensors alone."""
     if not allow_pickle:
         raise SeedError(
             f"{folder}: holds only .bin files, which are pickles; convert them once, with from_pretrained() and "
             "save_pretrained(), to safetensors, or trust them with seed.allow_pickle = true (then read with weights_only)"
         )
-    return read_folder(BinSource, folder, BIN_INDEX_NAME, BIN_NAME, _read_structure)
+    return read_folder(BinSource, folder, BIN_INDEX_NAME, BIN_NAME, _read_structure, follow_links=follow_links)
 
 
 def _read_structure(file: Path) -> tuple[dict[str, TensorEntry | None], bytes]:

@@ -41,7 +41,13 @@ class SafetensorsSource(Source):
 
 
 def read_folder(
-    kind: type[S], folder: Path, index_name: str, single_name: str, read: ReadFile, beside: Sequence[str] = ()
+    kind: type[S],
+    folder: Path,
+    index_name: str,
+    single_name: str,
+    read: ReadFile,
+    beside: Sequence[str] = (),
+    follow_links: bool = False,
 ) -> S:
     """Describe a folder of safetensors or ``.bin`` files: those of its index, or its only one, and those ``beside`` the index.
 
@@ -49,11 +55,11 @@ def read_folder(
     """
     index = folder / index_name
     indexed = index.exists()
-    weight_map = safe_files.read_weight_map(index) if indexed else {}
+    weight_map = safe_files.read_weight_map(index, follow_links) if indexed else {}
     named_by = index_name if weight_map else "the folder"
     names = sorted({*weight_map.values()}) or [single_name]
-    files = {name: safe_files.contained_file(folder, name, named_by) for name in names}
-    files |= {name: safe_files.contained_file(folder, name, "the folder") for name in beside}
+    files = {name: safe_files.contained_file(folder, name, named_by, follow_links) for name in names}
+    files |= {name: safe_files.contained_file(folder, name, "the folder", follow_links) for name in beside}
     entries: dict[str, TensorEntry] = {}
     objects: dict[str, Path] = {}
     places: dict[str, str] = {}
@@ -76,13 +82,13 @@ def read_folder(
     where = f"not in {index_name}" if weight_map else f"beside {single_name}"
     ending = single_name.split(".")[-1]
     stray = tuple(f"{p.name} ({where})" for p in sorted(folder.glob(f"*.{ending}")) if p.name not in files)
-    return kind(folder, entries, digest.hexdigest(), stray, objects, layout=f"hf-{ending}")
+    return kind(folder, entries, digest.hexdigest(), stray, objects, f"hf-{ending}", follow_links=follow_links)
 
 
-def open_hf_safetensors(folder: Path) -> SafetensorsSource:
+def open_hf_safetensors(folder: Path, follow_links: bool = False) -> SafetensorsSource:
     """Read the index and headers, those of an export's heads too; may raise SeedError."""
     heads = [name for name in (f"{HEADS_FOLDER}/{SINGLE_NAME}",) if (folder / name).exists()]
-    return read_folder(SafetensorsSource, folder, INDEX_NAME, SINGLE_NAME, read_header, heads)
+    return read_folder(SafetensorsSource, folder, INDEX_NAME, SINGLE_NAME, read_header, heads, follow_links)
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorEntry], bytes]:
@@ -91,7 +97,10 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], bytes]:
     safetensors checks all but two things, which are refused here: two entries for one key, and dtypes of less than a byte.
     """
     with file.open("rb") as stream:
-        raw = stream.read(min(int.from_bytes(stream.read(8), "little"), safe_files.MAX_JSON_BYTES))
+        size = int.from_bytes(stream.read(8), "little")
+        raw = stream.read(min(size, safe_files.MAX_JSON_BYTES))
+    if size <= file.stat().st_size - 8:  # else it is truncated, which safetensors says
+        _require_bounded(raw, size, file)
     try:
         with safe_open(file, framework="pt") as reader:
             slices = {key: reader.get_slice(key) for key in reader.offset_keys()}
@@ -100,7 +109,6 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], bytes]:
         raise SeedError(
             f"{file}: has {file.stat().st_size} bytes, an error{_wrong_entry(raw, file)}: {e}: truncated or damaged; copy it again"
         ) from e
-    safe_files.parse_json(raw, file, "header")
     entries = {}
     for position, (key, (dtype, shape)) in enumerate(found.items()):
         if dtype not in _DTYPES:
@@ -109,6 +117,16 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], bytes]:
             )
         entries[key] = TensorEntry(key, shape, _DTYPES[dtype], (Chunk(full_box(shape), file, position),))
     return entries, raw
+
+
+def _require_bounded(raw: bytes, size: int, file: Path) -> None:
+    """Raise SeedError if a header would take long, or much memory, or has a key twice, before safetensors reads it."""
+    if size > safe_files.MAX_JSON_BYTES:
+        raise SeedError(f"{file}: {size} bytes is no header; expected at most {safe_files.MAX_JSON_BYTES}")
+    for key, entry in safe_files.parse_json(raw, file, "header").items():
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if isinstance(shape, list) and len(shape) > safe_files.MAX_RANK:
+            raise SeedError(f"{file}: {key!r} has {len(shape)} dimensions; expected at most {safe_files.MAX_RANK}")
 
 
 def _wrong_entry(raw: bytes, file: Path) -> str:

@@ -3,17 +3,19 @@
 from pathlib import Path
 
 from flame_ext.errors import SeedError
-from flame_ext.seeding.sources.dcp import METADATA_NAME, open_dcp
+from flame_ext.seeding.sources.dcp import open_dcp
+from flame_ext.seeding.sources.dcp_metadata import METADATA_NAME
 from flame_ext.seeding.sources.hf_bin import BIN_INDEX_NAME, BIN_NAME, open_hf_bin
 from flame_ext.seeding.sources.hf_safetensors import INDEX_NAME, SINGLE_NAME, open_hf_safetensors
-from flame_ext.seeding.sources.safe_files import some
+from flame_ext.seeding.sources.safe_files import require_contained, some
 from flame_ext.seeding.sources.source import Source
 
 
-def open_source(path: str | Path, allow_pickle: bool = False) -> Source:
+def open_source(path: str | Path, allow_pickle: bool = False, follow_links: bool = False) -> Source:
     """Read index and headers of a Hugging Face folder (safetensors or, with ``allow_pickle``, ``.bin``) or a DCP checkpoint.
 
-    Raises SeedError if the folder has no known layout, or two, or its files contradict each other.
+    Raises SeedError if the folder has no known layout, or two, its files contradict each other, or, without ``follow_links``, a
+    file that is read is a link out of the folder.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -21,6 +23,7 @@ def open_source(path: str | Path, allow_pickle: bool = False) -> Source:
         raise SeedError(
             f"checkpoint.initial_load_path {str(folder)!r} {what}; give a Hugging Face folder, a DCP checkpoint or hf://org/name"
         )
+    require_contained(folder, follow_links)
     has_safetensors = any((folder / name).exists() for name in (INDEX_NAME, SINGLE_NAME))
     has_weights = has_safetensors or any((folder / name).exists() for name in (BIN_INDEX_NAME, BIN_NAME))
     if (folder / METADATA_NAME).exists():
@@ -28,12 +31,14 @@ def open_source(path: str | Path, allow_pickle: bool = False) -> Source:
             raise SeedError(
                 f"{folder}: holds a DCP checkpoint ({METADATA_NAME}) and Hugging Face weights; move one of them away"
             )
-        return open_dcp(folder)
+        return open_dcp(folder, follow_links)
     found = f"(found: {some(p.name for p in folder.iterdir())})"
     if has_weights:
         if not (folder / "config.json").exists():
             raise SeedError(f"{folder}: no config.json, so this is not a Hugging Face model folder {found}")
-        return open_hf_safetensors(folder) if has_safetensors else open_hf_bin(folder, allow_pickle)
+        if has_safetensors:
+            return open_hf_safetensors(folder, follow_links)
+        return open_hf_bin(folder, allow_pickle, follow_links)
     if steps := [p.name for p in folder.glob("step-*") if (p / METADATA_NAME).exists()]:
         raise SeedError(f"{folder}: holds checkpoints ({some(steps)}); name one of them")
     if any(folder.glob("*.distcp")):

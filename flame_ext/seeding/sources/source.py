@@ -68,6 +68,7 @@ class Source(ABC):
     objects: Mapping[str, Path] = field(default_factory=dict)  # Key of each object that is no tensor to its file
     layout: str = ""
     nesting: str = ""  # Prefix of every key of the model in the files
+    follow_links: bool = False  # Whether its files may be links out of the folder
 
     def for_model(self, *is_models: Callable[[str], bool]) -> Source:
         """Return the model's part of the source, under keys without nesting; raise SeedError if only some are nested.

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from flame_ext.errors import SeedError
 from flame_ext.seeding.read import read_weights
 from flame_ext.seeding.sources.boxes import full_box
-from flame_ext.seeding.sources.dcp import read_metadata
+from flame_ext.seeding.sources.dcp_metadata import read_metadata
 from flame_ext.seeding.sources.open import open_source
 from flame_ext.seeding.sources.source import Source
 from tests.ranks import run_ranks
@@ -127,7 +127,7 @@ def no_dictionary(m: Metadata) -> None:
         (unplaced, "no file for 'c' at []"),
         (negative, "malformed"),
         (transformed, "was transformed on saving"),
-        (no_dictionary, "malformed (AttributeError"),
+        (no_dictionary, "malformed (TypeError: a NoneType stands where a dict should be)"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

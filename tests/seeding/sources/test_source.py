@@ -156,7 +156,7 @@ def entry(dtype: str, shape: list, offsets: list) -> dict:
         ({"x": entry("F32", [2], [0, 8]), "y": entry("F32", [1], [4, 8])}, "invalid offset for tensor `y`"),
         ({"x": entry("F32", [2**62, 2**62], [0, 8])}, "in 'x': .*overflow"),
         ({"x": entry("F32", [1], [0, 4])}, "file not fully covered"),
-        ([], "invalid type: sequence"),
+        ([], "its header is not a JSON object"),
     ],
 )
 def test_a_header_that_does_not_describe_its_file_is_refused(tmp_path: Path, header: object, message: str) -> None:
