@@ -1,8 +1,10 @@
 """Reads ``config.json`` without importing what builds the model."""
 
 import json
+import logging
 from contextlib import suppress
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,19 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from flame_ext.errors import ConfigError
 
+logger = logging.getLogger()  # torchtitan's: importing torchtitan for it would take seconds
+
+# Fields that say how weights are stored, not what they compute. Nothing reads quantised weights here, so they are left-overs.
+STORAGE_FIELDS = ("quantization_config", "compression_config")
+
 _SMALL = 2**15
 # Fields that are read before the configuration's own class is known.
 _READ_FIRST = {"model_type": str, "auto_map": dict, "quantization_config": dict, "configuration_files": list}
+
+
+def is_part_of_transformers(config: PreTrainedConfig) -> bool:
+    """Return whether the configuration's class is transformers' own, not registered by a user or brought by a folder."""
+    return type(config).__module__.startswith("transformers.models.")
 
 
 def load_hf_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -21,7 +33,6 @@ def load_hf_config(path: str, trust_remote_code: bool = False) -> PreTrainedConf
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
         if not isinstance(config.get_text_config(), PreTrainedConfig):
             raise TypeError(f"{config.get_text_config()!r:.80} is no configuration of a text model")
-        return config
     except Exception as e:  # transformers raises whatever a field of another type leads to
         if "trust_remote_code" in str(e):
             raise ConfigError(
@@ -33,6 +44,11 @@ def load_hf_config(path: str, trust_remote_code: bool = False) -> PreTrainedConf
             f"model.hf_assets_path {path!r}: no usable config.json: {_wrong_field(path)}{reason}; give the folder of a Hugging "
             "Face causal LM"
         ) from e
+    for name in STORAGE_FIELDS:
+        if getattr(config, name, None) is not None:
+            _say_left_out(path, name)
+            delattr(config, name)
+    return config
 
 
 def _wrong_field(path: str) -> str:
@@ -52,3 +68,8 @@ def _wrong_field(path: str) -> str:
             AutoConfig.for_model(**deepcopy({key: value for key, value in fields.items() if key != field}))
             return "" if field is None else f"{field} is {fields[field]!r:.80}: "
     return ""
+
+
+@cache
+def _say_left_out(path: str, name: str) -> None:
+    logger.info(f"{path}/config.json: {name} is left out: the weights that are trained and exported are not quantised")

@@ -107,6 +107,7 @@ class HFCausalLM(nn.Module):
     get_input_embeddings: Callable[[], Any]
     get_output_embeddings: Callable[[], Any]
     set_requires_gradient_sync: Callable[[bool], None]
+    _adjust_missing_and_unexpected_keys: Callable[[Any], None]
 
     model_args: HFModelArgs
     weight_transforms: tuple[WeightTransform, ...]  # with which transformers loads files of this architecture
@@ -123,6 +124,11 @@ class HFCausalLM(nn.Module):
     def whole(self) -> HFCausalLM:
         """The whole model, for names, shapes and configuration; on a stage of a pipeline it is on meta."""
         return self.of_whole[0] if self.of_whole else self
+
+    @property
+    def architecture(self) -> str:
+        """The name of the class in transformers, as in ``architectures`` of ``config.json``."""
+        return type(self).__name__.removeprefix("Titan")
 
     @property
     def layers(self) -> nn.ModuleList:
