@@ -28,8 +28,8 @@ from flame_ext.distributed import from_main_rank, is_main_rank, on_main_rank
 from flame_ext.errors import ConfigError, SeedError
 from flame_ext.heads.registry import head_arguments, record_of_heads
 from flame_ext.heads.spec import FutureSummaries
+from flame_ext.host.high_precision import in_high_precision
 from flame_ext.model.hf_causal_lm import HFCausalLM
-from flame_ext.model.quantization import in_high_precision
 from flame_ext.model.runner import ModelRunner, StageInputs
 from flame_ext.run.background_export import background_exports
 from flame_ext.run.optimization import configured_again

@@ -18,17 +18,14 @@ _HARMLESS = (
     "activation_checkpoint", "checkpoint", "comm", "compile", "data.sources.label", "debug.deterministic",
     "debug.deterministic_warn_only", "export", "fault_tolerance", "job", "memory_estimation", "metrics", "model.hf_assets_path",
     "model.print_after_conversion", "parallelism", "profiling", "seed.allow_config_difference", "seed.allow_pickle", "seed.dry_run",
-    "seed.follow_links",
-    "seed.verify",
+    "record", "seed.follow_links", "seed.verify",
     "training.dataloader", "training.enable_cpu_offload", "training.gc_debug", "training.gc_freq", "training.local_batch_size",
     "validation",
 )  # fmt: skip
 
 # The files in model.hf_assets_path from which the model and the tokenizer are built.
-_ASSETS = (
-    *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "tekken.json"),
-)
+_FIRST_ASSETS = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt")
+_ASSETS = (*_FIRST_ASSETS, "special_tokens_map.json", "added_tokens.json", "tekken.json")
 
 
 def asset_digests(folder: Path, code: bool = False) -> dict[str, str]:
@@ -50,6 +47,7 @@ def config_record(
     if record["training.global_batch_size"] <= 0:
         record["training.global_batch_size"] = config.training.local_batch_size * data_parallel_degree
     record |= (heads or {}) | {f"model.hf_assets_path/{name}": digest for name, digest in assets.items()}
+    record["record.version"] = 2  # the first had none
     return json.loads(json.dumps(record, default=str))
 
 
@@ -68,6 +66,7 @@ def check_unchanged(then: dict[str, Any], now: dict[str, Any], allowed: list[str
 
     Raises ConfigError if an option has changed that is not allowed to, or if ``allowed`` names no recorded option.
     """
+    then = _as_of_this_version(then, now)
     names = sorted(name for name in {*then, *now} if not _is_harmless(name))
     allowed = list(filter(None, allowed))  # torchtitan parses "--checkpoint.allow_config_change=" as one empty name
     if problems := [_not_a_field(name, names) for name in allowed if name not in names]:
@@ -83,6 +82,16 @@ def check_unchanged(then: dict[str, Any], now: dict[str, Any], allowed: list[str
             f"checkpoint.allow_config_change = {remedy}"
         )
     return list(changes.values())
+
+
+def _as_of_this_version(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Returns a saved record; one of the first version with what was not recorded, or had another default, as it is ``now``."""
+    if "record.version" in then:
+        return then
+    files = {name for name in now if name.startswith("model.hf_assets_path/") and name not in then}
+    files = {name for name in files if name.rpartition("/")[2] not in _FIRST_ASSETS and not name.endswith(".py")}
+    headers = {name for name, value in then.items() if name.endswith(".tokens_dtype") and value == "uint16"}
+    return then | {name: now[name] for name in files | {name for name in headers if now.get(name, 0) is None}}
 
 
 def flat(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -26,7 +26,7 @@ HARMLESS_SECTIONS = {
 HARMLESS_FIELDS = {
     "debug.deterministic", "debug.deterministic_warn_only",
     "model.hf_assets_path", "model.print_after_conversion",
-    "seed.allow_pickle", "seed.dry_run", "seed.verify",
+    "seed.allow_config_difference", "seed.allow_pickle", "seed.dry_run", "seed.follow_links", "seed.verify",
     "training.dataloader.num_workers", "training.dataloader.persistent_workers", "training.dataloader.pin_memory",
     "training.dataloader.prefetch_factor", "training.enable_cpu_offload", "training.gc_debug", "training.gc_freq",
 }  # fmt: skip
@@ -232,3 +232,20 @@ def test_another_list_of_sources_is_another_run() -> None:
     ):
         with pytest.raises(ConfigError, match=re.escape(name)):
             check_unchanged(then, changed, [], "step-1")
+
+
+def test_a_step_of_the_first_version_goes_on() -> None:
+    """It did not record every file of a tokenizer, and a source's tokens had a type by default."""
+    now = record() | {"model.hf_assets_path/added_tokens.json": "a" * 64, "data.sources.0.tokens_dtype": None}
+    then = {
+        name: value
+        for name, value in now.items()
+        if name not in ("record.version", "model.hf_assets_path/added_tokens.json")
+    }
+    then["data.sources.0.tokens_dtype"] = "uint16"
+    assert check_unchanged(then, now, [], "step-1") == []
+    for changed in ({"data.sources.0.tokens_dtype": "int32"}, {"model.hf_assets_path/merges.txt": "b" * 64}):
+        with pytest.raises(ConfigError, match=next(iter(changed))):
+            check_unchanged(then, now | changed, [], "step-1")
+    with pytest.raises(ConfigError, match=r"added_tokens\.json"):
+        check_unchanged(then | {"record.version": 2}, now, [], "step-1")

@@ -14,8 +14,9 @@ from torchtitan.components.quantization.utils import module_filter_fn
 
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError
+from flame_ext.host.high_precision import in_high_precision
 from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
-from flame_ext.model.quantization import in_high_precision, with_names_of_transformers
+from flame_ext.model.quantization import with_names_of_transformers
 from tests.tiny_models import CONFIGS
 
 
