@@ -9,7 +9,7 @@ from torchtitan.tools.utils import device_module
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError, SeedError
 from flame_ext.files import parse_size
-from flame_ext.preflight.parallelism import data_parallel_ranks, replicated_alone
+from flame_ext.preflight.parallelism import data_parallel_ranks, is_launched, replicated_alone
 from flame_ext.run.optimization import schedule_problem
 from flame_ext.seeding.names import parse_key_map
 
@@ -134,9 +134,8 @@ def _check_memory_and_speed(config: FlameJobConfig) -> Iterator[str]:
         )
     if config.memory_estimation.enable:
         yield "memory_estimation.enable has no effect: torchtitan 0.2.2 has no estimate any more; leave it out"
-    if profiling.enable_memory_snapshot and not hasattr(
-        getattr(device_module, "memory", None), "_record_memory_history"
-    ):
+    recording = hasattr(getattr(device_module, "memory", None), "_record_memory_history")
+    if profiling.enable_memory_snapshot and is_launched() and not recording:
         yield (
             "profiling.enable_memory_snapshot records the allocator of an accelerator, and there is none; leave it out, or use "
             "profiling.enable_profiling"
