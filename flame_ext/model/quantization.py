@@ -26,7 +26,9 @@ def with_names_of_transformers(name: str, converter: type[Any]) -> type[Any]:
             output = [path for path, module in model.named_modules() if module is model.get_output_embeddings()]
             filters = getattr(self, "filter_fqns", [])
             for text in filters:
-                known = text == "output" or text.split(".")[0] in HEAD_NAMES  # heads may be attached later
+                known = (
+                    text in ("output", "auto_filter_small_kn") or text.split(".")[0] in HEAD_NAMES
+                )  # heads may be attached later
                 if not known and not any(text in path for path in linear):
                     names = ", ".join(sorted({path.rpartition(".")[2] for path in linear}))
                     raise ConfigError(

@@ -14,6 +14,7 @@ from flame_ext.config.sections import FlameJobConfig, sequence_lengths
 from flame_ext.heads.registry import teacher_of
 from flame_ext.host.names import model_converters
 from flame_ext.model.attention import mask_problem
+from flame_ext.preflight.parallelism import is_launched
 from flame_ext.seeding.sources.safe_files import TOKENIZER_FILES
 
 
@@ -34,6 +35,8 @@ def check_model(config: FlameJobConfig) -> Iterator[str]:
 
 def _check_quantization(config: FlameJobConfig) -> Iterator[str]:
     """What the converters themselves raise, on building them; and proofs that are not possible with their results."""
+    if not is_launched():
+        return
     float8 = config.quantize.linear.float8
     for name in (name for name in config.model.converters if name.startswith("quantize.") and name in model_converters):
         try:

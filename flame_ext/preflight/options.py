@@ -10,7 +10,7 @@ from torchtitan.tools.utils import device_module
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError, SeedError
 from flame_ext.files import parse_size
-from flame_ext.preflight.parallelism import data_parallel_ranks, replicated_alone
+from flame_ext.preflight.parallelism import data_parallel_ranks, is_launched, replicated_alone
 from flame_ext.run.optimization import schedule_problem
 from flame_ext.seeding.names import parse_key_map
 
@@ -86,6 +86,8 @@ def _check_training(config: FlameJobConfig) -> Iterator[str]:
     optimizer = config.optimizer
     if optimizer.name not in ("Adam", "AdamW"):
         yield f"optimizer.name must be 'Adam' or 'AdamW', got {optimizer.name!r}"
+    if optimizer.name == "AdamW" and (shrinking := optimizer.lr * optimizer.weight_decay) >= 1:
+        yield f"optimizer.lr times optimizer.weight_decay must be below 1, got {shrinking:g}: a step takes that share of each weight away"
     if optimizer.early_step_in_backward:
         early = "optimizer.early_step_in_backward updates the weights in every backward"
         if global_batch > local_batch * replicas:
@@ -131,9 +133,10 @@ def _check_memory_and_speed(config: FlameJobConfig) -> Iterator[str]:
             f"profiling.profile_freq ({profiling.profile_freq}) must be at least profiler_warmup ({profiling.profiler_warmup}) + "
             f"profiler_active ({profiling.profiler_active}) = {least}"
         )
-    if profiling.enable_memory_snapshot and not hasattr(
-        getattr(device_module, "memory", None), "_record_memory_history"
-    ):
+    if config.memory_estimation.enable:
+        yield "memory_estimation.enable has no effect: torchtitan 0.2.2 has no estimate any more; leave it out"
+    recording = hasattr(getattr(device_module, "memory", None), "_record_memory_history")
+    if profiling.enable_memory_snapshot and is_launched() and not recording:
         yield (
             "profiling.enable_memory_snapshot records the allocator of an accelerator, and there is none; leave it out, or use "
             "profiling.enable_profiling"

@@ -65,6 +65,11 @@ def data_parallel_ranks(config: FlameJobConfig) -> int | None:
     return None if rest else ranks
 
 
+def is_launched() -> bool:
+    """Returns whether this is a run, whose machine and processes are those that train; flame-ext reads configurations anywhere."""
+    return "WORLD_SIZE" in os.environ
+
+
 def _processes(otherwise: int = 1) -> int:
     """The number of processes, which is known under torchrun."""
     return int(os.environ.get("WORLD_SIZE", otherwise))
@@ -73,11 +78,8 @@ def _processes(otherwise: int = 1) -> int:
 def _check_data_parallel(config: FlameJobConfig) -> Iterator[str]:
     options, ranks = config.parallelism, data_parallel_ranks(config)
     replicas, shards = options.data_parallel_replicate_degree, options.data_parallel_shard_degree
-    if (
-        "WORLD_SIZE" in os.environ
-        and ranks is not None
-        and (ranks % replicas if shards == -1 else ranks != replicas * shards)
-    ):
+    unfit = ranks is not None and (ranks % replicas if shards == -1 else ranks != replicas * shards)
+    if unfit and is_launched():
         rest = "" if shards == -1 else f" times data_parallel_shard_degree ({shards})"
         yield (
             f"parallelism.data_parallel_replicate_degree ({replicas}){rest} must {'divide' if shards == -1 else 'be'} the number of "

@@ -25,9 +25,7 @@ class _Source:
     loader: PackedDataloader
     start: dict[str, Any] = field(init=False)  # the loader's position, of every pass
     batches: int = 0  # of a pass
-    counts: Tensor = field(
-        default_factory=lambda: torch.zeros(3)
-    )  # what figures are divided by: of a pass, over all ranks
+    counts: Tensor = field(default_factory=lambda: torch.zeros(3))  # of all ranks' batches; figures are over them
 
     def __post_init__(self) -> None:
         self.start = copy.deepcopy(self.loader.state_dict())
@@ -67,12 +65,9 @@ class FutureValidator(BaseValidator):
             source.counts = over_ranks(torch.stack(counts).sum(0))
             source.loader.dataset.pad = True  # ranks whose data end earlier go on with batches that have no label
             if source.counts[0] == 0:
-                name = (
-                    f"validation.sources {label!r}"
-                    if label
-                    else f"validation.dataset {self.job_config.validation.dataset!r}"
-                )
-                raise ConfigError(f"{name} has no text to validate on; give it more, or set validation.enable = false")
+                dataset = self.job_config.validation.dataset
+                named = f"validation.sources {label!r}" if label else f"validation.dataset {dataset!r}"
+                raise ConfigError(f"{named} has no text to validate on; give it more, or set validation.enable = false")
 
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:

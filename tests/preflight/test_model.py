@@ -43,6 +43,7 @@ EMULATE = "--quantize.linear.float8.emulate"
     ],
 )  # fmt: skip
 def test_what_float8_lacks_is_said(monkeypatch: pytest.MonkeyPatch, options: list[str], message: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
     assert message in refusal(FLOAT8, *options)
 
@@ -67,6 +68,7 @@ def test_proofs_in_float8_are_refused_where_there_is_no_high_precision(
     class Options(SimpleNamespace):
         from_recipe_name = staticmethod(lambda _name: SimpleNamespace())
 
+    monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setitem(sys.modules, "torchao.float8", SimpleNamespace(Float8LinearConfig=Options))
     if message is not None:
         assert message in refusal(FLOAT8, EMULATE, *options)
@@ -96,3 +98,9 @@ def test_a_model_without_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((TINY_OLMO / "config.json").read_bytes())
     with pytest.raises(ConfigError, match="no tokenizer"):
         parse([f"--job.config_file={DEBUG_TOML}", f"--model.hf_assets_path={tmp_path}"])
+
+
+def test_a_tool_reads_a_configuration_for_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    options = [FLOAT8, "--profiling.enable_memory_snapshot", "--parallelism.data_parallel_shard_degree=8"]
+    parse([f"--job.config_file={DEBUG_TOML}", *options])

@@ -22,6 +22,8 @@ from tests.ranks import DEBUG_TOML
         (["--training.epochs=-1"], "training.epochs must be >= 0"),
         (["--training.global_batch_size=12"], "must be a positive multiple of training.local_batch_size (8)"),
         (["--lr_scheduler.total_steps=59"], "lr_scheduler.total_steps (59) must be at least the steps of the run (60)"),
+        (["--optimizer.lr=0.5", "--optimizer.weight_decay=4"], "optimizer.lr times optimizer.weight_decay must be below 1, got 2"),
+        (["--memory_estimation.enable"], "memory_estimation.enable has no effect"),
         (["--optimizer.name=Muon"], "optimizer.name must be 'Adam' or 'AdamW', got 'Muon'"),
         (["--profiling.enable_profiling", "--profiling.profile_freq=3"], "profiling.profile_freq (3) must be at least profiler_warmup (3)"),
         (["--profiling.enable_memory_snapshot"], "profiling.enable_memory_snapshot records the allocator of an accelerator"),
@@ -33,7 +35,8 @@ from tests.ranks import DEBUG_TOML
         (["--compile.enable", "--compile.backend=inducktor"], "compile.backend must be one of"),
     ],
 )  # fmt: skip
-def test_values_that_can_not_be_right(options: list[str], message: str) -> None:
+def test_values_that_can_not_be_right(monkeypatch: pytest.MonkeyPatch, options: list[str], message: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
     if "accelerator" in message and torch.accelerator.is_available():
         pytest.skip("there is an accelerator")
     assert message in refusal(*options)

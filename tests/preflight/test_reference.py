@@ -56,7 +56,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_said_to_be_refused_is_refused(name: str) -> None:
+def test_what_is_said_to_be_refused_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
     assert name in TORCHTITAN_OPTIONS and name in refusal(*REFUSED[name])
 
 
