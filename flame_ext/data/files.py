@@ -117,6 +117,7 @@ def _read_text_files(files: list[tuple[str, int, int]], field: str, skip: bool) 
 
 
 def _read_json_rows(files: list[tuple[str, int, int]], field: str, skip: bool) -> Iterator[dict[str, Any]]:
+    fields: tuple[str, ...] = (field, TOKENS_FIELD)
     for file, *_ in files:
         number, skipped = 0, 0
         with _opened(file) as lines:
@@ -125,7 +126,9 @@ def _read_json_rows(files: list[tuple[str, int, int]], field: str, skip: bool) -
                     if not line.strip():
                         continue
                     try:
-                        yield _json_row(line, field)
+                        name, value = _json_row(line, fields)
+                        fields = (name,)  # the one in the first row, since a dataset has it in every row
+                        yield {name: value}
                     except RowError as e:
                         if not skip:
                             raise ConfigError(f"{file}, line {number}: {e}; mend it, or set skip_unreadable") from e
@@ -139,17 +142,17 @@ def _read_json_rows(files: list[tuple[str, int, int]], field: str, skip: bool) -
             logger.warning(f"{file}: skipped {skipped} unreadable lines")
 
 
-def _json_row(line: bytes, field: str) -> dict[str, Any]:
-    """The text or tokens of a line under their field's name; raises RowError if there are none, ConfigError for masks."""
+def _json_row(line: bytes, fields: tuple[str, ...]) -> tuple[str, Any]:
+    """The first of the fields that a line has, and its text or tokens; raises RowError without, ConfigError for masks."""
     try:
         row = json.loads(line)
-        found = field if field in row or TOKENS_FIELD not in row else TOKENS_FIELD
-        value = row[found]
+        field = next((name for name in fields if name in row), fields[0])
+        value = row[field]
     except KeyError as e:
-        raise RowError(f"no field {field!r} (text_field), which has {', '.join(sorted(row))}") from e
+        raise RowError(f"no field {fields[0]!r} (text_field), which has {', '.join(sorted(row))}") from e
     except (ValueError, TypeError, RecursionError) as e:
-        raise RowError(f"not JSON with a field {field!r} ({e})") from e
-    return {found: checked(unpadded(row) if found == TOKENS_FIELD else value)}
+        raise RowError(f"not JSON with a field {fields[0]!r} ({e})") from e
+    return field, checked(unpadded(row) if field == TOKENS_FIELD else value)
 
 
 def _opened(file: str) -> Any:

@@ -106,9 +106,9 @@ def open_documents(
         encode = _Encoder(tokenizer, text_of_sample, vocab_size, source.skip_unreadable)
         row = _row_reader(data, text_of_sample) if isinstance(data, Dataset) else None
         if row is None:
-            samples = [(sample, places.in_file(0, 0)) for sample in data.take(1)]
+            samples = [(sample, partial(places.in_file, 0, 0)) for sample in data.take(1)]
         else:
-            samples = [(row(i), places.of_index(i)) for i in spread(len(data))]
+            samples = [(row(i), partial(places.of_index, i)) for i in spread(len(data))]
         if not samples:
             raise ConfigError(f"{source.path}: no documents in it")
         for sample, place in samples:
@@ -164,9 +164,9 @@ class _Encoder:
         except ConfigError as e:
             raise ConfigError(f"{place()}: {e}") from e
 
-    def check(self, sample: dict[str, Any], place: str) -> None:
+    def check(self, sample: dict[str, Any], place: Callable[[], str]) -> None:
         """Raises ConfigError as a call does; a text is tokenised only if the tokenizer has ids that the model lacks."""
-        self(sample, lambda: place, encode=getattr(self._tokenizer, "vocab_limit", None) is not None)
+        self(sample, place, encode=getattr(self._tokenizer, "vocab_limit", None) is not None)
 
     def _encode(self, text: str) -> list[int]:
         if not isinstance(self._tokenizer, AutoHuggingFaceTokenizer):

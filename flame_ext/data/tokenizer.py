@@ -121,7 +121,7 @@ def _auto_tokenizer(folder: str, trust_remote_code: bool) -> Any:
         )
     if ignored:
         logger.warning(
-            f"{file}: {' and '.join(ignored)} in it are of an earlier call; no text is cut or padded by them"
+            f"{file}: saved with {' and '.join(ignored)} of an earlier call, which are not applied, as by AutoTokenizer"
         )
     # Some classes take the vocabulary alone from tokenizer.json, and build the rest anew.
     if isinstance(auto, TokenizersBackend) and type(auto) is not TokenizersBackend and file.is_file():

@@ -182,7 +182,7 @@ def tables(rounds: int, seconds: float, megabytes: int, memory: bool) -> list[Ta
         lines = (json.loads(line)["text"] for line in text.open())
         tokens = [[*tokenizer(line)["input_ids"], 0] for line in islice(lines, 2500)]
         Dataset.from_dict({"input_ids": tokens}).to_parquet(folder / "rows.parquet")
-        np.array([token for row in tokens for token in row], dtype=np.uint16).tofile(folder / "flat.npy")
+        np.save(folder / "flat.npy", np.array([token for row in tokens for token in row], dtype=np.uint16))
         rows: dict[str, Callable[[], Iterator[int]]] = {
             PEER: lambda: plain(folder, text),
             "text": lambda: ours(folder, text, streaming=False),

@@ -352,6 +352,8 @@ def write(folder: Path, name: str, content: bytes) -> str:
         (lambda f: DataSource(write(f, "a.jsonl", json_lines(["x"], "body"))), "a.jsonl, line 1: no field 'text' .*has body, id"),
         (lambda f: DataSource(write(f, "a.jsonl", b'{"text": "x"}\n{"text": \n')), "a.jsonl, line 2: not JSON"),
         (lambda f: DataSource(write(f, "a.jsonl", b'{"input_ids": [1, 264]}\n')), "token id 264 is not in .*vocabulary of 264"),
+        (lambda f: DataSource(write(f, "a.jsonl", b'{"text": "x"}\n{"input_ids": [1]}\n')), "line 2: no field 'text' .*has input_ids"),
+        (lambda f: DataSource(write(f, "a.jsonl", b'{"input_ids": [1]}\n{"text": "x"}\n')), "a.jsonl, line 2: no field 'input_ids'"),
         (lambda f: DataSource(write(f, "a.jsonl", b'{"text": 7}\n')), "neither text nor a list of token ids: 7"),
         (lambda f: DataSource(write(f, "a.jsonl", b'{"input_ids": [1.5]}\n')), "neither text nor a list of token ids"),
         (lambda f: DataSource(write(f, "a.jsonl", b'{"input_ids": [[1], [2, 3]]}\n')), "neither text nor a list of token ids"),

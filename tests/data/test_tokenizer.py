@@ -122,7 +122,7 @@ def test_truncation_and_padding_in_the_file_are_not_applied(
         == before.ids(TEXT)
         == AutoTokenizer.from_pretrained(TINY_OLMO)(TEXT).input_ids
     )
-    assert f"{tmp_path}/tokenizer.json: {next(iter(call))} in it" in caplog.text
+    assert f"{tmp_path}/tokenizer.json: saved with {next(iter(call))} of" in caplog.text
 
 
 @pytest.mark.parametrize(
