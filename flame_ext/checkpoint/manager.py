@@ -314,12 +314,16 @@ class SeedingCheckpointManager(CheckpointManager):
             self.hooks.export(curr_step)
 
     def _purge_stale_checkpoints(self) -> None:
-        """Deletes all but the newest ``keep_latest_k`` complete steps of this run's lineage."""
-        if self.keep_latest_k > 0 and is_main_rank():
+        """Deletes all but the newest ``keep_latest_k`` complete steps of this run's lineage. Collective."""
+
+        def purge() -> None:
             steps = read_steps(Path(self.folder)).of(self.hooks.facts()["run"], self.lineage)
             in_use = self.hooks.exports.in_use()
             for stale in (step for step in steps[: -self.keep_latest_k] if step.path not in in_use):
                 self.purge_queue.put(str(stale.path))
+
+        if self.keep_latest_k > 0:
+            on_main_rank(purge)
 
 
 def _require_listed(step: Path, files: set[str]) -> None:
