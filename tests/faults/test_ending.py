@@ -206,3 +206,6 @@ def test_exports_that_were_due_are_made_up_for_before_a_run_is_complete(dump_fol
     assert "Already complete: " in again.ranks[0].output
     assert sorted(p.name for p in (dump_folder / "hf").iterdir()) == ["step-2", "step-4"]
     assert steps_of(dump_folder) == [3, 4], "step 2 was kept until its export was made"
+    unbroken = dump_folder.with_name("unbroken")
+    train(unbroken, *options)
+    assert steps_of(unbroken) == [3, 4] and len(list((unbroken / "hf").iterdir())) == 2
