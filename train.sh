@@ -52,6 +52,7 @@ set -m
     -m flame_ext.train --job.config_file "$CONFIG_FILE" "$@" &
 torchrun=$!
 set +m
+# shellcheck disable=SC2329 # the traps call it
 stop() { # once: torchrun would not wait for its workers after a second one
     trap '' TERM USR1 INT HUP
     kill -s "$1" "$torchrun" 2>/dev/null || true

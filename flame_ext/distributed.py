@@ -60,6 +60,13 @@ def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     return values
 
 
+def lost_rank(error: RuntimeError) -> str | None:
+    """Return the last line of an exception that a collective raises where another rank has ended or stands still, else None."""
+    # gloo raises plain RuntimeErrors, which name its source files.
+    is_lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+    return f"{error}".strip().splitlines()[-1] if is_lost else None
+
+
 def describe(error: BaseException) -> str:
     """Return the message of an exception, with its type unless it is a :class:`UserError`."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

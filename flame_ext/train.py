@@ -23,6 +23,7 @@ with without_collection():
     from torchtitan.tools.logging import init_logger
 
     from flame_ext.config.sections import FlameJobConfig
+    from flame_ext.distributed import lost_rank
     from flame_ext.errors import UserError
     from flame_ext.preflight.parse import parse
     from flame_ext.run.signals import EXIT_PREEMPTED, STOP_SIGNALS, StopSignals, note_exit_code
@@ -66,6 +67,14 @@ def main(args: list[str] | None = None) -> None:
         code = run(config)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
+        note_exit_code(code)
+        raise SystemExit(code) from e
+    except RuntimeError as e:
+        if (reason := lost_rank(e)) is None:
+            raise
+        where = f"error: [rank {os.environ['RANK']}] another rank has ended or does not answer ({reason})"
+        steps = f"{config.job.dump_folder}/{config.checkpoint.folder}"
+        print(f"{where}: see its output; the last complete step in {steps} is as it was", file=sys.stderr, flush=True)
         note_exit_code(code)
         raise SystemExit(code) from e
     except SystemExit as e:  # a command line that cannot be parsed

@@ -78,7 +78,7 @@ class StepFolder:
         not there.
         """
         if load_step == -1 or self.yields(load_step):
-            return self.current
+            return [step for step in self.current if step.step >= load_step]
         if found := [step for step in self.steps if step.step == load_step]:
             return found
         there = ", ".join(str(step.step) for step in self.steps) or "none"
@@ -134,8 +134,11 @@ def record_lineage(folder: Path, run: str | None, lineage: Lineage) -> None:
 
 
 def lineage_of(step: CompleteStep) -> Lineage:
-    """Returns the lineage in a step's manifest, up to the step; raises ValueError unless :func:`read_steps` has seen it."""
-    return _until(parse_lineage(step.manifest.get("lineage")), step.step)
+    """Returns the lineage in a step's manifest; raises ValueError if it is none, which :func:`read_steps` has ruled out."""
+    lineage = parse_lineage(step.manifest.get("lineage"))
+    if lineage[-1].after >= step.step:
+        raise ValueError("lineage: its last branch begins after the step")
+    return lineage
 
 
 def _until(lineage: Lineage, step: int) -> Lineage:

@@ -154,9 +154,7 @@ class SeedingCheckpointManager(CheckpointManager):
         if self._exports_last_step and not self.hooks.is_exported(last.step):
             self.load_model(last)
             self.hooks.export(last.step)
-        self.finish_exports()
-        if last in folder.current:
-            self._purge_stale_checkpoints()
+        self.finish_exports(purge=last in folder.current)
 
     def make_up_exports(self, steps: list[CompleteStep]) -> None:
         """Starts the exports of these steps that are due and not there."""
@@ -283,13 +281,17 @@ class SeedingCheckpointManager(CheckpointManager):
             return f"the save in the background failed: {_first_failure(error)}"
         return self.hooks.exports.error()
 
-    def finish_exports(self) -> None:
-        """Waits for exports in the background; raises on all ranks if one failed. Collective once a second, lest it time out."""
+    def finish_exports(self, purge: bool = True) -> None:
+        """Waits for exports in the background, then deletes the steps that they have read. Collective once a second, lest it time
+        out; raises on all ranks if an export failed.
+        """
         while from_main_rank(bool(self.hooks.exports.in_use())):
             time.sleep(1)
         with failing_together(CheckpointError):
             if (error := self.hooks.exports.error()) is not None:
                 raise CheckpointError(error)
+        if purge and not self.load_only:
+            self._purge_stale_checkpoints()
 
     def _async_wait(self) -> None:
         try:
@@ -314,12 +316,16 @@ class SeedingCheckpointManager(CheckpointManager):
             self.hooks.export(curr_step)
 
     def _purge_stale_checkpoints(self) -> None:
-        """Deletes all but the newest ``keep_latest_k`` complete steps of this run's lineage."""
-        if self.keep_latest_k > 0 and is_main_rank():
+        """Deletes all but the newest ``keep_latest_k`` complete steps of this run's lineage. Collective."""
+
+        def purge() -> None:
             steps = read_steps(Path(self.folder)).of(self.hooks.facts()["run"], self.lineage)
             in_use = self.hooks.exports.in_use()
             for stale in (step for step in steps[: -self.keep_latest_k] if step.path not in in_use):
                 self.purge_queue.put(str(stale.path))
+
+        if self.keep_latest_k > 0:
+            on_main_rank(purge)
 
 
 def _require_listed(step: Path, files: set[str]) -> None:

@@ -1,7 +1,6 @@
 """Exports steps while training goes on: another process converts each saved step that is due, and training does not wait."""
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -83,7 +82,7 @@ class BackgroundExports:
             self._process = process
             output, errors = process.communicate()
         self._process = None
-        if self._cancelled or -process.returncode in (*STOP_SIGNALS, signal.SIGINT):
+        if self._cancelled or -process.returncode in STOP_SIGNALS:
             return None  # a cluster signals all processes of a job: this run ends too
         if process.returncode != 0:
             lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]

@@ -34,9 +34,17 @@ class Holder:
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     time: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="microseconds"))
+    boot: str = field(
+        default_factory=lambda: _boot_id()
+    )  # of the kernel, which containers share, and hosts of one name do not
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} (since {self.time})"
+
+
+def _boot_id() -> str:
+    file = Path("/proc/sys/kernel/random/boot_id")
+    return file.read_text().strip() if file.is_file() else socket.gethostname()
 
 
 class FolderLock:
@@ -137,8 +145,8 @@ class FolderLock:
         """Raises a CheckpointError if the process of the record is alive: it has a heartbeat, or had one a moment ago and this
         process cannot know better.
         """
-        known = isinstance(before, Holder) and before.host == socket.gethostname() and self._kernel.is_locked
-        if before is None or known:  # its kernel lock would have been seen on its own host
+        known = isinstance(before, Holder) and before.boot == _boot_id() and self._kernel.is_locked
+        if before is None or known:  # its kernel lock would have been seen by its own kernel
             return
         first = self._last_beat()
         if first is not None and first[1] <= _SILENCE:
@@ -180,12 +188,12 @@ class FolderLock:
         """Returns the process of the record, or what is wrong with the record; None if there is none."""
         try:
             values = json.loads(self.file.read_bytes())
-            holder = Holder(values["host"], values["pid"], values["time"])
-            if [type(value) for value in asdict(holder).values()] != [str, int, str]:
+            holder = Holder(values["host"], values["pid"], values["time"], values.get("boot", ""))
+            if [type(value) for value in asdict(holder).values()] != [str, int, str, str]:
                 raise TypeError("a value has the wrong type")
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, LookupError, RecursionError) as e:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as e:
             return f"a process that {self.file} does not name ({e}: damaged file)"
         return holder
 

@@ -71,6 +71,14 @@ def test_the_card_says_where_the_weights_come_from(run: TrainRun, step: int) -> 
     assert "| continues from | `tests/assets/tiny_olmo`" in card.text and "load_with_heads" in card.text
 
 
+@pytest.mark.parametrize("folder", ["steps", "elsewhere/of/steps"])
+def test_the_card_is_there_whatever_the_folder_of_the_steps_is_called(dump_folder: Path, folder: str) -> None:
+    steps = dump_folder.parent / folder if "/" in folder else folder
+    run = train(dump_folder, *FAST, "--training.steps=1", "--export.interval=0", f"--checkpoint.folder={steps}")
+    text = (dump_folder / "hf" / "step-1" / "README.md").read_text()
+    assert f"| loss_ce | {run.metrics[0]['loss_ce']:.6g} |" in text
+
+
 def test_the_card_of_a_mixture_from_the_hub() -> None:
     manifest = {
         "step": 7,

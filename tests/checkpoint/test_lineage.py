@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 
-from flame_ext.checkpoint.lineage import LINEAGE_NAME, ROOT, Lineage, as_json, parse_lineage, read_steps, record_lineage
+from flame_ext.checkpoint.lineage import (
+    LINEAGE_NAME,
+    ROOT,
+    Branch,
+    Lineage,
+    as_json,
+    parse_lineage,
+    read_steps,
+    record_lineage,
+)
 from flame_ext.checkpoint.manager import SeedingCheckpointManager
 from flame_ext.errors import CheckpointError
 from tests.checkpoint.test_steps import complete, write_files
@@ -81,6 +90,12 @@ def test_two_times_back_and_back_to_a_branch_that_was_given_up(tmp_path: Path) -
     assert [branch.number for branch in found.lineage] == [0, 1, 2] and current(tmp_path) == [1, 2, 3, 4, 5]
     save(tmp_path, range(7, 8), begin(tmp_path, load_step=6))
     assert current(tmp_path) == [1, 2, 6, 7], "3, 4 and 5 are of branches beside it"
+
+
+def test_a_branch_that_begins_after_its_step_is_no_lineage(tmp_path: Path) -> None:
+    save(tmp_path, range(1, 3))
+    save(tmp_path, range(3, 4), (Branch(0, 3, -1),))
+    assert current(tmp_path) == [1, 2] and "begins after the step" in read_steps(tmp_path).passed_over[0]
 
 
 def test_a_damaged_newest_step_is_given_up_and_the_load_step_stays_in_force(tmp_path: Path) -> None:

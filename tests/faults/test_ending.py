@@ -146,6 +146,9 @@ def test_an_error_on_one_rank_ends_the_others_and_leaves_the_last_step(dump_fold
         "--comm.train_timeout_seconds=20", "--comm.init_timeout_seconds=20", world_size=2, check=False, timeout=90,
     )  # fmt: skip
     assert all(run.exit_codes) and "this rank has failed" in run.ranks[1].output
+    error = run.ranks[0].output.splitlines()[-1]
+    assert error.startswith("error: [rank 0] another rank has ended or does not answer (") and str(dump_folder) in error
+    assert "Traceback" not in run.ranks[0].output
     assert steps_of(dump_folder) == [2]
 
 
@@ -203,3 +206,6 @@ def test_exports_that_were_due_are_made_up_for_before_a_run_is_complete(dump_fol
     assert "Already complete: " in again.ranks[0].output
     assert sorted(p.name for p in (dump_folder / "hf").iterdir()) == ["step-2", "step-4"]
     assert steps_of(dump_folder) == [3, 4], "step 2 was kept until its export was made"
+    unbroken = dump_folder.with_name("unbroken")
+    train(unbroken, *options)
+    assert steps_of(unbroken) == [3, 4] and len(list((unbroken / "hf").iterdir())) == 2

@@ -76,7 +76,13 @@ def change(folder: Path, **values: Any) -> None:
 
 def left_behind(folder: Path, **values: Any) -> None:
     """A record of this host whose process nobody knows."""
-    record = {"host": socket.gethostname(), "pid": 2**22 + 1, "time": "2020-01-01T00:00:00+00:00", **values}
+    record = {
+        "host": socket.gethostname(),
+        "pid": 2**22 + 1,
+        "time": "2020-01-01T00:00:00+00:00",
+        "boot": lock._boot_id(),
+    }
+    record |= values
     (folder / ".lock").write_text(json.dumps(record))
 
 
@@ -109,7 +115,7 @@ def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_lock_names_its_process_and_goes_with_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "new"
     with held(folder):
-        assert contents(folder).keys() == {"host", "pid", "time"} and contents(folder)["pid"] == os.getpid()
+        assert contents(folder).keys() == {"host", "pid", "time", "boot"} and contents(folder)["pid"] == os.getpid()
         with pytest.raises(CheckpointError, match=f"{folder} is in use by process {os.getpid()} on .* .since 20"):
             FolderLock(folder).acquire()
         assert sorted(p.name for p in folder.iterdir()) == [".lock", ".lock.kernel"]
@@ -242,7 +248,7 @@ def test_a_process_of_another_host_is_seen_by_its_heartbeat(
     mine = FolderLock(tmp_path)
     mine.acquire()
     before = contents(tmp_path)
-    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    monkeypatch.setattr(lock, "_boot_id", lambda: "another kernel")  # under the same name of a host, as pods have it
     mine._kernel.release()
     with pytest.raises(CheckpointError, match=f"is in use by process {os.getpid()} on "):
         FolderLock(tmp_path).acquire()

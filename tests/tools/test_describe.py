@@ -27,6 +27,13 @@ def save_step(folder: Path, number: int) -> Path:
     return final
 
 
+def test_the_newest_step_of_a_dump_folder_whatever_its_steps_lie_in(tmp_path: Path) -> None:
+    for number in (2, 4):
+        save_step(tmp_path / "ckpt", number)
+    (tmp_path / "hf" / "step-4").mkdir(parents=True)
+    assert describe(str(tmp_path)).step == 4 and describe(str(tmp_path / "ckpt")).step == 4
+
+
 def test_groups_of_a_training_step(tmp_path: Path) -> None:
     state = {
         "model": {"model.norm.weight": WEIGHT, "future_predictor.norm.weight": WEIGHT},
