@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from flame_ext.checkpoint.card import card_of_step
 from flame_ext.checkpoint.steps import (
     complete_step,
     damaged_files,
@@ -138,6 +139,42 @@ def test_manifest_errors_name_the_reason(tmp_path: Path) -> None:
     ):
         manifest.write_text(json.dumps({**whole, "files": files}))
         with pytest.raises(CheckpointError, match=reason):
+            read_manifest(manifest.parent)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("config", []), ("seed", "x"), ("heads", [1]), ("data", 3), ("parallelism", [1]), ("versions", "2")),
+        *(("run", 5), ("step", "3"), ("world_size", "2"), ("finished", "yes"), ("model_only", 1), ("files", [])),
+    ],
+)
+def test_a_manifest_names_the_field_of_another_type(tmp_path: Path, field: str, value: object) -> None:
+    """What resumes, exports and cards take from it would else end in a traceback."""
+    path = write_step(tmp_path, 3)
+    manifest = path / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), field: value}))
+    with pytest.raises(CheckpointError, match=f"unreadable manifest.json \\({field} is "):
+        read_manifest(path)
+    steps, (line,) = find_steps(tmp_path)
+    assert steps == [] and line.startswith("step-3: unreadable manifest.json")
+    with pytest.raises(CheckpointError, match=field):
+        card_of_step(path)
+
+
+def test_a_manifest_is_a_file_of_its_step(tmp_path: Path) -> None:
+    path = write_step(tmp_path, 3)
+    (path / "manifest.json").rename(tmp_path / "elsewhere.json")
+    (path / "manifest.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(CheckpointError, match="manifest.json: is a link to .*elsewhere.json, outside the source"):
+        read_manifest(path)
+
+
+def test_a_nested_or_long_manifest_is_refused(tmp_path: Path) -> None:
+    manifest = write_step(tmp_path, 3) / "manifest.json"
+    for raw in (b'{"files":' + b"[" * 10**6, b" " * 2**26, b'{"files": {}, "files": {}}', b"\xff"):
+        manifest.write_bytes(raw)
+        with pytest.raises(CheckpointError, match=r"unreadable manifest.json \(.*manifest.json: "):
             read_manifest(manifest.parent)
 
 

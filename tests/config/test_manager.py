@@ -63,6 +63,7 @@ def test_a_minimal_job_is_plain_continued_pretraining(tmp_path: Path) -> None:
         ("[training.dataloader]\nworkers = 2", "unknown key 'training.dataloader.workers' (did you mean 'training.dataloader.num_w"),
         ("training = 3", "'training' is a section ([training] in TOML), got 3"),
         ("[training\n", "not valid TOML"),
+        ("a = " + "[" * 10**5, "not valid TOML"),
     ],
 )  # fmt: skip
 def test_toml_with_wrong_types_or_unknown_names(tmp_path: Path, text: str, message: str) -> None:

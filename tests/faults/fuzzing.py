@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from functools import cache
 from io import StringIO
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,6 +29,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 
 import torch
+from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
@@ -269,6 +271,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
             sys.prefix,
             sys.base_prefix,
             str(Path(__file__).parents[2]),
+            HF_HOME,
             "/proc",
             "/sys",
             "/dev",
@@ -277,6 +280,11 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         )
         if not path.startswith(own):
             opened.add(path)
+
+
+@cache
+def _watch() -> None:
+    sys.addaudithook(_audit)  # for as long as the process lives
 
 
 @contextmanager
@@ -292,6 +300,7 @@ def opened_outside(root: Path) -> Iterator[set[str]]:
 def fuzz(root: Path, mutations: int, seed: int, kinds: list[str] | None = None) -> Findings:
     """Makes ``mutations`` of the files under ``root``, one file at a time, each of which is whole again afterwards."""
     rng, findings, sources = random.Random(seed), Findings(), inputs(root)
+    _watch()
     for number in range(mutations):
         name = rng.choice(kinds or list(sources))
         source = sources[name]
@@ -324,9 +333,6 @@ def fuzz(root: Path, mutations: int, seed: int, kinds: list[str] | None = None) 
                 Path(keep).mkdir(exist_ok=True)
                 (Path(keep) / f"{number}-{source.file.name}").write_bytes(data)
     return findings
-
-
-sys.addaudithook(_audit)
 
 
 def main(arguments: list[str]) -> int:

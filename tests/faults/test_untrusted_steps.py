@@ -44,6 +44,14 @@ def code_in_metadata(step: Path, canary: Path) -> None:
     (step / ".metadata").write_bytes(pickle.dumps(Canary(canary)))
 
 
+def a_class_that_is_changed(step: Path, canary: Path) -> None:
+    """BUILD on a class is setattr for the whole process: here, so that every file is said to lie in the folder."""
+    raw = pickle.dumps(pickle.loads((step / ".metadata").read_bytes()), protocol=2)
+    state = pickle.dumps((None, {"is_relative_to": str(canary)}), protocol=2)[2:-1]
+    trick = b"cpathlib\nPosixPath\n" + state + pickle.BUILD + pickle.POP
+    (step / ".metadata").write_bytes(raw[:2] + trick + raw[2:])
+
+
 def code_in_an_entry(step: Path, canary: Path) -> None:
     metadata = pickle.loads((step / ".metadata").read_bytes())
     index = MetadataIndex("train_state.step")
@@ -86,6 +94,7 @@ def a_link_that_leads_elsewhere(step: Path, _canary: Path) -> None:
     ("tamper", "message"),
     [
         (code_in_metadata, "a checkpoint has no use for it, so this one is damaged or made to run code"),
+        (a_class_that_is_changed, ".metadata: is not DCP metadata (UnpicklingError: the state of a _Name is set)"),
         (code_in_an_entry, "'train_state.step' is not plain data and was not unpickled"),
         (a_path_that_leads_elsewhere, "only plain file names in the same folder are read"),
         (an_unlisted_link_that_leads_elsewhere, "outside the source; copy the file itself to its place"),

@@ -19,7 +19,7 @@ TOKENIZER_FILES = (
 # All far above what real models have, and low enough for a file of any content to be read in seconds and in less than 1 GiB.
 MAX_JSON_BYTES = 2**25  # headers, indices and manifests
 MAX_CONFIG_BYTES = 2**20
-MAX_TOKENIZER_BYTES = 2**28
+MAX_TOKENIZER_BYTES = 2**26
 MAX_KEYS = 2**18  # of one JSON object
 MAX_RANK = 8  # dimensions of a tensor
 _MAX_CONFIG_VALUES = 2**17
