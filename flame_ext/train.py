@@ -38,9 +38,9 @@ def run(config: FlameJobConfig) -> int:
         with closing(FutureTrainer(config, signals)) as trainer:
             trainer.train()
     finally:
-        if __name__ == "__main__":  # nothing is left that a signal could stop
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         signals.restore()
+        for number in STOP_SIGNALS if __name__ == "__main__" else ():  # nothing is left that a signal could stop
+            signal.signal(number, signal.SIG_IGN)
     if dist.is_initialized():
         dist.destroy_process_group()
     return EXIT_PREEMPTED if trainer.preempted else 0

@@ -41,7 +41,7 @@ def test_a_stop_signal_is_remembered_until_the_handlers_are_restored(number: sig
 def test_a_signal_that_was_held_back_until_the_handlers_are_there_counts() -> None:
     signals = StopSignals()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)  # to this thread: others have not blocked it
     signals.install()
     try:
         assert signals.received is signal.SIGTERM
