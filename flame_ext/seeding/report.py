@@ -27,6 +27,8 @@ class SeedReport:
     revision: str | None  # The Hub's commit, for a source on the Hub
     weights_digest: str
     """SHA-256 over the loaded values as they are in the model, whatever the number of ranks and the parallelism."""
+    config_differences: list[str]
+    """A line for each field of ``config.json`` that ``seed.allow_config_difference`` lets differ from the source's."""
 
     @property
     def identity(self) -> dict[str, Any]:
