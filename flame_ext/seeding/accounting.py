@@ -79,13 +79,14 @@ def account(
             missing = f"{key!r} {list(needed.shape)} is missing from the source"
             if key in initialisable:
                 missing += "; if it is meant to start from its initialisation, declare it in seed.new_parameters"
-            elif matches(key, new_parameters):
-                missing += (
-                    "; seed.new_parameters matches it, but it belongs to the backbone, which has no initialisation here"
-                )
             elif key in vocabulary:
                 missing += (
                     "; if the model ties it to its input embedding, set tie_word_embeddings = true in config.json"
+                )
+            else:
+                missing += (
+                    ", and seed.new_parameters cannot declare it: the backbone has no initialisation here; copy the source again, "
+                    "or give the key its name with seed.key_map"
                 )
             problems.append(missing)
     beyond = [

@@ -2,7 +2,6 @@
 
 import time
 from collections import Counter
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -68,7 +67,7 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
     report = SeedReport(*read, verification, revision, digest, differences)
     with failing_together(SeedError):
         if is_main_rank():
-            write_json(report_folder / REPORT_NAME, asdict(report))
+            write_json(report_folder / REPORT_NAME, report.fields)
     verified = "Did not verify" if options.verify == "none" else "Verified"
     logger.info(f"{verified} the seeded model ({verification}); recorded in {report_folder / REPORT_NAME}")
     for what in proved:
