@@ -1,5 +1,6 @@
 """Writes the model as a Hugging Face folder; heads lie in a subfolder, since readers take every file beside for the backbone."""
 
+import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -14,23 +15,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchtitan.tools.logging import logger
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from flame_ext.checkpoint.assets import code_stays, with_former_names
 from flame_ext.checkpoint.steps import put_in_place, start, temporary_path
 from flame_ext.distributed import is_main_rank, on_main_rank
 from flame_ext.errors import CheckpointError
 from flame_ext.fault_injection import fault_point
 from flame_ext.files import parse_size, write_json
+from flame_ext.hf_config import is_part_of_transformers
 from flame_ext.seeding.sources.hf_safetensors import INDEX_NAME, read_header
-from flame_ext.seeding.sources.safe_files import TOKENIZER_FILES
 from flame_ext.seeding.sources.source import HEADS_FOLDER, TensorEntry, cast, same_bits
-
-# The tokenizer's files, listed one by one: modelling code in the source must not be copied.
-_COPIED_FILES = (
-    *TOKENIZER_FILES,
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("merges.txt", "tokenizer.model", "chat_template.jinja"),
-)
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,9 @@ class ExportSpec:
     """Everything that an export contains or depends on besides the weights."""
 
     config: PreTrainedConfig
-    assets: Path  # the folder from which tokenizer and generation files are copied
+    architecture: str  # name of the model's class, for config.json
+    assets: Mapping[str, bytes]  # files to carry on, see read_assets; empty but on the main rank
+    folder: Path  # the model's, which ``auto_map`` of ``config`` is relative to
     dtype: torch.dtype  # of floating-point tensors, and in config.json
     heads: dict[str, dict[str, Any]] | None  # name of each head to the arguments of build_head; None without heads
     max_shard_size: str = "5GB"  # maximum size of each file of the backbone
@@ -100,12 +97,13 @@ def write_hf(
 def _write_small_files(folder: Path, spec: ExportSpec) -> None:
     spec.config.dtype = spec.dtype
     spec.config._auto_class = None  # type: ignore[misc]  # otherwise transformers would save the code that came with the configuration
+    spec.config.architectures = [spec.architecture]
     spec.config.save_pretrained(folder)
-    if (spec.assets / "generation_config.json").is_file():
-        GenerationConfig.from_pretrained(spec.assets).save_pretrained(folder)
-    for name in _COPIED_FILES:
-        if (spec.assets / name).is_file():
-            shutil.copyfile(spec.assets / name, folder / name)
+    file = folder / "config.json"
+    fields = code_stays(json.loads(file.read_text()), spec.folder, not is_part_of_transformers(spec.config))
+    file.write_text(json.dumps(with_former_names(fields, spec.config), indent=2, sort_keys=True) + "\n")
+    for name, content in spec.assets.items():
+        (folder / name).write_bytes(content)
     if spec.card is not None:
         (folder / "README.md").write_text(spec.card)
     if spec.heads is not None:

@@ -18,6 +18,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools.logging import logger
 
 import flame_ext
+from flame_ext.checkpoint.assets import read_assets
 from flame_ext.checkpoint.card import card_of_step
 from flame_ext.checkpoint.export import ExportSpec, StagedReader, export_hf
 from flame_ext.checkpoint.hooks import CheckpointHooks
@@ -60,6 +61,11 @@ class RunHooks(CheckpointHooks):
         self._runner: ModelRunner = trainer.runner
         self._model: HFCausalLM = trainer.runner.model
         self.exports = background_exports(self._config, lambda: trainer.finishing)
+        # Read before the first step, since a file that cannot be read must not end the run at its last export.
+        self._assets = (
+            on_main_rank(read_assets, Path(self._config.model.hf_assets_path), self._config.seed.trust_remote_code)
+            or {}
+        )
         # The manifest of every step names the run and the source of its step 0.
         self._run_id: str | None = None
         self._seed_identity: dict[str, Any] | None = None
@@ -130,7 +136,9 @@ class RunHooks(CheckpointHooks):
     def export(self, step: int) -> None:
         spec = ExportSpec(
             config=self._trainer.model_args.load(),
-            assets=Path(self._config.model.hf_assets_path),
+            architecture=self._model.whole.architecture,
+            assets=self._assets,
+            folder=Path(self._config.model.hf_assets_path),
             dtype=TORCH_DTYPE_MAP[self._config.checkpoint.export_dtype],
             heads=self._head_arguments,
             max_shard_size=self._config.export.max_shard_size,

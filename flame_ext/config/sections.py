@@ -30,7 +30,12 @@ class Seed:
     """Patterns (fnmatch) of keys in the source that are not read. Any other key that the model lacks is an error."""
 
     key_map: list[str] = field(default_factory=list)
-    """'old=new' replaces `old` at the beginning of the source's keys, such as 'ln.=future_predictor.norm.'. Each must match a key."""
+    """'old=new' replaces `old` at the beginning of the source's keys, such as 'ln.=future_predictor.norm.'; a `*` on both sides is
+    one part of a key, such as a layer's number. Each must match a key."""
+
+    allow_config_difference: list[str] = field(default_factory=list)
+    """Full names of fields of `config.json`, such as 'rope_parameters.rope_theta', that are meant to differ from the source's. A
+    difference in any other field that determines what the weights compute is an error."""
 
     allow_pickle: bool = False
     """Read a source that has only `.bin` files. These are pickles; they are read with `weights_only`, memory-mapped."""

@@ -107,6 +107,7 @@ class HFCausalLM(nn.Module):
     get_input_embeddings: Callable[[], Any]
     get_output_embeddings: Callable[[], Any]
     set_requires_gradient_sync: Callable[[bool], None]
+    _adjust_missing_and_unexpected_keys: Callable[[Any], None]
 
     model_args: HFModelArgs
     weight_transforms: tuple[WeightTransform, ...]  # with which transformers loads files of this architecture
@@ -123,6 +124,11 @@ class HFCausalLM(nn.Module):
     def whole(self) -> HFCausalLM:
         """The whole model, for names, shapes and configuration; on a stage of a pipeline it is on meta."""
         return self.of_whole[0] if self.of_whole else self
+
+    @property
+    def architecture(self) -> str:
+        """The name of the class in transformers, as in ``architectures`` of ``config.json``."""
+        return type(self).__name__.removeprefix("Titan")
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -280,8 +286,15 @@ def build_hf_causal_lm(model_args: HFModelArgs) -> HFCausalLM:
                 trust_remote_code=model_args.trust_remote_code,
                 **attention_options(config),
             )
-    except ValueError as e:
-        raise ConfigError(f"model.hf_assets_path {model_args.hf_assets_path!r}: {str(e).splitlines()[0]}") from e
+    except Exception as e:  # what an architecture makes of a value that it cannot take may be anything
+        reason = next(iter(str(e).splitlines()), "no reason given")
+        text = config.get_text_config()
+        pad, size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+        if isinstance(pad, int) and isinstance(size, int) and not -size <= pad < size:
+            reason = f"pad_token_id {pad} is no row of its embedding (vocab_size {size}); set pad_token_id to null"
+        raise ConfigError(
+            f"model.hf_assets_path {model_args.hf_assets_path!r}: no causal LM can be built from config.json: {reason}"
+        ) from e
     finally:
         handle.remove()
     # Read before the class changes, since transformers knows no conversions for a class from outside.

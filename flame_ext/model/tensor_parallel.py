@@ -67,7 +67,7 @@ _POSITIONWISE = ("Norm", "Linear", "Dropout", "Activation", "Identity", "SiLU", 
 
 def tensor_parallel_problems(model: HFCausalLM, degree: int) -> list[str]:
     """Lists the reasons why a whole model on meta cannot be split over ``degree`` ranks, judged by shapes, names and code."""
-    where = f"parallelism.tensor_parallel_degree = {degree} with {type(model).__name__.removeprefix('Titan')}"
+    where = f"parallelism.tensor_parallel_degree = {degree} with {model.architecture}"
     # A problem of every layer is reported once.
     problems = dict.fromkeys(replace_layer_number_by_wildcard(problem) for problem in _problems(model, degree))
     return [f"{where}: {problem}; or scale with data_parallel_shard_degree (FSDP)" for problem in problems]

@@ -28,13 +28,30 @@ def check_model(config: FlameJobConfig) -> Iterator[str]:
             yield f"model.converters: unknown converter {name!r}{hint} (known: {', '.join(sorted(model_converters))})"
 
 
+def not_a_causal_lm(hf_config: PreTrainedConfig) -> str | None:
+    """Returns why ``AutoModelForCausalLM`` makes no decoder of the configuration; None if it does.
+
+    As in transformers, ``model_type`` decides; ``architectures`` may be absent, or name the base model or a classifier of a decoder.
+    """
+    names = (hf_config.architectures or [])[:1]
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(hf_config.model_type)
+    # By name, since a folder may bring its own class; by transformers' table, since GPT-2's is a GPT2LMHeadModel.
+    if any(name.endswith("ForCausalLM") or name == known for name in names):
+        return None
+    of_a_decoder = all(name.endswith(("Model", "Classification", "QuestionAnswering")) for name in names)
+    if known is None or not of_a_decoder or hf_config.is_encoder_decoder or not getattr(hf_config, "is_decoder", True):
+        return (
+            f"architectures is {hf_config.architectures} and model_type {hf_config.model_type!r}, which is no decoder-only causal LM "
+            "(…ForCausalLM)"
+        )
+    return None
+
+
 def check_model_config(config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterator[str]:
     """Yields one sentence for each finding in architecture, tokenizer files, attention and sequence length."""
     assets = Path(config.model.hf_assets_path)
-    # By name, since a folder may bring its own class; by transformers' table, since GPT-2's is a GPT2LMHeadModel.
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    if not any(name.endswith("ForCausalLM") or name in known for name in (hf_config.architectures or [])[:1]):
-        yield f"{assets / 'config.json'}: architectures is {hf_config.architectures}, which is no decoder-only causal LM (…ForCausalLM)"
+    if (reason := not_a_causal_lm(hf_config)) is not None:
+        yield f"{assets / 'config.json'}: {reason}"
     if not any((assets / name).is_file() for name in TOKENIZER_FILES):
         yield f"model.hf_assets_path {str(assets)!r}: no tokenizer ({' or '.join(TOKENIZER_FILES)}); copy the model's there"
     if config.data.document_attention and (reason := mask_problem(hf_config)) is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from flame_ext.errors import SeedError
+from flame_ext.hf_config import STORAGE_FIELDS, is_part_of_transformers
 from flame_ext.seeding.sources.source import Source, TensorEntry, dtype_name
 
 # Numbers that mean themselves; quantised ones mean something only with their scales.
@@ -23,6 +24,10 @@ _HARMLESS = {
     "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "initializer_range",
     "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "return_dict", "transformers_version",
     "use_cache", "vocab_size",
+    # of classifiers
+    "id2label", "label2id", "num_labels", "problem_type",
+    # of how weights are stored, which are read only if they are not quantised
+    *STORAGE_FIELDS,
 }  # fmt: skip
 
 
@@ -68,18 +73,22 @@ def account(
             loaded.append(key)
             for entry in held:
                 problems += _misfits(entry, needed, key in vocabulary)
-        elif not _matches(key, new_parameters):
-            problems.append(
-                f"{key!r} {list(needed.shape)} is missing from the source; if it is meant to start from its initialisation, "
-                "declare it in seed.new_parameters"
-            )
-        elif key in initialisable:
+        elif key in initialisable and matches(key, new_parameters):
             initialised.append(key)
         else:
-            problems.append(
-                f"{key!r} {list(needed.shape)} is missing from the source; seed.new_parameters matches it, but it belongs to "
-                "the backbone, which has no initialisation here: narrow the pattern"
-            )
+            missing = f"{key!r} {list(needed.shape)} is missing from the source"
+            if key in initialisable:
+                missing += "; if it is meant to start from its initialisation, declare it in seed.new_parameters"
+            elif key in vocabulary:
+                missing += (
+                    "; if the model ties it to its input embedding, set tie_word_embeddings = true in config.json"
+                )
+            else:
+                missing += (
+                    ", and seed.new_parameters cannot declare it: the backbone has no initialisation here; copy the source again, "
+                    "or give the key its name with seed.key_map"
+                )
+            problems.append(missing)
     beyond = [
         (name, entry.key, f"{list(entry.shape)} in {entry.place} is not in the model")
         for name, entry in sorted(source.entries.items())
@@ -88,7 +97,7 @@ def account(
     beyond += [(key, key, f"in {file.name} is not a tensor") for key, file in sorted(source.objects.items())]
     unexpected = []
     for name, key, problem in beyond:
-        if _matches(key, ignore_source_keys) or _matches(name, ignore_source_keys):
+        if matches(key, ignore_source_keys) or matches(name, ignore_source_keys):
             ignored.append(key)
         else:
             unexpected.append(key)
@@ -101,11 +110,13 @@ def account(
                 groups[re.sub(r"(?<=\.)\d+(?=\.|$)", "*", key)].append(key)
             patterns = ", ".join(f'"{name if len(keys) > 1 else keys[0]}"' for name, keys in groups.items())
             shown.append(f"to leave out what is not in the model: seed.ignore_source_keys = [{patterns}]")
+        shown += [f"passed over: {what}" for what in source.passed_over]
         raise SeedError(f"{source.path} does not fit the model:\n  - " + "\n  - ".join(shown))
-    return Account(loaded, initialised, sorted(tied), sorted(computed_buffers), sorted(ignored))
+    return Account(loaded, initialised, sorted(tied), sorted(computed_buffers), sorted([*ignored, *source.ignored]))
 
 
-def _matches(key: str, patterns: Iterable[str]) -> bool:
+def matches(key: str, patterns: Iterable[str]) -> bool:
+    """Return whether a key matches one of the patterns (fnmatch)."""
     return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
@@ -131,31 +142,52 @@ def _misfits(entry: TensorEntry, needed: Tensor, is_vocabulary: bool) -> Iterabl
     yield message
 
 
-def require_same_function(source: Source, model_config: PreTrainedConfig, trust_remote_code: bool) -> None:
-    """Raise SeedError with each field that differs, in the configurations as transformers completes them with defaults."""
+def require_same_function(
+    source: Source, model_config: PreTrainedConfig, trust_remote_code: bool, allowed: Collection[str] = ()
+) -> list[str]:
+    """Compare the configurations as transformers completes them with defaults; returns a line for each ``allowed`` field that differs.
+
+    Raises SeedError with each other field that differs, unless it is one that the model's class does not have: no model reads it.
+    Also raises SeedError if ``allowed`` names a field that is the same in both.
+    """
     try:
         config = AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as e:
         hint = " (seed.trust_remote_code = true runs the folder's code)" if "trust_remote_code" in str(e) else ""
         raise SeedError(f"{source.path / 'config.json'}: {str(e).strip().splitlines()[0]}{hint}") from e
-    found, expected = _flat(config.to_dict()), _flat(model_config.to_dict())
-    differences = [
-        f"{field}: {found.get(field, 'absent')!r} in the source, {expected.get(field, 'absent')!r} in the model"
+    found, expected = _compared(config), _compared(model_config)
+    differences = {
+        field: f"{field}: {found.get(field, 'absent')!r} in the source, {expected.get(field, 'absent')!r} in the model"
         for field in sorted(found.keys() | expected.keys())
         if found.get(field) != expected.get(field)
-    ]
-    if differences:
+    }
+    if same := sorted({*filter(None, allowed)} - {*differences}):
+        raise SeedError(f"seed.allow_config_difference: {', '.join(same)}: no difference of this name; leave it out")
+    if refused := [field for field in differences if field not in allowed]:
+        names = ", ".join(f'"{field}"' for field in differences)
         raise SeedError(
             f"{source.path / 'config.json'} describes another function than config.json at model.hf_assets_path; the same "
-            "weights would compute something else. Make them agree:\n  - " + "\n  - ".join(differences)
+            "weights would compute something else. Make them agree:\n  - "
+            + "\n  - ".join(differences[field] for field in refused)
+            + f"\nor, if the model is meant to differ: seed.allow_config_difference = [{names}]"
         )
+    return list(differences.values())
 
 
-def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _compared(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the fields to compare, those of nested tables under their full names."""
+    known = type(config)().to_dict() if is_part_of_transformers(config) else None
+    return _flat(config.to_dict(), known, config.sub_configs)
+
+
+def _flat(
+    fields: dict[str, Any], known: dict[str, Any] | None, sub_configs: Collection[str] = (), prefix: str = ""
+) -> dict[str, Any]:
+    """``known`` has the fields of the configuration's class with their defaults; None = all count."""
     flat: dict[str, Any] = {}
     for key, value in fields.items():
-        if key in _HARMLESS or "dropout" in str(key):
+        if key in _HARMLESS or "dropout" in str(key) or (known is not None and key not in known):
             continue
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        below = known.get(key) if known is not None and key in sub_configs else None
+        flat |= _flat(value, below, (), f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

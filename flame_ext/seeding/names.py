@@ -3,7 +3,8 @@
 A source whose values transformers would also convert (fused experts) is refused.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
 from transformers import core_model_loading as loading
@@ -14,6 +15,9 @@ from flame_ext.seeding.sources.source import Source, TensorEntry
 
 Rule = tuple[str, str]
 
+# Under these names torch.compile, DDP, FSDP and activation checkpointing hold the module that they wrap.
+_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
 
 def parse_key_map(rules: Iterable[str], where: str = "seed.key_map") -> list[Rule]:
     """Split the ``"old=new"`` rules of option ``where`` into pairs; raise SeedError if one is malformed or two begin alike."""
@@ -22,6 +26,10 @@ def parse_key_map(rules: Iterable[str], where: str = "seed.key_map") -> list[Rul
         old, equals, new = rule.partition("=")
         if not (equals and old and new) or old == new:
             raise SeedError(f"{where}: {rule!r} is not 'old=new', two different beginnings of keys")
+        if old.count("*") != new.count("*"):
+            raise SeedError(
+                f"{where}: {rule!r} has not as many * on both sides; each * is one part of a key, such as a layer's number"
+            )
         if old in dict(parsed):
             raise SeedError(f"{where}: two rules rename {old!r}; keep one")
         parsed.append((old, new))
@@ -29,12 +37,20 @@ def parse_key_map(rules: Iterable[str], where: str = "seed.key_map") -> list[Rul
 
 
 def rename(key: str, rules: Iterable[Rule], nesting: str = "") -> str:
-    """Replace the beginning of a key by the first rule that fits, also behind the source's ``nesting``."""
+    """Replace the beginning of a key by the first rule that fits, also behind the source's ``nesting``; a ``*`` is any one part."""
     for old, new in rules:
+        pattern = re.escape(old).replace(r"\*", "([^.]+)")
         for prefix in ("", nesting):
-            if key.startswith(prefix + old):
-                return prefix + new + key[len(prefix + old) :]
+            if found := re.match(re.escape(prefix) + pattern, key):
+                first, *others = new.split("*")
+                new = first + "".join(part + other for part, other in zip(found.groups(), others, strict=True))
+                return prefix + new + key[found.end() :]
     return key
+
+
+def unwrapped(key: str, wrappers: Collection[str]) -> str:
+    """Take the names of modules that wrap others out of a key."""
+    return ".".join(part for part in key.split(".") if part not in wrappers)
 
 
 def renamed(source: Source, rules: list[Rule], where: str = "seed.key_map") -> Source:
@@ -61,6 +77,8 @@ class KeyNames:
     """Every name of a parameter or saved buffer, tied ones included, to its shape."""
     transforms: tuple[loading.WeightTransform, ...] = ()  # Result of ``get_model_conversion_mapping``
     base_model_prefix: str | None = None
+    ignored: Callable[[set[str]], set[str]] = lambda _names: set()
+    """Returns those of the files' keys, renamed and unknown to the model, that ``from_pretrained`` ignores."""
 
     def in_model(self, key: str, any_prefix: bool = True) -> str:
         """Return the model's name of a file's key, or the key itself if it is unknown.
@@ -85,6 +103,8 @@ def in_model_names(source: Source, names: KeyNames) -> Source:
 
     Raises SeedError if two keys become one, values need a conversion, or a DCP checkpoint is flat and nested at once.
     """
+    own = {part for key in names.model_keys for part in key.split(".")}
+    source = _without_wrappers(source, {*_WRAPPERS} - own)
     # "model." before every key is what tells nested from flat, so a prefix counts only where nothing fits without.
     source = source.for_model(
         lambda key: names.in_model(key, any_prefix=False) in names.model_keys,
@@ -97,4 +117,23 @@ def in_model_names(source: Source, names: KeyNames) -> Source:
             both = f"{entries[name].key!r} and {entry.key!r} are both {name!r}"
             raise SeedError(f"{source.path}: {both} of the model; keep one")
         entries[name] = entry
+    if unused := names.ignored({*entries} - {*names.model_keys}):
+        ignored = tuple(sorted(entries.pop(name).key for name in unused))
+        said = f"{some(ignored)}: {len(ignored)} keys that from_pretrained ignores"
+        source = replace(source, ignored=ignored, passed_over=(*source.passed_over, said))
     return replace(source, entries=entries)
+
+
+def _without_wrappers(source: Source, wrappers: set[str]) -> Source:
+    found = sorted(wrappers.intersection(part for key in source.entries for part in key.split(".")))
+    if not found:
+        return source
+    entries: dict[str, TensorEntry] = {}
+    for key, entry in source.entries.items():
+        if (new := unwrapped(key, found)) in entries:
+            raise SeedError(
+                f"{source.path}: {entry.key!r} and {entries[new].key!r} are both {new!r} without {', '.join(found)}; keep one"
+            )
+        entries[new] = entry
+    said = f"{', '.join(found)} in the keys, as wrappers of modules leave them there"
+    return replace(source, entries=entries, wrappers=tuple(found), passed_over=(*source.passed_over, said))

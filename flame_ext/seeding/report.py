@@ -1,6 +1,6 @@
 """Writes ``seed_report.json``, which records what was put into the model, from where, and how it was proved."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from flame_ext.errors import SeedError
@@ -27,6 +27,14 @@ class SeedReport:
     revision: str | None  # The Hub's commit, for a source on the Hub
     weights_digest: str
     """SHA-256 over the loaded values as they are in the model, whatever the number of ranks and the parallelism."""
+    config_differences: list[str]
+    """A line for each field of ``config.json`` that ``seed.allow_config_difference`` lets differ from the source's."""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The content of the file, which has ``config_differences`` only if there are some."""
+        fields = asdict(self)
+        return fields if self.config_differences else {k: v for k, v in fields.items() if k != "config_differences"}
 
     @property
     def identity(self) -> dict[str, Any]:

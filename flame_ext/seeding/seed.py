@@ -2,7 +2,6 @@
 
 import time
 from collections import Counter
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -35,13 +34,15 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
     folder, revision = locate(path, options.allow_pickle)
     begin = time.perf_counter()
     with failing_together(SeedError):
-        source, keys = match(target, folder, options)
+        source, keys, differences = match(target, folder, options)
     digests = gathered(source.digest)
     for rank, other in enumerate(digests):
         if other != digests[0]:
             raise SeedError(f"rank {rank} sees other files at {path} than rank 0; give all nodes the same copy")
     for line in source.passed_over:
         logger.info(f"Passed over in {folder}: {line}")
+    for line in differences:
+        logger.warning(f"The configurations differ, as seed.allow_config_difference permits: {line}")
     _log_casts(target, source, keys)
     with failing_together(SeedError):
         nbytes = read_weights(source, target.state, model.tied_keys, options.verify != "none", logged_progress())
@@ -63,10 +64,10 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
     verification = verify(options.verify, probe, load_reference, folder)
     proved = [] if options.verify == "none" else prove_attention(probe)
     read = path, source.layout, keys, total_bytes, seconds, len(figures), source.digest
-    report = SeedReport(*read, verification, revision, digest)
+    report = SeedReport(*read, verification, revision, digest, differences)
     with failing_together(SeedError):
         if is_main_rank():
-            write_json(report_folder / REPORT_NAME, asdict(report))
+            write_json(report_folder / REPORT_NAME, report.fields)
     verified = "Did not verify" if options.verify == "none" else "Verified"
     logger.info(f"{verified} the seeded model ({verification}); recorded in {report_folder / REPORT_NAME}")
     for what in proved:
@@ -74,15 +75,21 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
     return report
 
 
-def match(target: SeedTarget, folder: Path, options: Seed) -> tuple[Source, Account]:
-    """Return the source under the model's names and the account of every key, from headers; raise SeedError if it misfits."""
+def match(target: SeedTarget, folder: Path, options: Seed) -> tuple[Source, Account, list[str]]:
+    """Return the source under the model's names, the account of every key and the configurations' differences that are allowed.
+
+    Reads headers alone. Raises SeedError if the source does not fit the model.
+    """
     source = renamed(open_source(folder, options.allow_pickle), parse_key_map(options.key_map))
     source = in_model_names(source, target.names)
-    if (folder / "config.json").exists():  # a DCP checkpoint has none, unless somebody put it there
-        require_same_function(source, target.config, options.trust_remote_code)
+    differences: list[str] = []
+    if (folder / "config.json").exists():  # not every DCP checkpoint has one
+        allowed = options.allow_config_difference
+        differences = require_same_function(source, target.config, options.trust_remote_code, allowed)
     model = target.model
     needed = target.whole, model.tied_keys, model.computed_buffers, model.parameter_inits
-    return source, account(*needed, source, options.new_parameters, options.ignore_source_keys, model.vocabulary_keys)
+    keys = account(*needed, source, options.new_parameters, options.ignore_source_keys, model.vocabulary_keys)
+    return source, keys, differences
 
 
 def _log_casts(target: SeedTarget, source: Source, keys: Account) -> None:

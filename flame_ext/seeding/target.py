@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from flame_ext.model.hf_causal_lm import HFCausalLM
 from flame_ext.seeding.names import KeyNames
@@ -40,5 +41,10 @@ def whole_state(model: HFCausalLM, state: Mapping[str, Tensor]) -> Mapping[str, 
 
 def key_names(model: HFCausalLM, shapes: dict[str, tuple[int, ...]]) -> KeyNames:
     """Return the model's key names; ``shapes`` has the full tensors' by every name."""
-    architecture = type(model).__name__.removeprefix("Titan")
-    return KeyNames(architecture, shapes, model.weight_transforms, model.base_model_prefix)
+
+    def ignored(names: set[str]) -> set[str]:
+        info = LoadStateDictInfo(set(), set(names), set(), [], {}, set())
+        model._adjust_missing_and_unexpected_keys(info)
+        return names - info.unexpected_keys
+
+    return KeyNames(model.architecture, shapes, model.weight_transforms, model.base_model_prefix, ignored)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from flame_ext.checkpoint.assets import CARRIED_FILES, read_assets
 from flame_ext.checkpoint.card import card_of_step
 from flame_ext.checkpoint.export import ExportSpec, on_meta, require_written, write_hf
 from flame_ext.checkpoint.files import StepWriter
@@ -24,10 +25,11 @@ from flame_ext.files import parse_size
 from flame_ext.heads.names import is_head_key
 from flame_ext.heads.registry import build_head
 from flame_ext.hf_config import load_hf_config
+from flame_ext.seeding.accounting import matches
 from flame_ext.seeding.names import in_model_names, parse_key_map, renamed
 from flame_ext.seeding.sources.dcp import NESTED_PREFIX
 from flame_ext.seeding.sources.open import open_source
-from flame_ext.seeding.sources.safe_files import read_json
+from flame_ext.seeding.sources.safe_files import contained_file, read_json, some
 from flame_ext.seeding.sources.source import HEADS_FOLDER, Source, TensorEntry, cast, read_tensor, same_bits
 from flame_ext.tools.architecture import Architecture, load_architecture
 from flame_ext.tools.describe import folder_of
@@ -45,6 +47,7 @@ class Conversion:
     assets: Path | None = None  # folder with config.json, tokenizer and future_heads/config.json; None = the source
     head_arguments: dict[str, dict[str, Any]] | None = None  # by head, for build_head; None = the source or assets say
     key_map: tuple[str, ...] = ()  # as seed.key_map
+    ignore_source_keys: tuple[str, ...] = ()  # as seed.ignore_source_keys
     allow_pickle: bool = False
     trust_remote_code: bool = False
 
@@ -84,7 +87,9 @@ def convert(
     if destination.resolve().is_relative_to(folder.resolve()):
         raise CheckpointError(f"{destination}: lies inside the source {folder}; name a folder beside it")
     rules = parse_key_map(options.key_map, "--key-map")
-    source = renamed(open_source(folder, options.allow_pickle), rules, "--key-map")
+    source = _without(
+        renamed(open_source(folder, options.allow_pickle), rules, "--key-map"), options.ignore_source_keys
+    )
     assets = options.assets or source.path
     with _appearing(destination) as temporary:
         if (assets / "config.json").is_file():
@@ -105,8 +110,27 @@ def convert(
             _require_tensors(source)
         if to != "hf":
             _convert_to_dcp(source, temporary, to == "dcp-nested", options.dtype, progress)
+            _carry_assets(assets, temporary)
     nbytes = sum(tensor.nbytes for tensor in on_meta(source.entries, options.dtype).values())
     return Converted(source.layout, len(source.entries), nbytes, time.perf_counter() - begin, source.passed_over)
+
+
+def _without(source: Source, patterns: tuple[str, ...]) -> Source:
+    """Leaves out the keys that match ``patterns``."""
+    left_out = sorted(key for key in source.entries if matches(key, patterns))
+    if not left_out:
+        return source
+    entries = {key: entry for key, entry in source.entries.items() if key not in left_out}
+    said = f"{some(left_out)}: {len(left_out)} keys that --ignore-source-keys names"
+    return replace(source, entries=entries, passed_over=(*source.passed_over, said))
+
+
+def _carry_assets(assets: Path, folder: Path) -> None:
+    """Copies configuration, tokenizer and the heads' arguments beside ``.metadata``, for the way back."""
+    for name in ("config.json", *CARRIED_FILES, f"{HEADS_FOLDER}/config.json"):
+        if (assets / name).exists():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(contained_file(assets, name, "the folder").read_bytes())
 
 
 @contextmanager
@@ -131,7 +155,9 @@ def _convert_to_hf(
     dtypes = {entry.dtype for entry in backbone.values() if entry.dtype.is_floating_point}
     spec = ExportSpec(
         config=load_hf_config(str(assets), options.trust_remote_code),
-        assets=assets,
+        architecture=architecture.model.architecture,
+        assets=read_assets(assets, options.trust_remote_code),
+        folder=assets,
         dtype=options.dtype or (dtypes.pop() if len(dtypes) == 1 else torch.float32),
         heads=_head_arguments(source, heads, options) if heads else None,
         max_shard_size=options.max_shard_size,

@@ -33,6 +33,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--job.config_file", dest="config_file", help=toml)
     rules = "new beginnings of keys, such as ln.=future_predictor.norm."
     parser.add_argument("--key-map", nargs="+", default=[], metavar="OLD=NEW", help=rules)
+    patterns = "patterns of the source's keys to leave out, such as score.*"
+    parser.add_argument("--ignore-source-keys", nargs="+", default=[], metavar="PATTERN", help=patterns)
     parser.add_argument("--import", dest="module", help="module that registers heads of your own")
     parser.add_argument("--allow-pickle", action="store_true", help="read .bin files, with weights_only")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the modelling code of the model's folder")
@@ -61,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
         assets=assets,
         head_arguments=heads,
         key_map=tuple(options.key_map),
+        ignore_source_keys=tuple(options.ignore_source_keys),
         allow_pickle=options.allow_pickle,
         trust_remote_code=options.trust_remote_code,
     )

@@ -39,3 +39,20 @@ def test_a_resume_against_another_source_says_so(tmp_path: Path, dump_folder: Pa
     assert str(source) in warning and identity["source_digest"][:12] in warning and str(other) in warning
     assert "another job.dump_folder" in warning and "WARNING" in warning
     assert manifest(4)["seed"] == identity
+
+
+def test_a_difference_that_was_allowed_is_recorded(tmp_path: Path, dump_folder: Path) -> None:
+    source = shutil.copytree(TINY_OLMO, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 2e4}
+    (source / "config.json").write_text(json.dumps(config))
+    options = ["--seed.dry_run", "--seed.verify=parity", f"--checkpoint.initial_load_path={source}"]
+    refused = train(dump_folder, *options, check=False)
+    assert (
+        refused.exit_codes == [1]
+        and 'allow_config_difference = ["rope_parameters.rope_theta"]' in refused.ranks[0].output
+    )
+    train(dump_folder, *options, "--seed.allow_config_difference=rope_parameters.rope_theta")
+    report = json.loads((dump_folder / "seed_report.json").read_text())
+    assert report["config_differences"] == ["rope_parameters.rope_theta: 20000.0 in the source, 10000.0 in the model"]
+    assert report["verification"]["max_abs_diff"] == 0.0, "against the model's configuration"

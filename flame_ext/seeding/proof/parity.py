@@ -4,6 +4,7 @@ import gc
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from flame_ext.distributed import failing_together, gathered, is_main_rank
 from flame_ext.errors import SeedError
 from flame_ext.model.attention import attention_options
-from flame_ext.seeding.names import Rule, rename
+from flame_ext.seeding.names import Rule, rename, unwrapped
 from flame_ext.seeding.sources.source import Source, read_tensor
 
 # Plain text and a little code, long enough for any tokenizer.
@@ -140,12 +141,15 @@ def load_reference_model(
     attention = attention_options(config)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, **attention}
     state = source.independent_state(entries)
-    if state is None and all(rename(entry.key, key_map) == entry.key for entry in entries.values()):
-        return AutoModelForCausalLM.from_pretrained(source.path, local_files_only=True, **options)
+    if state is None and not source.wrappers and all(rename(e.key, key_map) == e.key for e in entries.values()):
+        return AutoModelForCausalLM.from_pretrained(
+            source.path, config=deepcopy(config), local_files_only=True, **options
+        )
     if state is None:
         state = {entry.key: read_tensor(source, name) for name, entry in entries.items()}
     nesting = source.nesting
-    weights = {rename(key, key_map, nesting).removeprefix(nesting): tensor for key, tensor in state.items()}
+    given = {key: unwrapped(rename(key, key_map, nesting), source.wrappers).removeprefix(nesting) for key in state}
+    weights = {given[key]: tensor for key, tensor in state.items()}
     with torch.device("meta"):
         model_class = type(AutoModelForCausalLM.from_config(config, **options))
     return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **attention)

@@ -121,7 +121,7 @@ def open_dcp(folder: Path) -> DcpSource:
     paths = metadata.planner_data.values() if isinstance(metadata.planner_data, dict) else ()
     nested = any(isinstance(path, tuple) and len(path) > 1 and path[0] == "model" for path in paths)
     nesting = NESTED_PREFIX if nested else ""
-    return DcpSource(folder, entries, digest.hexdigest(), passed_over, objects, _LAYOUTS[nesting], nesting)
+    return DcpSource(folder, entries, digest.hexdigest(), passed_over, objects, _LAYOUTS[nesting], nesting=nesting)
 
 
 def _described(

@@ -1,15 +1,16 @@
-"""Reads Hugging Face folders: one file of weights, or several and an index that is authoritative."""
+"""Reads Hugging Face folders: one file of weights, or several with an index or the numbers of a complete set in their names."""
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import _TYPES
+from safetensors.torch import _TYPES, load_file
 from torch import Tensor
 
 from flame_ext.errors import SeedError
@@ -29,6 +30,16 @@ _DTYPES: dict[str, Any] = {**_TYPES, "F8_E8M0": torch.float8_e8m0fnu}
 
 
 class SafetensorsSource(Source):
+    def independent_state(self, names: Collection[str]) -> dict[str, Tensor] | None:
+        if any((self.path / name).exists() for name in (SINGLE_NAME, INDEX_NAME)):
+            return None
+        entries = [
+            self.entries[name] for name in names
+        ]  # of shards without an index, which from_pretrained does not read
+        files = {chunk.file for entry in entries for chunk in entry.chunks}
+        held = {key: tensor for file in files for key, tensor in load_file(file).items()}
+        return {entry.key: held[entry.key] for entry in entries}
+
     @contextmanager
     def open(self, file: Path) -> Iterator[ReadBox]:
         with safe_files.as_seed_error(f"{file}: cannot be read"), safe_open(file, framework="pt") as reader:
@@ -43,15 +54,18 @@ class SafetensorsSource(Source):
 def read_folder(
     kind: type[S], folder: Path, index_name: str, single_name: str, read: ReadFile, beside: Sequence[str] = ()
 ) -> S:
-    """Describe a folder of safetensors or ``.bin`` files: those of its index, or its only one, and those ``beside`` the index.
+    """Describe a folder of safetensors or ``.bin`` files and the files ``beside``: as in ``from_pretrained``, its single file comes
+    before the files of an index. Where there is neither, its numbered files are read.
 
-    Raises SeedError if a file is absent, a key stands in two files, or the index and the files disagree.
+    Raises SeedError if a file is absent, a key stands in two files, or in another than the index says.
     """
-    index = folder / index_name
-    indexed = index.exists()
+    index, single = folder / index_name, folder / single_name
+    indexed = index.exists() and not single.exists()
     weight_map = safe_files.read_weight_map(index) if indexed else {}
     named_by = index_name if weight_map else "the folder"
-    names = sorted({*weight_map.values()}) or [single_name]
+    names = sorted({*weight_map.values()})
+    if not indexed:
+        names = [single_name] if single.exists() else numbered_files(folder, single_name)
     files = {name: safe_files.contained_file(folder, name, named_by) for name in names}
     files |= {name: safe_files.contained_file(folder, name, "the folder") for name in beside}
     entries: dict[str, TensorEntry] = {}
@@ -70,13 +84,31 @@ def read_folder(
             places[key] = name
         entries |= {key: entry for key, entry in tensors.items() if entry is not None}
         objects |= {key: file for key, entry in tensors.items() if entry is None}
-    for key, name in weight_map.items():
-        if key not in places:
-            raise SeedError(f"{index}: lists {key!r} in {name}, which does not hold it")
-    where = f"not in {index_name}" if weight_map else f"beside {single_name}"
+    unheld = [key for key in weight_map if key not in places]
+    where = f"not in {index_name}" if weight_map else f"beside {names[0]}"
     ending = single_name.split(".")[-1]
-    stray = tuple(f"{p.name} ({where})" for p in sorted(folder.glob(f"*.{ending}")) if p.name not in files)
-    return kind(folder, entries, digest.hexdigest(), stray, objects, layout=f"hf-{ending}")
+    stray = [f"{p.name} ({where})" for p in sorted(folder.glob(f"*.{ending}")) if p.name not in files]
+    if unheld:  # from_pretrained takes what the files hold
+        stray.append(f"{safe_files.some(map(repr, unheld))}, which {index_name} lists and no file holds")
+    if index.exists() and not indexed:
+        stray.append(f"{index_name} ({single_name} comes first, as in from_pretrained)")
+    return kind(folder, entries, digest.hexdigest(), tuple(stray), objects, layout=f"hf-{ending}")
+
+
+def numbered_files(folder: Path, single_name: str) -> list[str]:
+    """Return the names ``model-00001-of-0000N.safetensors`` and so on in a folder; raise SeedError unless all N or none are there."""
+    stem, ending = single_name.split(".", 1)
+    matches = [re.fullmatch(rf"{stem}-(\d{{5}})-of-(\d{{5}})\.{ending}", file.name) for file in folder.iterdir()]
+    found = sorted(match[0] for match in matches if match)
+    counts = {int(match[2]) for match in matches if match}
+    expected = [f"{stem}-{i:05d}-of-{n:05d}.{ending}" for n in counts for i in range(1, min(n, 10**4) + 1)]
+    if len(counts) > 1 or set(found) != set(expected):
+        absent = safe_files.some(set(expected) - {*found})
+        raise SeedError(
+            f"{folder}: has neither {single_name} nor {single_name}.index.json, and its numbered files are no complete set "
+            f"(found: {safe_files.some(found)}; absent: {absent}); copy what is absent, and leave one set there"
+        )
+    return found
 
 
 def open_hf_safetensors(folder: Path) -> SafetensorsSource:

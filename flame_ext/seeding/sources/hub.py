@@ -61,10 +61,13 @@ def download(path: str, repository: str, commit: str, allow_pickle: bool) -> Non
     if allow_pickle:
         kinds.append((BIN_INDEX_NAME, BIN_NAME, []))
     for index_name, single_name, beside in kinds:
+        folder = _fetch(path, repository, commit, [*_SMALL_FILES, single_name, *beside])
+        if (folder / single_name).exists():  # it comes before an index, as in from_pretrained
+            return
         index = _fetch(path, repository, commit, [*_SMALL_FILES, index_name]) / index_name
-        names = sorted(set(read_weight_map(index).values())) if index.exists() else [single_name]
-        folder = _fetch(path, repository, commit, [*_SMALL_FILES, index_name, *map(glob.escape, names), *beside])
-        if any((folder / name).exists() for name in (index_name, single_name)):
+        if index.exists():
+            names = sorted(set(read_weight_map(index).values()))
+            _fetch(path, repository, commit, [*_SMALL_FILES, index_name, *map(glob.escape, names), *beside])
             return
     hint = (
         ""

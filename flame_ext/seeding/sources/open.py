@@ -5,7 +5,7 @@ from pathlib import Path
 from flame_ext.errors import SeedError
 from flame_ext.seeding.sources.dcp import METADATA_NAME, open_dcp
 from flame_ext.seeding.sources.hf_bin import BIN_INDEX_NAME, BIN_NAME, open_hf_bin
-from flame_ext.seeding.sources.hf_safetensors import INDEX_NAME, SINGLE_NAME, open_hf_safetensors
+from flame_ext.seeding.sources.hf_safetensors import INDEX_NAME, SINGLE_NAME, numbered_files, open_hf_safetensors
 from flame_ext.seeding.sources.safe_files import some
 from flame_ext.seeding.sources.source import Source
 
@@ -23,6 +23,8 @@ def open_source(path: str | Path, allow_pickle: bool = False) -> Source:
         )
     has_safetensors = any((folder / name).exists() for name in (INDEX_NAME, SINGLE_NAME))
     has_weights = has_safetensors or any((folder / name).exists() for name in (BIN_INDEX_NAME, BIN_NAME))
+    if not has_weights:
+        has_weights = has_safetensors = bool(numbered_files(folder, SINGLE_NAME))
     if (folder / METADATA_NAME).exists():
         if has_weights:
             raise SeedError(
@@ -30,6 +32,11 @@ def open_source(path: str | Path, allow_pickle: bool = False) -> Source:
             )
         return open_dcp(folder)
     found = f"(found: {some(p.name for p in folder.iterdir())})"
+    if (folder / "adapter_config.json").exists():
+        raise SeedError(
+            f"{folder}: holds an adapter (adapter_config.json), which from_pretrained would add to the model: merge it into its base "
+            "with peft's merge_and_unload() and save the result; or, to go on from the base without it, move the adapter away"
+        )
     if has_weights:
         if not (folder / "config.json").exists():
             raise SeedError(f"{folder}: no config.json, so this is not a Hugging Face model folder {found}")

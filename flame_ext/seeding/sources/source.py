@@ -67,6 +67,8 @@ class Source(ABC):
     passed_over: tuple[str, ...] = ()  # A phrase for each thing that is not read
     objects: Mapping[str, Path] = field(default_factory=dict)  # Key of each object that is no tensor to its file
     layout: str = ""
+    ignored: tuple[str, ...] = ()  # Keys in the files that from_pretrained ignores
+    wrappers: tuple[str, ...] = ()  # Parts of the files' keys that are names of wrapping modules, and left out
     nesting: str = ""  # Prefix of every key of the model in the files
 
     def for_model(self, *is_models: Callable[[str], bool]) -> Source:

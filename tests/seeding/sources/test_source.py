@@ -50,6 +50,42 @@ def test_the_index_is_authoritative(folder: Path) -> None:
     assert source.entries["a"].place == "one.safetensors"
 
 
+def test_what_the_index_lists_and_no_file_holds_is_passed_over(folder: Path) -> None:
+    write_index(folder, {**WEIGHT_MAP, "d": "two.safetensors"})
+    source = open_source(folder)
+    assert set(source.entries) == {"a", "b", "c"}
+    assert source.passed_over == ("'d', which model.safetensors.index.json lists and no file holds",)
+
+
+def test_a_single_file_comes_before_an_index(folder: Path) -> None:
+    save_file({"a": torch.zeros(2, 3)}, folder / "model.safetensors")
+    source = open_source(folder)
+    assert set(source.entries) == {"a"} and source.entries["a"].place == "model.safetensors"
+    assert "model.safetensors.index.json (model.safetensors comes first, as in from_pretrained)" in source.passed_over
+
+
+def test_a_complete_set_of_numbered_files_needs_no_index(folder: Path) -> None:
+    (folder / INDEX_NAME).unlink()
+    for i, name in enumerate(FILES, 1):
+        (folder / name).rename(folder / f"model-0000{i}-of-00002.safetensors")
+    source = open_source(folder)
+    assert source.entries["c"].place == "model-00002-of-00002.safetensors"
+    state = source.independent_state(["a", "c"])
+    assert state is not None and {key: tensor.tolist() for key, tensor in state.items()} == {
+        "a": [[1.0] * 3] * 2,
+        "c": 1.0,
+    }
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(SeedError, match="no complete set .*absent: model-00002-of-00002.safetensors"):
+        open_source(folder)
+
+
+def test_an_adapter_is_not_passed_over(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(SeedError, match="adapter_config.json.*merge it into its base"):
+        open_source(folder)
+
+
 def test_the_heads_of_an_export_are_part_of_it(folder: Path) -> None:
     before = open_source(folder).digest
     (folder / "future_heads").mkdir()
@@ -80,10 +116,6 @@ def absolute(folder: Path) -> None:
 
 def absent_shard(folder: Path) -> None:
     (folder / "two.safetensors").unlink()
-
-
-def absent_key(folder: Path) -> None:
-    write_index(folder, {**WEIGHT_MAP, "d": "two.safetensors"})
 
 
 def key_in_two_files(folder: Path) -> None:
@@ -119,7 +151,6 @@ def a_file(folder: Path) -> None:
         (escape, "'c' points to '../two.safetensors'; only plain file names"),
         (absolute, "'c' points to '/etc/passwd'; only plain file names"),
         (absent_shard, "two.safetensors: listed in model.safetensors.index.json but absent"),
-        (absent_key, "lists 'd' in two.safetensors, which does not hold it"),
         (key_in_two_files, "'a' stands in both one.safetensors and two.safetensors"),
         (key_not_in_the_index, "holds key 'b', which model.safetensors.index.json puts in None"),
         (empty_index, "no 'weight_map'"),
