@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from flame_ext.checkpoint.assets import CARRIED_FILES, read_assets
+from flame_ext.checkpoint.assets import code_stays, read_assets
 from flame_ext.checkpoint.card import card_of_step
 from flame_ext.checkpoint.export import ExportSpec, on_meta, require_written, write_hf
 from flame_ext.checkpoint.files import StepWriter
 from flame_ext.checkpoint.steps import MANIFEST_NAME, put_in_place, start, temporary_path
 from flame_ext.errors import CheckpointError, SeedError
-from flame_ext.files import parse_size
+from flame_ext.files import parse_size, write_json
 from flame_ext.heads.names import is_head_key
 from flame_ext.heads.registry import build_head
 from flame_ext.hf_config import load_hf_config
@@ -110,7 +110,7 @@ def convert(
             _require_tensors(source)
         if to != "hf":
             _convert_to_dcp(source, temporary, to == "dcp-nested", options.dtype, progress)
-            _carry_assets(assets, temporary)
+            _carry_assets(assets, temporary, options.trust_remote_code)
     nbytes = sum(tensor.nbytes for tensor in on_meta(source.entries, options.dtype).values())
     return Converted(source.layout, len(source.entries), nbytes, time.perf_counter() - begin, source.passed_over)
 
@@ -125,12 +125,16 @@ def _without(source: Source, patterns: tuple[str, ...]) -> Source:
     return replace(source, entries=entries, passed_over=(*source.passed_over, said))
 
 
-def _carry_assets(assets: Path, folder: Path) -> None:
-    """Copies configuration, tokenizer and the heads' arguments beside ``.metadata``, for the way back."""
-    for name in ("config.json", *CARRIED_FILES, f"{HEADS_FOLDER}/config.json"):
-        if (assets / name).exists():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes(contained_file(assets, name, "the folder").read_bytes())
+def _carry_assets(assets: Path, folder: Path, trust_remote_code: bool) -> None:
+    """Copies configuration, tokenizer and the heads' arguments beside ``.metadata``, for the way back; no code is carried."""
+    if (assets / "config.json").exists():
+        fields = read_json(contained_file(assets, "config.json", "the folder"), "file")
+        write_json(folder / "config.json", code_stays(fields, assets, trust_remote_code))
+    for name, content in read_assets(assets, trust_remote_code).items():
+        (folder / name).write_bytes(content)
+    if (assets / HEADS_FOLDER / "config.json").exists():
+        heads = contained_file(assets, f"{HEADS_FOLDER}/config.json", "the folder")
+        write_json(folder / HEADS_FOLDER / "config.json", read_json(heads, "file"))
 
 
 @contextmanager
