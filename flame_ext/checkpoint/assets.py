@@ -98,9 +98,8 @@ def _former_names(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     scaling = {key: value for key, value in main.items() if key not in ("rope_theta", "partial_rotary_factor")}
     if scaling.get("rope_type", "default") == "default":
         scaling = {}
-    elif (
-        scaling["rope_type"] == "longrope" and fields.get("model_type") == "phi3"
-    ):  # Phi-3 wants these three, and "type"
+    elif scaling["rope_type"] == "longrope" and fields.get("model_type") == "phi3":
+        # Phi-3 in transformers 4 refuses any other key.
         scaling = {"type": "longrope"} | {key: scaling[key] for key in ("short_factor", "long_factor")}
     theta, part = main.get("rope_theta"), main.get("partial_rotary_factor")
     names = {"rope_theta": theta, "partial_rotary_factor": part, "rope_local_base_freq": sliding.get("rope_theta")}

@@ -107,7 +107,7 @@ def _write_small_files(folder: Path, spec: ExportSpec) -> None:
     spec.config.save_pretrained(folder)
     file = folder / "config.json"
     fields = code_stays(json.loads(file.read_text()), spec.folder, not is_part_of_transformers(spec.config))
-    file.write_text(json.dumps(with_former_names(fields, spec.config), indent=2, sort_keys=True) + "\n")
+    write_json(file, dict(sorted(with_former_names(fields, spec.config).items())))
     for name, content in spec.assets.items():
         (folder / name).write_bytes(content)
     if spec.card is not None:

@@ -18,9 +18,8 @@ _HARMLESS = (
     "activation_checkpoint", "checkpoint", "comm", "compile", "data.sources.label", "debug.deterministic",
     "debug.deterministic_warn_only", "export", "fault_tolerance", "job", "memory_estimation", "metrics", "model.hf_assets_path",
     "model.print_after_conversion", "parallelism", "profiling", "seed.allow_config_difference", "seed.allow_pickle", "seed.dry_run",
-    "record", "seed.follow_links", "seed.verify",
-    "training.dataloader", "training.enable_cpu_offload", "training.gc_debug", "training.gc_freq", "training.local_batch_size",
-    "validation",
+    "record", "seed.follow_links", "seed.verify", "training.dataloader", "training.enable_cpu_offload", "training.gc_debug",
+    "training.gc_freq", "training.local_batch_size", "validation",
 )  # fmt: skip
 
 # The files in model.hf_assets_path from which the model and the tokenizer are built.

@@ -78,25 +78,6 @@ def not_a_causal_lm(hf_config: PreTrainedConfig) -> str | None:
     return None
 
 
-def not_a_causal_lm(hf_config: PreTrainedConfig) -> str | None:
-    """Returns why ``AutoModelForCausalLM`` makes no decoder of the configuration; None if it does.
-
-    As in transformers, ``model_type`` decides; ``architectures`` may be absent, or name the base model or a classifier of a decoder.
-    """
-    names = (hf_config.architectures or [])[:1]
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(hf_config.model_type)
-    # By name, since a folder may bring its own class; by transformers' table, since GPT-2's is a GPT2LMHeadModel.
-    if any(name.endswith("ForCausalLM") or name == known for name in names):
-        return None
-    of_a_decoder = all(name.endswith(("Model", "Classification", "QuestionAnswering")) for name in names)
-    if known is None or not of_a_decoder or hf_config.is_encoder_decoder or not getattr(hf_config, "is_decoder", True):
-        return (
-            f"architectures is {hf_config.architectures} and model_type {hf_config.model_type!r}, which is no decoder-only causal LM "
-            "(…ForCausalLM)"
-        )
-    return None
-
-
 def check_model_config(config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterator[str]:
     """Yields one sentence for each finding in architecture, tokenizer files, attention and sequence length."""
     assets = Path(config.model.hf_assets_path)

@@ -1,6 +1,5 @@
 """Converts any layout of weights to any other: streamed, read back and compared, complete or absent."""
 
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,14 +14,14 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from flame_ext.checkpoint.assets import CARRIED_FILES, read_assets
+from flame_ext.checkpoint.assets import code_stays, read_assets
 from flame_ext.checkpoint.card import card_of_step
 from flame_ext.checkpoint.export import ExportSpec, on_meta, require_written, write_hf
 from flame_ext.checkpoint.export_folder import ExportFolder, Origin, origin_of
 from flame_ext.checkpoint.files import StepWriter
 from flame_ext.checkpoint.steps import MANIFEST_NAME, parse_manifest
 from flame_ext.errors import CheckpointError, SeedError, UserError
-from flame_ext.files import parse_size
+from flame_ext.files import parse_size, write_json
 from flame_ext.heads.names import is_head_key
 from flame_ext.heads.registry import build_head
 from flame_ext.hf_config import load_hf_config
@@ -114,7 +113,7 @@ def convert(
             _require_tensors(source)
         if to != "hf":
             _convert_to_dcp(source, temporary, to == "dcp-nested", options.dtype, progress)
-            _carry_assets(assets, temporary, options.follow_links)
+            _carry_assets(assets, temporary, options)
     nbytes = sum(tensor.nbytes for tensor in on_meta(source.entries, options.dtype).values())
     return Converted(source.layout, len(source.entries), nbytes, time.perf_counter() - begin, source.passed_over)
 
@@ -129,12 +128,14 @@ def _without(source: Source, patterns: tuple[str, ...]) -> Source:
     return replace(source, entries=entries, passed_over=(*source.passed_over, said))
 
 
-def _carry_assets(assets: Path, folder: Path, follow_links: bool) -> None:
-    """Copies configuration, tokenizer and the heads' arguments beside ``.metadata``, for the way back."""
-    for name in ("config.json", *CARRIED_FILES, f"{HEADS_FOLDER}/config.json"):
-        if (file := find_file(assets, name, follow_links)) is not None:
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, folder / name)
+def _carry_assets(assets: Path, folder: Path, options: Conversion) -> None:
+    """Copies configuration, tokenizer and the heads' arguments beside ``.metadata``, for the way back; no code is carried."""
+    if (file := find_file(assets, "config.json", options.follow_links)) is not None:
+        write_json(folder / "config.json", code_stays(read_json(file, "file"), assets, options.trust_remote_code))
+    for name, content in read_assets(assets, options.trust_remote_code, options.follow_links).items():
+        (folder / name).write_bytes(content)
+    if (file := find_file(assets, f"{HEADS_FOLDER}/config.json", options.follow_links)) is not None:
+        write_json(folder / HEADS_FOLDER / "config.json", read_json(file, "file"))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flame_ext.tools.conversion import Conversion, convert
 from tests import tiny_models
 from tests.ranks import REPOSITORY, TrainRun, run_ranks, train
 
@@ -58,12 +59,27 @@ def test_an_unregistered_architecture_is_refused(folder: Path, dump_folder: Path
     assert all("flame_ext_test_own" in rank.output and "no usable config.json" in rank.output for rank in refused.ranks)
 
 
-def test_code_in_the_folder_runs_only_where_it_is_trusted(folder: Path, dump_folder: Path) -> None:
+def bring_code(folder: Path) -> None:
+    """The architecture in a file of the folder, which notes that it ran."""
     code = (REPOSITORY / "tests" / "own_architecture.py").read_text().partition("AutoConfig.register")[0]
     (folder / "modeling_own.py").write_text(f"{code}open({str(folder.parent / 'ran')!r}, 'w').close()\n")
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_dcp_checkpoint_finds_the_code_where_it_stays(folder: Path, tmp_path: Path) -> None:
+    bring_code(folder)
+    trusted = Conversion(trust_remote_code=True)
+    convert(str(folder), tmp_path / "dcp", "dcp", trusted)
+    assert not list((tmp_path / "dcp").rglob("*.py"))
+    convert(str(tmp_path / "dcp"), tmp_path / "back", "hf", trusted)
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    assert set(after) == set(before) and all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_code_in_the_folder_runs_only_where_it_is_trusted(folder: Path, dump_folder: Path) -> None:
+    bring_code(folder)
     refused = run(folder, dump_folder, world_size=1)
     assert refused.exit_codes == [2] and "trust_remote_code" in refused.ranks[0].output
     assert not (folder.parent / "ran").exists()

@@ -33,9 +33,8 @@ class SafetensorsSource(Source):
     def independent_state(self, names: Collection[str]) -> dict[str, Tensor] | None:
         if any((self.path / name).exists() for name in (SINGLE_NAME, INDEX_NAME)):
             return None
-        entries = [
-            self.entries[name] for name in names
-        ]  # of shards without an index, which from_pretrained does not read
+        # from_pretrained does not read files without an index.
+        entries = [self.entries[name] for name in names]
         files = {chunk.file for entry in entries for chunk in entry.chunks}
         held = {key: tensor for file in files for key, tensor in load_file(file).items()}
         return {entry.key: held[entry.key] for entry in entries}
