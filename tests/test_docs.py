@@ -33,6 +33,7 @@ NEEDS = ("cluster", "network", "time", "a run", "an old checkpoint")  # what a m
 RUN = {"bash", "python"}
 HELP = REPOSITORY / "docs" / "help.md"
 NOT_OPTIONS = (
+    "json",
     "jsonl",
     "py",
     "safetensors",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -186,7 +187,8 @@ def mixture(folder: Path) -> Path:
             ("validation", "held_out", ""), ("validation", "more", 'label = "others"'),
         )
     )  # fmt: skip
-    toml.write_text(DEBUG_TOML.read_text() + tables)
+    without = re.sub(r"^dataset = .*\n", "", DEBUG_TOML.read_text(), flags=re.MULTILINE)
+    toml.write_text(without + tables)
     return toml
 
 
@@ -309,8 +311,8 @@ def test_the_export_is_the_trained_model(debug_run: TrainRun) -> None:
     text = "def f(x):\n    return x\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert sorted(p.name for p in export.iterdir()) == [
-        "README.md",
-        "config.json", "future_heads", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "README.md", "config.json", "export.json",
+        "future_heads", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
 
     # The trained model as DCP has it, read without the trainer.

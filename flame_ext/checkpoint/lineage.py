@@ -82,8 +82,8 @@ class StepFolder:
         if found := [step for step in self.steps if step.step == load_step]:
             return found
         there = ", ".join(str(step.step) for step in self.steps) or "none"
-        message = f"no complete step of that number in {self.path} (complete: {there})"
-        raise CheckpointError(f"checkpoint.load_step = {load_step}: {message}")
+        missing = f"checkpoint.load_step = {load_step}: no complete step of that number in"
+        raise CheckpointError(f"{missing} {self.path} (complete: {there})")
 
     def yields(self, load_step: int) -> bool:
         """Returns whether the current branch began with this ``checkpoint.load_step``, and goes on from it or a later step."""
