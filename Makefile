@@ -1,6 +1,6 @@
 # The checks that a change has to pass, without installing anything: .ci/run does the same in a fresh environment.
 SHELL := bash
-.PHONY: quick check fuzz matrix matrix-quarter style types imports test
+.PHONY: quick check fuzz soak matrix matrix-quarter style types imports test
 
 quick: style types imports # after each edit
 	python -m pytest -q -m "not matrix and not slow"
@@ -28,6 +28,10 @@ imports:
 N ?= 10000
 fuzz: # N mutations of every kind of file that is read
 	python -m tests.faults.fuzzing $(N)
+
+KILLS ?= 100
+soak: # runs that are killed at random moments, KILLS times in all
+	python -m tests.faults.soak $(KILLS)
 
 test:
 	python -m pytest -q

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from flame_ext.errors import ConfigError
 
@@ -28,11 +29,18 @@ def is_part_of_transformers(config: PreTrainedConfig) -> bool:
 
 
 def load_hf_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Read it from a local folder; raise ConfigError if it is absent, invalid, of an unknown type or needs the folder's code."""
+    """Read it from a local folder; raise ConfigError if it is absent, invalid, of an unknown type or needs the folder's code.
+
+    Where ``AutoModelForCausalLM`` makes the text model alone of a multimodal configuration, it is the text model's.
+    """
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
         if not isinstance(config.get_text_config(), PreTrainedConfig):
             raise TypeError(f"{config.get_text_config()!r:.80} is no configuration of a text model")
+        text = config.sub_configs.get("text_config")
+        if text is not None and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            config = config.get_text_config() if model.config_class is text else config
     except Exception as e:  # transformers raises whatever a field of another type leads to
         if "trust_remote_code" in str(e):
             raise ConfigError(

@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -70,6 +71,18 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
 }
+CONFIGS["gemma3-multimodal"] = Gemma3Config(
+    text_config=CONFIGS["gemma3-rope-per-layer"].to_dict(),
+    # As many layers as the text model, which must not be taken for its own.
+    vision_config={
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 28,
+    },
+    mm_tokens_per_image=4,
+)
 
 
 def load_stock(folder: Path) -> PreTrainedModel:

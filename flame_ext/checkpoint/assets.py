@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.tools.logging import logger
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
+from flame_ext.errors import SeedError
 from flame_ext.seeding.sources.safe_files import TOKENIZER_FILES, find_file, parse_json
 
 # Listed one by one: modelling code in the source must not be copied.
@@ -31,13 +32,22 @@ CARRIED_FILES = (
 def read_assets(folder: Path, trust_remote_code: bool, follow_links: bool = False) -> dict[str, bytes]:
     """Returns the name and content of each file that exports carry on from ``folder``, the model's.
 
-    ``auto_map`` of the tokenizer is rewritten as in :func:`code_stays`. Raises a SeedError if a file is no file of the folder.
+    ``auto_map`` of the tokenizer is rewritten as in :func:`code_stays`. Raises a SeedError if a file is no file of the folder, or
+    ``from_pretrained`` fails with its generation configuration.
     """
     found = {name: find_file(folder, name, follow_links) for name in CARRIED_FILES}
     assets = {name: file.read_bytes() for name, file in found.items() if file is not None}
     if (name := "tokenizer_config.json") in assets and b'"auto_map"' in assets[name]:
         fields = code_stays(parse_json(assets[name], folder / name, "file"), folder, trust_remote_code)
         assets[name] = json.dumps(fields, indent=2, ensure_ascii=False).encode()
+    if (name := "generation_config.json") in assets:
+        try:
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except OSError:  # no JSON: from_pretrained passes it over
+            pass
+        except Exception as e:
+            reason = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+            raise SeedError(f"{folder / name}: from_pretrained cannot use it ({reason}); correct or delete it") from e
     return assets
 
 

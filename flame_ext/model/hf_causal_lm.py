@@ -59,6 +59,7 @@ class HFModelArgs(BaseModelArgs):
         nparams = sum(p.numel() for p in model.parameters())
         lookup, output = model.get_input_embeddings().weight, model.get_output_embeddings()
         multiplying = nparams - (0 if output is not None and output.weight is lookup else lookup.numel())
+        multiplying -= sum(model.get_parameter(name).numel() for name in model.beside_text)
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         return nparams, 6 * multiplying + 12 * config.num_hidden_layers * heads * head_dim * seq_len
@@ -110,6 +111,9 @@ class HFCausalLM(nn.Module):
     _adjust_missing_and_unexpected_keys: Callable[[Any], None]
 
     model_args: HFModelArgs
+    beside_text: tuple[
+        str, ...
+    ]  # names of the parameters of a multimodal model that text does not reach: they are frozen
     weight_transforms: tuple[WeightTransform, ...]  # with which transformers loads files of this architecture
     heads: dict[str, AttachedHead]  # by name of the child module, in the order in which they were added
     parameter_inits: dict[str, ParameterInit]  # by name of a head's parameter
@@ -131,10 +135,17 @@ class HFCausalLM(nn.Module):
         return type(self).__name__.removeprefix("Titan")
 
     @property
+    def text_backbone(self) -> Any:
+        """The part of the backbone that reads tokens: all of it, unless the model is multimodal."""
+        if self.config.get_text_config() is self.config:
+            return self.base_model
+        return cast(PreTrainedModel, self).get_decoder()
+
+    @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers, to which torchtitan applies activation checkpointing and compilation."""
         depth = self.config.get_text_config().num_hidden_layers
-        for module in self.base_model.modules():
+        for module in self.text_backbone.modules():
             if isinstance(module, nn.ModuleList) and len(module) == depth:
                 return module
         raise ConfigError(f"{type(self).__name__} has no list of {depth} decoder layers; it is not supported")
@@ -306,8 +317,21 @@ def build_hf_causal_lm(model_args: HFModelArgs) -> HFCausalLM:
     model.__class__ = _with_training_interface(model_class)
     model.own_attention = model.base_model.config._attn_implementation
     model.model_args, model.heads, model.parameter_inits = model_args, {}, {}
+    model.beside_text = _freeze_beside_text(model)
     model.remember_state()
     return model
+
+
+def _freeze_beside_text(model: HFCausalLM) -> tuple[str, ...]:
+    """Freezes the parameters that get no gradient from text, such as an image encoder's, and returns their names."""
+    if (text := model.text_backbone) is model.base_model:
+        return ()
+    parts = (text, model.get_input_embeddings(), model.get_output_embeddings())
+    reached = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+    beside = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in reached}
+    for parameter in beside.values():
+        parameter.requires_grad_(False)
+    return tuple(beside)
 
 
 @functools.cache

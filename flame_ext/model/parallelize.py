@@ -27,6 +27,12 @@ def parallelize_hf_causal_lm(model: HFCausalLM, parallel_dims: ParallelDims, job
     """Applies the parallelisms of the job to a model on meta, in place. Preflight has refused those that it cannot have."""
     options = job_config.parallelism
     compile_model = job_config.compile.enable and "model" in job_config.compile.components
+    if model.beside_text and model.stage.is_first:
+        parts = dict.fromkeys(".".join(name.split(".")[:2]) for name in model.beside_text)
+        logger.info(
+            f"{model.architecture} is multimodal and trained on text: {', '.join(parts)} ({len(model.beside_text)} parameters) are "
+            "frozen, and exported as they are"
+        )
     if parallel_dims.tp_enabled:
         mesh = parallel_dims.get_mesh("tp")
         # A head that reads logits is given the plain tensor that it would be given anywhere.

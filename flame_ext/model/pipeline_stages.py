@@ -71,14 +71,19 @@ def _layers_by_name(stages: Sequence[Sequence[str]], num_layers: int) -> list[li
 
 
 def pipeline_plan(model: HFCausalLM) -> tuple[list[str], str, list[str]] | None:
-    """Reads the names of the backbone's modules before the layers, of its layers and of those after; None without a plan."""
-    base = model.base_model
-    names = list(getattr(base.config, "base_model_pp_plan", None) or {})
-    lists = [i for i, name in enumerate(names) if isinstance(base.get_submodule(name), nn.ModuleList)]
+    """Reads the names of the backbone's modules before the layers, of its layers and of those after; None without a plan.
+
+    Those of a multimodal model that text does not reach are before the layers.
+    """
+    base, text = model.base_model, model.text_backbone
+    place = next(f"{name}." if name else "" for name, module in base.named_modules() if module is text)
+    beside = [name for name, child in base.named_children() if text not in (base, *child.modules())]
+    names = list(getattr(text.config, "base_model_pp_plan", None) or {})
+    lists = [i for i, name in enumerate(names) if isinstance(text.get_submodule(name), nn.ModuleList)]
     if len(lists) != 1:
         return None
-    (at,) = lists
-    return names[:at], names[at], names[at + 1 :]
+    (at,), names = lists, [place + name for name in names]
+    return [*beside, *names[:at]], names[at], names[at + 1 :]
 
 
 @torch.no_grad()

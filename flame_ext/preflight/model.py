@@ -71,9 +71,15 @@ def not_a_causal_lm(hf_config: PreTrainedConfig) -> str | None:
         return None
     of_a_decoder = all(name.endswith(("Model", "Classification", "QuestionAnswering")) for name in names)
     if known is None or not of_a_decoder or hf_config.is_encoder_decoder or not getattr(hf_config, "is_decoder", True):
+        text, hint = hf_config.get_text_config(), ""
+        if text is not hf_config and text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            hint = (
+                "; to train its text model alone, write AutoConfig.from_pretrained(…).get_text_config() to a folder of its own, "
+                "and name the keys by seed.key_map and seed.ignore_source_keys"
+            )
         return (
             f"architectures is {hf_config.architectures} and model_type {hf_config.model_type!r}, which is no decoder-only causal LM "
-            "(…ForCausalLM)"
+            f"(…ForCausalLM){hint}"
         )
     return None
 

@@ -147,6 +147,7 @@ def require_same_function(
 ) -> list[str]:
     """Compare the configurations as transformers completes them with defaults; returns a line for each ``allowed`` field that differs.
 
+    Of a multimodal source the text model's counts, if the model is such a text model.
     Raises SeedError with each other field that differs, unless it is one that the model's class does not have: no model reads it.
     Also raises SeedError if ``allowed`` names a field that is the same in both.
     """
@@ -155,6 +156,8 @@ def require_same_function(
     except (OSError, ValueError, KeyError) as e:
         hint = " (seed.trust_remote_code = true runs the folder's code)" if "trust_remote_code" in str(e) else ""
         raise SeedError(f"{source.path / 'config.json'}: {str(e).strip().splitlines()[0]}{hint}") from e
+    if config.model_type != model_config.model_type == config.get_text_config().model_type:
+        config = config.get_text_config()
     found, expected = _compared(config), _compared(model_config)
     differences = {
         field: f"{field}: {found.get(field, 'absent')!r} in the source, {expected.get(field, 'absent')!r} in the model"

@@ -84,7 +84,7 @@ def test_an_export_without_the_code_that_it_does_not_need_can_be_loaded(tmp_path
         AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=trusted)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"temperature": 0.9, "do_sample": false}', '{"pad_token_id": -1}'])
+@pytest.mark.parametrize("content", ["", '{"temperature": 0.9, "do_sample": false}', '{"pad_token_id": -1}'])
 def test_what_is_only_carried_is_carried_as_it_is(tmp_path: Path, content: str) -> None:
     folder = save_tiny("olmo2", tmp_path / "source")
     for name in set(CARRIED_FILES) - {"tokenizer.json", "tokenizer_config.json"}:
@@ -92,6 +92,20 @@ def test_what_is_only_carried_is_carried_as_it_is(tmp_path: Path, content: str) 
     convert(str(folder), tmp_path / "out", "hf", Conversion())
     for name in CARRIED_FILES:
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("content", ["[]", '{"max_new_tokens": -1}', '{"num_return_sequences": 4}'])
+def test_a_generation_configuration_that_from_pretrained_fails_with_is_refused(tmp_path: Path, content: str) -> None:
+    folder = save_tiny("olmo2", tmp_path / "source")
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises((ValueError, TypeError, AttributeError)):
+        AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(
+        SeedError, match=r"source/generation_config\.json: from_pretrained cannot use it \(.*\); correct or delete"
+    ):
+        read_assets(folder, trust_remote_code=False)
+    (folder / "generation_config.json").unlink()
+    read_assets(folder, trust_remote_code=False)
 
 
 def test_a_file_that_cannot_be_carried_is_refused_when_it_is_read(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_seeded_model_is_the_stock_model(
     stock = load_stock(models / name)
     logits = stock(TOKENS, use_cache=False).logits
     next_token_loss(logits).backward()
-    expected = {key: p.grad for key, p in stock.named_parameters()}
+    expected = {key: p.grad for key, p in stock.named_parameters() if p.grad is not None}
     tied = CONFIGS[name].tie_word_embeddings
     for rank in seeded[layout]:
         result = rank[name]

@@ -27,7 +27,8 @@ from flame_ext.seeding.sources.safe_files import (
 
 METADATA_NAME = ".metadata"
 MAX_METADATA_BYTES = 2**26  # about 450,000 pieces of tensors
-_MAX_OBJECTS = 2**24
+_MORE_PER_FILE = 2**20  # for each file of data, of which every rank writes one: some 7,000 pieces
+_BYTES_OF_AN_OBJECT = 4  # at least, on average; memory is bounded by the number of objects
 _MAX_DEPTH = 64  # of the dictionary that was saved
 
 _CLASSES = {
@@ -72,7 +73,8 @@ class _Record:
 def read_metadata(folder: Path, follow_links: bool | None = None) -> tuple[bytes, dcp.Metadata]:
     """Return raw bytes and metadata; raise SeedError if it is none, or names other classes than DCP's or files elsewhere."""
     file = contained_file(folder, METADATA_NAME, "the folder", follow_links)
-    raw = read_bytes(file, "DCP metadata", MAX_METADATA_BYTES)
+    limit = MAX_METADATA_BYTES + _MORE_PER_FILE * sum(1 for _ in folder.glob("*.distcp"))
+    raw = read_bytes(file, "DCP metadata", limit)
     with as_seed_error(f"{file}: is not DCP metadata"):
         found = _Unpickler(raw, file).load()
     if not isinstance(found, _Record) or found.of != f"{dcp.__name__}.Metadata":
@@ -104,8 +106,9 @@ class _Unpickler(pickle._Unpickler):
         self._file = file
         makers = pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.MARK, pickle.TUPLE1, pickle.MEMOIZE
         objects = sum(map(raw.count, makers))  # an upper bound, since these bytes may also be parts of text and numbers
-        if objects > _MAX_OBJECTS:
-            raise SeedError(f"{file}: up to {objects} objects; expected at most {_MAX_OBJECTS}")
+        most = max(len(raw), MAX_METADATA_BYTES) // _BYTES_OF_AN_OBJECT
+        if objects > most:
+            raise SeedError(f"{file}: up to {objects} objects; expected at most {most}")
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
