@@ -23,6 +23,14 @@ def write_json(file: Path, value: Any) -> None:
     temporary.replace(file)
 
 
+def expanded(path: str, name: str) -> str:
+    """Return a path without ``~`` and variables; ConfigError if there is no such user or variable, nor a file of that name."""
+    found = os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises for an unknown user
+    if re.search(r"^~|\$(\w|\{)", found) and not Path(found).exists():
+        raise ConfigError(f"{name} = {path!r}: no such user or variable; write the path out")
+    return found
+
+
 def parse_size(text: str, option: str) -> int:
     """Convert "5GB" or "1.5MB" (powers of 1000, as in ``save_pretrained``) to bytes; a ConfigError names ``option``."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT])B\s*", text, re.IGNORECASE)

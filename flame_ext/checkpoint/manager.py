@@ -26,7 +26,8 @@ from flame_ext.checkpoint.steps import (
     damaged_files,
     describe_files,
     read_manifest,
-    recover_replaced,
+    recover,
+    set_aside,
     start,
     temporary_path,
     written_files,
@@ -115,7 +116,7 @@ class SeedingCheckpointManager(CheckpointManager):
         Args:
             step: ``checkpoint.load_step``; a CheckpointError is raised if there is no complete step of that number.
         """
-        on_main_rank(recover_replaced, Path(self.folder))
+        on_main_rank(recover, Path(self.folder))
         with failing_together(CheckpointError):
             folder = read_steps(Path(self.folder))
             return folder, folder.candidates(step)
@@ -322,7 +323,11 @@ class SeedingCheckpointManager(CheckpointManager):
             steps = read_steps(Path(self.folder)).of(self.hooks.facts()["run"], self.lineage)
             in_use = self.hooks.exports.in_use()
             for stale in (step for step in steps[: -self.keep_latest_k] if step.path not in in_use):
-                self.purge_queue.put(str(stale.path))
+                try:
+                    self.purge_queue.put(str(set_aside(stale.path)))
+                except OSError as e:
+                    logger.warning(f"{stale.path} cannot be deleted: {e}")
+                fault_point("before_delete")
 
         if self.keep_latest_k > 0:
             on_main_rank(purge)

@@ -30,6 +30,7 @@ _FIELDS: dict[str, type] = {
     "run": str,
 }
 _REPLACED = ".replaced-"  # prefix of an old step or export between two renames
+_DELETED = ".deleted-"  # prefix of a step that is being deleted
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,9 @@ def written_files(final: Path) -> list[str]:
     return sorted(p.name for p in temporary_path(final).iterdir() if p.is_file())
 
 
-def recover_replaced(folder: Path) -> None:
-    """Gives its name to a step whose run was killed between the two renames of :func:`put_in_place`: the new one, which is complete
-    then, else the old one. For one rank.
+def recover(folder: Path) -> None:
+    """Mends what a killed run has left in a folder of steps: gives its name to a step that was between the two renames of
+    :func:`put_in_place` (the new one, which is complete then, else the old one), and deletes what was being deleted. For one rank.
     """
     for replaced in folder.glob(f"{_REPLACED}step-*") if folder.is_dir() else []:
         final = folder / replaced.name.removeprefix(_REPLACED)
@@ -138,6 +139,15 @@ def recover_replaced(folder: Path) -> None:
                 replaced.rename(final)
                 continue
         shutil.rmtree(replaced, ignore_errors=True)
+    for deleted in folder.glob(f"{_DELETED}step-*"):
+        shutil.rmtree(deleted, ignore_errors=True)
+
+
+def set_aside(final: Path) -> Path:
+    """Renames a step that is to be deleted, so that a kill leaves no part of it under its name; returns the new name."""
+    aside = final.with_name(_DELETED + final.name)
+    shutil.rmtree(aside, ignore_errors=True)
+    return final.rename(aside)
 
 
 def temporary_path(final: Path) -> Path:

@@ -4,7 +4,6 @@
 
 import difflib
 import importlib
-import os
 import re
 import sys
 import types
@@ -18,6 +17,7 @@ from torchtitan.config import ConfigManager, JobConfig
 
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError
+from flame_ext.files import expanded
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -58,7 +58,7 @@ class FlameConfigManager(ConfigManager):
         if (path := _option(args, "job.config_file")) is None:
             return None
         try:
-            with Path(_expanded(path, "--job.config_file")).open("rb") as file:
+            with Path(expanded(path, "--job.config_file")).open("rb") as file:
                 return tomllib.load(file)
         except OSError as e:
             raise ConfigError(f"--job.config_file {path}: {e.strerror}; give the path of a TOML file") from e
@@ -96,17 +96,9 @@ def _expand_paths(section: Any, prefix: str = "") -> None:
                 _expand_paths(item, f"{name}[{number}]." if isinstance(value, list) else f"{name}.")
         if re.search("(^|_)(path|folder|files?)$", field.name):
             if isinstance(value, str):
-                setattr(section, field.name, _expanded(value, name))
+                setattr(section, field.name, expanded(value, name))
             elif isinstance(value, list):
-                setattr(section, field.name, [_expanded(item, name) for item in value])
-
-
-def _expanded(path: str, name: str) -> str:
-    """Returns a path without ``~`` and variables; ConfigError if there is no such user or variable, nor a file of that name."""
-    found = os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises for an unknown user
-    if re.search(r"^~|\$(\w|\{)", found) and not Path(found).exists():
-        raise ConfigError(f"{name} = {path!r}: no such user or variable; write the path out")
-    return found
+                setattr(section, field.name, [expanded(item, name) for item in value])
 
 
 def _option(args: list[str], name: str) -> str | None:

@@ -6,7 +6,10 @@ import sys
 from collections.abc import Sequence
 
 from flame_ext.errors import UserError
+from flame_ext.files import expanded
 from flame_ext.tools import convert, inspect, plot
+
+_PATHS = {"against", "assets", "config_file", "destination", "output", "path", "source"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,6 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names in files may be any text
     try:
+        for name in _PATHS.intersection(vars(options)):  # a shell leaves the ~ of --assets=~/model as it is
+            if (value := getattr(options, name)) is not None:
+                setattr(options, name, type(value)(expanded(str(value), f"--{name}")))
         return options.run(options)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

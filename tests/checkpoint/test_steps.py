@@ -15,7 +15,7 @@ from flame_ext.checkpoint.steps import (
     describe_files,
     find_steps,
     read_manifest,
-    recover_replaced,
+    recover,
     start,
     temporary_path,
     written_files,
@@ -72,7 +72,7 @@ def test_a_step_moved_aside_by_a_killed_run_gets_its_name_back(tmp_path: Path) -
     final = write_step(tmp_path, 3, b"old")
     final.rename(tmp_path / ".replaced-step-3")
     assert find_steps(tmp_path)[0] == []
-    recover_replaced(tmp_path)
+    recover(tmp_path)
     assert [s.step for s in find_steps(tmp_path)[0]] == [3]
     assert (final / "__0_0.distcp").read_bytes() == b"old"
 
@@ -85,7 +85,7 @@ def test_between_two_renames_the_new_step_is_taken_if_it_is_complete(tmp_path: P
     temporary_path(tmp_path / "step-3").rename(tmp_path / "aside")  # write_step clears what has this name
     write_step(tmp_path, 3, b"old").rename(tmp_path / ".replaced-step-3")
     (tmp_path / "aside").rename(temporary_path(tmp_path / "step-3"))
-    recover_replaced(tmp_path)
+    recover(tmp_path)
     expected = b"new" if complete_too else b"old"
     assert (tmp_path / "step-3" / "__0_0.distcp").read_bytes() == expected
     assert not (tmp_path / ".replaced-step-3").exists()

@@ -101,18 +101,24 @@ def soak(root: Path, number: int, seed: int) -> list[str]:
             return findings
         folder = root / f"run-{run}"
         what = f"run {run} ({ranks} ranks, {options[-1]})"
-        for start in range(STARTS_AT_MOST):
+        for start in range(1, STARTS_AT_MOST + 1):
             before, watch = len(kills), kill_at_random(folder, rng, seconds, kills)
             ended = train(folder, *options, world_size=ranks, check=False, watch=watch, timeout=120)
-            findings += [f"{what}, start {start}: process {pid} is left" for pid in _left_after_a_while(folder)]
-            if ended.exit_codes == [0] * ranks:
+            found = [f"start {start}: process {pid} is left" for pid in _left_after_a_while(folder)]
+            finished = ended.exit_codes == [0] * ranks
+            if not finished and (len(kills) == before or start == STARTS_AT_MOST):
+                found.append(f"start {start}: {ended.exit_codes} {ended.ranks[0].output[-1000:]}")
+            if finished:
+                left = result(folder)
+                found += [
+                    f"{name} differs" for name in {*left, *expected} if left.get(name, 0) != expected.get(name, 0)
+                ]
+            for finding in sorted(found):
+                findings.append(f"{what}: {finding}")
+                print(findings[-1], flush=True)
+            if finished:
                 break
-            if len(kills) == before:
-                findings.append(f"{what}, start {start}: {ended.exit_codes} {ended.ranks[0].output[-1000:]}")
-        found = result(folder)
-        differ = [name for name in sorted({*found, *expected}) if found.get(name, 0) != expected.get(name, 0)]
-        findings += [f"{what}: {name} differs" for name in differ]
-        print(f"{what}: {start + 1} starts, {len(kills)} kills in all, {len(findings)} findings", flush=True)
+        print(f"{what}: {start} starts, {len(kills)} kills in all, {len(findings)} findings", flush=True)
         shutil.rmtree(folder)
     raise AssertionError("cycle() does not end")
 
@@ -128,7 +134,7 @@ def main(arguments: list[str]) -> int:
     number, seed = int(arguments[0]), int(arguments[1]) if len(arguments) > 1 else 0
     with tempfile.TemporaryDirectory() as root:
         findings = soak(Path(root), number, seed)
-    print("\n".join([f"{number} kills, seed {seed}: {len(findings)} findings", *findings]))
+    print(f"{number} kills, seed {seed}: {len(findings)} findings")
     return bool(findings)
 
 

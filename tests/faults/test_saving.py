@@ -70,6 +70,14 @@ def test_a_kill_during_a_save_leaves_what_was_there(
     assert not [p.name for p in folder.iterdir() if p.name.startswith(".")], "nothing half-written stays"
 
 
+def test_a_kill_while_a_step_is_deleted_leaves_no_part_of_it(unbroken: TrainRun, dump_folder: Path) -> None:
+    folder, options = dump_folder / "checkpoint", (*FAST, "--checkpoint.keep_latest_k=2")
+    killed = train(dump_folder, *options, env={"FLAME_EXT_FAULT": "before_delete"}, check=False)
+    assert killed.exit_codes == [-9] and steps_in(folder) == [2, 3] and (folder / ".deleted-step-1").is_dir()
+    train(dump_folder, *options)
+    assert sorted(p.name for p in folder.iterdir()) == ["step-2", "step-3"]
+
+
 def test_a_rank_that_is_killed_during_a_save_takes_the_others_along(unbroken: TrainRun, dump_folder: Path) -> None:
     folder = broken_after(1, unbroken, dump_folder)
     before = contents(folder)

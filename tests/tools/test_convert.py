@@ -332,3 +332,14 @@ def test_bad_input_gets_one_line(
     before = sorted(p.name for p in tmp_path.iterdir())
     assert message in convert(capsys, *arguments, code=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_home_in_paths_is_expanded_where_a_shell_does_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_tiny("olmo2", tmp_path / "source")
+    convert(capsys, "~/source", "~/out", "--to=hf", "--assets=~/source")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    said = convert(capsys, "~/source", "~/other", "--to=hf", "--assets=~nobody-here/x", code=2)
+    assert "--assets = '~nobody-here/x': no such user or variable" in said
