@@ -42,6 +42,7 @@ class FutureTrainer(torchtitan.train.Trainer):
         self._signals = signals or StopSignals()
         self._lock = FolderLock(Path(job_config.job.dump_folder), job_config.checkpoint.take_over_lock)
         self._stopping = False
+        self._exports_wait = False  # whether a stop signal has come before the exports were made
         with trainer_built_with(SeedingCheckpointManager), self._lock.released_on_error():
             super().__init__(job_config)
             self._build_step()
@@ -184,8 +185,7 @@ class FutureTrainer(torchtitan.train.Trainer):
         except Exception as e:  # of whatever kind: the other ranks have to hear of it before it is raised
             unreadable = e
         error = self._error_of_files()
-        stop = self._signals.received is not None
-        now = agree(Circumstances(stop, ended, unreadable is not None, error is not None), self.device)
+        now = agree(Circumstances(self.stop_signal_came, ended, unreadable is not None, error is not None), self.device)
         if now.data_failed:
             with failing_together(ConfigError):
                 if unreadable is not None:
@@ -224,6 +224,7 @@ class FutureTrainer(torchtitan.train.Trainer):
             return
         if (step := self._completed_before()) is not None:
             logger.info(f"Already complete: {step.path} is the last step of this run, and nothing is left to train")
+            self._say_stopped(step.step)
             return
         with profiling_any_device():
             super().train()
@@ -231,17 +232,28 @@ class FutureTrainer(torchtitan.train.Trainer):
         if self.finishing:
             self._finish()
         if not self.preempted:
-            self.checkpointer.finish_exports()
+            self._exports_wait = not self.checkpointer.finish_exports()
         else:
             self.checkpointer.save_now(self.step)
+        self._say_stopped(self.step)
+
+    def _say_stopped(self, step: int) -> None:
+        if self.preempted:
             received = self._signals.received
             name = "a signal to another rank" if received is None else received.name
-            logger.info(f"Stopped by {name} after step {self.step}: start the same command again to go on")
+            waiting = ", before its exports were made" if self._exports_wait else ""
+            logger.info(f"Stopped by {name} after step {step}{waiting}: start the same command again to go on")
 
     @property
     def preempted(self) -> bool:
-        """Whether a signal has stopped the run before its last step."""
-        return self._stopping and not self.finishing and self.step < self.job_config.training.steps
+        """Whether a signal has stopped the run before its last step, or before its exports were made."""
+        before_last = self._stopping and not self.finishing and self.step < self.job_config.training.steps
+        return before_last or self._exports_wait
+
+    @property
+    def stop_signal_came(self) -> bool:
+        """Whether this rank has got a stop signal."""
+        return self._signals.received is not None
 
     def should_continue_training(self) -> bool:
         return not self._stopping and super().should_continue_training()
@@ -268,7 +280,7 @@ class FutureTrainer(torchtitan.train.Trainer):
         finished_then = step.manifest.get("finished") and "training.steps" not in config.allow_config_change
         if not finished_then and step.step < self.job_config.training.steps:
             return None
-        self.checkpointer.make_up(folder, step, config.load_step)
+        self._exports_wait = not self.checkpointer.make_up(folder, step, config.load_step)
         return step
 
     # -- its state -----------------------------------------------------------------------------------------------

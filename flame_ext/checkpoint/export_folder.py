@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import re
 import shutil
 import uuid
 from pathlib import Path
@@ -56,8 +57,10 @@ class ExportFolder:
             raise CheckpointError(
                 f"{self.final}: is there already and is not overwritten; name another folder or remove it"
             )
-        for left in [prefix, *prefix.parent.glob(f"{prefix.name}-*")] if self._lock is not None else []:
-            shutil.rmtree(left, ignore_errors=True)
+        own = re.compile(re.escape(prefix.name) + "(-[0-9a-f]{8})?")
+        for left in prefix.parent.iterdir() if self._lock is not None else []:
+            if own.fullmatch(left.name):
+                shutil.rmtree(left, ignore_errors=True)
         self._temporary = prefix.with_name(f"{prefix.name}-{uuid.uuid4().hex[:8]}")
         self._temporary.mkdir()
         return self._temporary
@@ -107,12 +110,15 @@ def why_not_exported(step: Path, export: Path) -> str | None:
                 return f"{export} is not there"
             has_lineage = "lineage" in read_json(step / MANIFEST_NAME, "file")
             return f"{export} has no {RECORD_NAME}" if has_lineage else None  # older versions wrote neither
-        record = read_json(export / RECORD_NAME, "file")
-        if {**record, "files": None} != {**(origin_of(step) or {}), "files": None}:
+        record, origin = read_json(export / RECORD_NAME, "file"), origin_of(step) or {}
+        if any(record.get(name) != value for name, value in origin.items()):
             return f"{export} is the export of another step"
-        if record["files"] != _sizes(export):
-            return f"{export} does not hold the files that its {RECORD_NAME} lists"
-    except (OSError, KeyError, TypeError, UserError) as e:
+        # Its card and configuration may be edited, and other files be added.
+        found = _sizes(export)
+        for name, size in record["files"].items():
+            if name not in found or (found[name] != size and name.endswith(".safetensors")):
+                return f"{export} does not hold {name} as its {RECORD_NAME} lists it"
+    except (OSError, KeyError, TypeError, AttributeError, UserError) as e:
         return f"{export} cannot be read ({e})"
     return None
 

@@ -43,6 +43,9 @@ class CheckpointHooks(Protocol):
     def facts(self) -> dict[str, Any]:
         """Returns the entries of a step's manifest beside step and files. Not collective."""
 
+    def stopped(self) -> bool:
+        """Whether this rank has got a stop signal. Not collective."""
+
     def is_exported(self, step: int) -> bool:
         """Whether the export of a step is there and can be read, by its headers. Collective."""
 

@@ -117,8 +117,10 @@ class SeedingCheckpointManager(CheckpointManager):
             step: ``checkpoint.load_step``; a CheckpointError is raised if there is no complete step of that number.
         """
         on_main_rank(recover, Path(self.folder))
+        # Hosts may see different lists on a network file system.
+        folder = from_main_rank(on_main_rank(read_steps, Path(self.folder)))
+        assert folder is not None
         with failing_together(CheckpointError):
-            folder = read_steps(Path(self.folder))
             return folder, folder.candidates(step)
 
     def _yield(self, folder: StepFolder, chosen: CompleteStep, load_step: int) -> None:
@@ -145,8 +147,10 @@ class SeedingCheckpointManager(CheckpointManager):
             logger.warning(f"Going back to {chosen.path}: a branch begins after it{left}")
         self.make_up_exports([s for s in folder.of(run, self.lineage) if s.step <= chosen.step])
 
-    def make_up(self, folder: StepFolder, last: CompleteStep, load_step: int) -> None:
-        """Makes what a run that has saved its ``last`` step still lacks: exports, and then deletions. Collective."""
+    def make_up(self, folder: StepFolder, last: CompleteStep, load_step: int) -> bool:
+        """Makes what a run that has saved its ``last`` step still lacks: exports, and then deletions. Returns False if a stop signal
+        came before that. Collective.
+        """
         self.hooks.resumed(last.manifest, last.path)
         self._yield(folder, last, load_step)
         self.lineage = lineage_of(last)
@@ -155,7 +159,7 @@ class SeedingCheckpointManager(CheckpointManager):
         if self._exports_last_step and not self.hooks.is_exported(last.step):
             self.load_model(last)
             self.hooks.export(last.step)
-        self.finish_exports(purge=last in folder.current)
+        return self.finish_exports(purge=last in folder.current)
 
     def make_up_exports(self, steps: list[CompleteStep]) -> None:
         """Starts the exports of these steps that are due and not there."""
@@ -215,13 +219,15 @@ class SeedingCheckpointManager(CheckpointManager):
                 raise CheckpointError(f"{refusal}; {remedy}")
             logger.warning(refusal)
             return
+        if self._should_save(curr_step, last_step):
+            self._wait_for_all()
         super().save(curr_step, last_step)
 
     def save_now(self, step: int) -> None:
         """Saves a step that is not due, in the foreground, unless it is saved already or not admitted. Collective."""
         if not self.enable or self.load_only:
             return
-        self._async_wait()
+        self._wait_for_all()
         folder, _ = self.find(-1)
         if any(s.step == step for s in folder.current) or not self.hooks.admit(step):
             return
@@ -282,17 +288,31 @@ class SeedingCheckpointManager(CheckpointManager):
             return f"the save in the background failed: {_first_failure(error)}"
         return self.hooks.exports.error()
 
-    def finish_exports(self, purge: bool = True) -> None:
-        """Waits for exports in the background, then deletes the steps that they have read. Collective once a second, lest it time
-        out; raises on all ranks if an export failed.
+    def finish_exports(self, purge: bool = True) -> bool:
+        """Waits for exports in the background, then deletes the steps that they have read. Returns False if a stop signal came first:
+        the next run makes them. Collective once a second, lest it time out; raises on all ranks if an export failed.
         """
-        while from_main_rank(bool(self.hooks.exports.in_use())):
+        while True:
+            running, stopped = map(
+                any, zip(*gathered((self.hooks.exports.running(), self.hooks.stopped())), strict=True)
+            )
+            if not running:
+                break
+            if stopped:
+                return False
             time.sleep(1)
         with failing_together(CheckpointError):
             if (error := self.hooks.exports.error()) is not None:
                 raise CheckpointError(error)
         if purge and not self.load_only:
             self._purge_stale_checkpoints()
+        return True
+
+    def _wait_for_all(self) -> None:
+        """Waits for a save in the background; raises on all ranks if it has failed, which the main rank alone may know. Collective."""
+        if self.async_mode != AsyncMode.DISABLED:
+            with failing_together(CheckpointError):
+                self._async_wait()
 
     def _async_wait(self) -> None:
         try:

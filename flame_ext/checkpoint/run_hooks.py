@@ -131,6 +131,9 @@ class RunHooks(CheckpointHooks):
             "finished": trainer.finishing or trainer.step >= self._config.training.steps,
         }
 
+    def stopped(self) -> bool:
+        return self._trainer.stop_signal_came
+
     def is_exported(self, step: int) -> bool:
         def unreadable() -> str | None:
             export = self._folder / "hf" / f"step-{step}"

@@ -30,6 +30,7 @@ class FutureMetricsProcessor(MetricsProcessor):
     """Metrics that are printed beside the losses; the file has all of them. The trainer sets it."""
 
     write_error: str | None = None
+    _has_written: bool = False
     """Why a line could not be written."""
 
     def __init__(
@@ -107,7 +108,9 @@ class FutureMetricsProcessor(MetricsProcessor):
         # JSON has no NaN.
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            if not self._has_written:  # a folder that is removed under a run is not made anew
+                self._folder.mkdir(parents=True, exist_ok=True)
+            self._has_written = True
             with (self._folder / name).open("a") as stream:
                 stream.write(json.dumps(values, allow_nan=False) + "\n")
         except OSError as e:  # such as a full disk; the other ranks have to hear of it before it is raised

@@ -158,9 +158,10 @@ def test_steps_in_use_are_known_and_one_export_follows_the_other(tmp_path: Path,
         time.sleep(0.01)
     assert begun == ["step-2"]
     (tmp_path / "go").touch()
-    while exports.in_use():
+    while exports.running():
         time.sleep(0.01)
     assert exports.error() == "the export of step-4 failed"
+    assert exports.in_use(), "what is not made needs its step"
     exports.cancel()
 
 
@@ -175,21 +176,37 @@ def test_a_step_that_an_export_still_reads_is_not_deleted(run: TrainRun) -> None
         ),
     )  # fmt: skip
     SeedingCheckpointManager._purge_stale_checkpoints(manager)
-    assert list(queued.queue) == [str(folder / "step-2")], "of the four, two are kept and one is in use"
+    assert list(queued.queue) == [str(folder / ".deleted-step-2")], "of the four, two are kept and one is in use"
+    (folder / ".deleted-step-2").rename(folder / "step-2")
 
 
-@pytest.mark.parametrize(("end", "error"), [("kill -USR1 $$", None), ("echo 'error: no' >&2; exit 2", "failed: no")])
-def test_a_signal_to_the_whole_job_is_no_failure_of_the_export(tmp_path: Path, monkeypatch, end: str, error) -> None:
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        (
+            "[ -e seen ] && echo made && exit 0; touch seen; kill -TERM $$",
+            None,
+        ),  # a signal to all of a job, or to it alone
+        ("kill -TERM $$", "failed: exit code -15"),
+        ("echo 'error: no' >&2; exit 2", "failed: no"),
+        (None, "failed: FileNotFoundError: "),
+    ],
+    ids=["ended-once", "ended-each-time", "failed", "not-started"],
+)
+def test_a_step_is_in_use_until_its_export_is_made(tmp_path: Path, monkeypatch, command: str | None, error) -> None:
     python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\n{end}\n")
-    python.chmod(0o755)
+    if command is not None:
+        python.write_text(f"#!/bin/sh\n{command}\n")
+        python.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", str(python))
     exports = BackgroundExports(tmp_path / "hf", [], due=lambda step: True)
     exports.start(tmp_path / "step-2", just_saved=True)
-    while exports.in_use():
+    while exports.running():
         time.sleep(0.01)
     found = exports.error()
-    assert (found is None) if error is None else found.endswith(error)
+    assert (found is None) if error is None else error in found
+    assert exports.in_use() == (set() if error is None else {tmp_path / "step-2"})
     exports.cancel()
 
 
@@ -209,6 +226,7 @@ def test_an_export_that_is_cancelled_ends_at_once_and_never_sees_an_accelerator(
     begin = time.monotonic()
     exports.cancel()
     assert time.monotonic() - begin < 30
+    assert exports.error() is None and len(exports.in_use()) == 2
     assert seen.read_text() == "devices:\n"
 
 

@@ -30,7 +30,7 @@ def write(final: Path, content: str, origin: dict | None = None, wait: threading
     try:
         temporary = place.open()
         (temporary / "part").mkdir()
-        (temporary / "part" / "weights").write_text(content)
+        (temporary / "part" / "weights.safetensors").write_text(content)
         if wait is not None:
             wait.wait()
         (temporary / "config").write_text(content)
@@ -50,7 +50,7 @@ def test_of_two_writers_one_waits_for_the_other_and_both_write_all(
     final, go = tmp_path / "hf" / "step-8", threading.Event()
     first = threading.Thread(target=write, args=(final, "first"), kwargs={"wait": go})
     first.start()
-    while not list(tmp_path.glob("hf/.incomplete-step-8-*/part/weights")):
+    while not list(tmp_path.glob("hf/.incomplete-step-8-*/part/weights.safetensors")):
         time.sleep(0.01)
     second = threading.Thread(target=write, args=(final, "second"))
     second.start()
@@ -60,7 +60,7 @@ def test_of_two_writers_one_waits_for_the_other_and_both_write_all(
     go.set()
     first.join()
     second.join()
-    assert contents(final) == {"part/weights": "second", "config": "second"}
+    assert contents(final) == {"part/weights.safetensors": "second", "config": "second"}
     assert [p.name for p in final.parent.iterdir()] == ["step-8"], "neither a lock nor a half is left"
 
 
@@ -79,9 +79,11 @@ def test_what_killed_writers_have_left_is_removed(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_text("half")
     (tmp_path / ".incomplete-out.lock").touch()
-    (tmp_path / ".incomplete-outer").mkdir()
+    others = [".incomplete-out-large-0123abcd", ".incomplete-outer"]  # other folders are written, too
+    for name in others:
+        (tmp_path / name).mkdir()
     write(tmp_path / "out", "new")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".incomplete-outer", "out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*others, "out"]
 
 
 def test_a_file_that_is_lost_on_the_way_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +92,9 @@ def test_a_file_that_is_lost_on_the_way_is_an_error(tmp_path: Path, monkeypatch:
         temporary.rename(final)
 
     monkeypatch.setattr(export_folder, "put_in_place", losing)
-    with pytest.raises(CheckpointError, match=r"holds \['config'\] after it was written, expected .*part/weights"):
+    with pytest.raises(
+        CheckpointError, match=r"holds \['config'\] after it was written, expected .*part/weights.safetensors"
+    ):
         write(tmp_path / "out", "new")
 
 
@@ -101,8 +105,15 @@ def test_an_export_is_that_of_its_step_alone_and_complete(tmp_path: Path) -> Non
     write(export, "new", origin_of(step))
     assert why_not_exported(step, export) is None
     assert "of another step" in why_not_exported(other, export)
-    (export / "part" / "weights").write_text("n")
-    assert "does not hold the files" in why_not_exported(step, export)
+    (export / "config").write_text("edited")
+    (export / ".cache").mkdir()
+    (export / ".cache" / "of-an-upload").touch()
+    assert why_not_exported(step, export) is None
+    (export / "config").unlink()
+    assert "does not hold config as" in why_not_exported(step, export)
+    write(export, "new", origin_of(step))
+    (export / "part" / "weights.safetensors").write_text("n")
+    assert "does not hold part/weights.safetensors as" in why_not_exported(step, export)
     (export / "export.json").write_text("{")
     assert "cannot be read" in why_not_exported(step, export)
 

@@ -130,7 +130,7 @@ def test_only_the_lineage_is_thinned_out_and_never_its_newest_step(tmp_path: Pat
         hooks=SimpleNamespace(facts=lambda: {"run": "a"}, exports=SimpleNamespace(in_use=set)),
     )  # fmt: skip
     SeedingCheckpointManager._purge_stale_checkpoints(manager)
-    assert deleted == [str(tmp_path / "step-1"), str(tmp_path / "step-2")]
+    assert deleted == [str(tmp_path / f".deleted-step-{number}") for number in (1, 2)]
 
 
 @pytest.mark.parametrize(

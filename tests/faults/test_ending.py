@@ -190,6 +190,29 @@ def test_a_folder_that_is_lost_under_a_run_ends_it_on_all_ranks(dump_folder: Pat
     for rank in run.ranks:
         assert rank.output.splitlines()[-1].startswith("error: ") and reason in rank.output.splitlines()[-1]
         assert "Traceback" not in rank.output
+    assert lost == "metrics" or not dump_folder.exists()
+
+
+def test_a_signal_while_exports_are_made_ends_the_run_and_the_next_one_makes_them(dump_folder: Path) -> None:
+    options = (
+        *FAST,
+        "--training.steps=2",
+        "--checkpoint.interval=2",
+        "--export.interval=2",
+        "--checkpoint.no-last_save_in_hf",
+    )
+
+    def stop(processes: list[mp.Process]) -> None:
+        wait_for_steps(dump_folder, 2, processes[0].is_alive)
+        while not (dump_folder / "checkpoint" / "step-2").exists() and processes[0].is_alive():
+            time.sleep(0.01)
+        os.kill(processes[1].pid, signal.SIGTERM)
+
+    stopped = train(dump_folder, *options, world_size=2, watch=stop, check=False)
+    assert stopped.exit_codes == [EXIT_PREEMPTED] * 2 and not (dump_folder / "hf" / "step-2").exists()
+    assert "Stopped by SIGTERM after step 2, before its exports were made" in stopped.ranks[1].output
+    again = train(dump_folder, *options, world_size=2)
+    assert "Already complete: " in again.ranks[0].output and (dump_folder / "hf" / "step-2" / "export.json").exists()
 
 
 def test_exports_that_were_due_are_made_up_for_before_a_run_is_complete(dump_folder: Path) -> None:
