@@ -110,8 +110,8 @@ def why_not_exported(step: Path, export: Path) -> str | None:
                 return f"{export} is not there"
             has_lineage = "lineage" in read_json(step / MANIFEST_NAME, "file")
             return f"{export} has no {RECORD_NAME}" if has_lineage else None  # older versions wrote neither
-        record, origin = read_json(export / RECORD_NAME, "file"), origin_of(step) or {}
-        if any(record.get(name) != value for name, value in origin.items()):
+        record, origin = read_json(export / RECORD_NAME, "file"), origin_of(step)
+        if origin is None or any(record.get(name) != value for name, value in origin.items()):
             return f"{export} is the export of another step"
         # Its card and configuration may be edited, and other files be added.
         found = _sizes(export)
