@@ -7,7 +7,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
-from itertools import chain, pairwise
+from itertools import chain, pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ ENDINGS = {
 }
 
 
-def open_local(source: DataSource) -> tuple[Dataset | IterableDataset, list[str]]:
+def open_local(source: DataSource, vocab_size: int) -> tuple[Dataset | IterableDataset, list[str]]:
     """Open the files of a source. Also returns their names. ConfigError if there are none, several kinds or flat tokens."""
     files = local_files(source.path, *ENDINGS)
     counts = {kind: sum(file.endswith(endings) for file in files) for kind, endings in ENDINGS.items()}
@@ -42,7 +42,7 @@ def open_local(source: DataSource) -> tuple[Dataset | IterableDataset, list[str]
         raise ConfigError(f"{source.path}: files of several kinds ({words}); name those that are meant with a glob")
     if kind == "tokens":
         raise ConfigError(f"{source.path}: flat files of tokens; name them with a glob that ends in .npy")
-    return load_files(source, kind, files), files
+    return load_files(source, kind, files, vocab_size), files
 
 
 def local_files(path: str, *kinds: str) -> list[str]:
@@ -51,36 +51,39 @@ def local_files(path: str, *kinds: str) -> list[str]:
     Links are followed. Hidden files and folders below a folder or a wildcard are passed over, as a shell does.
     """
     # Path.glob follows no links to folders, and takes hidden ones.
-    if Path(path).is_file():
-        found = [path]
-    elif Path(path).is_dir():
-        found = glob.glob(str(Path(glob.escape(path), "**", "*")), recursive=True)  # noqa: PTH207
-    else:
-        found = glob.glob(path, recursive=True)  # noqa: PTH207
+    pattern = str(Path(glob.escape(path), "**", "*")) if Path(path).is_dir() else path
+    found = [path] if Path(path).is_file() else glob.glob(pattern, recursive=True)  # noqa: PTH207
+    named = len([*takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts)])
     wanted = tuple(chain.from_iterable(ENDINGS[kind] for kind in kinds))
-    files = sorted(file for file in found if file.endswith(wanted) and not Path(file).is_dir() and not _in_a_loop(file))
+    files = [file for file in found if file.endswith(wanted) and not Path(file).is_dir()]
+    files = sorted(file for file in files if not _in_a_loop(file, named))
     if not files:
         endings = ", ".join(chain.from_iterable(ENDINGS.values()))
-        raise ConfigError(f"{path!r}: no file matches; files of documents end in {endings}")
+        hub = f"; a dataset on the Hub is hf://{path}" if path.count("/") == 1 else ""
+        raise ConfigError(f"{path!r}: no file matches; files of documents end in {endings}{hub}")
     if absent := [file for file in files if not Path(file).is_file()]:
         raise ConfigError(f"{absent[0]}: a link to {os.path.realpath(absent[0])}, where no file is; mend or remove it")
     return files
 
 
-def _in_a_loop(file: str) -> bool:
-    """Whether one of the folders in the path of a file is a link to a folder that it lies in."""
-    links = [folder for folder in Path(file).parents if folder.is_symlink()]
+def _in_a_loop(file: str, named: int) -> bool:
+    """Whether a folder in the path of a file, beyond the first ``named`` parts, is a link to a folder that it lies in."""
+    links = [folder for folder in Path(file).parents if len(folder.parts) > named and folder.is_symlink()]
     return any(folder.parent.resolve().is_relative_to(folder.resolve()) for folder in links)
 
 
-def load_files(source: DataSource, kind: str, files: list[str]) -> Dataset | IterableDataset:
-    """Load files of one kind (a key of ``ENDINGS``) with the options of ``source``."""
+def load_files(
+    source: DataSource, kind: str, files: list[str], vocab_size: int | None = None
+) -> Dataset | IterableDataset:
+    """Load files of one kind (a key of ``ENDINGS``) with the options of ``source``; tokens in JSON have to be below ``vocab_size``."""
     if kind not in ("json", "text"):
         columns = _columns(source, files) if kind == "parquet" else {}
         return load_dataset(kind, data_files=files, split="train", streaming=source.streaming, **columns)
     # With size and time, a changed file gets another entry in the cache of the datasets library.
     stamped = [(file, (stat := Path(file).stat()).st_size, stat.st_mtime_ns) for file in files]
     arguments = {"files": stamped, "field": source.text_field, "skip": source.skip_unreadable}
+    if kind == "json":
+        arguments["vocab_size"] = vocab_size
     read = _read_text_files if kind == "text" else _read_json_rows
     return (IterableDataset if source.streaming else Dataset).from_generator(read, gen_kwargs=arguments)
 
@@ -97,12 +100,11 @@ def _columns(source: DataSource, files: list[str]) -> dict[str, Any]:
         if field not in schema.names or (used and field not in used):
             needed = repr(source.text_field) if used is None else f"{next(iter(used))!r}, as {files[0]} has"
             raise ConfigError(f"{file}: no column {needed}, but {', '.join(sorted(schema.names))}")
-        features = Features.from_arrow_schema(schema)
         names = [field, *(name for name in schema.names if field == TOKENS_FIELD and is_mask(name))]
         if used is not None and set(names) != set(used):
             raise ConfigError(f"{file}: columns {names}, and {files[0]} has {list(used)}; name one of both with a glob")
         if used is None or pyarrow.types.is_null(used.arrow_schema.field(field).type):  # nothing but null in it
-            used = Features({name: features[name] for name in names})
+            used = Features.from_arrow_schema(pyarrow.schema([schema.field(name) for name in names]))
     return {"columns": list(used or {}), "features": used}
 
 
@@ -116,7 +118,9 @@ def _read_text_files(files: list[tuple[str, int, int]], field: str, skip: bool) 
             logger.warning(f"{file}: skipped, since it is not UTF-8 (byte {e.start})")
 
 
-def _read_json_rows(files: list[tuple[str, int, int]], field: str, skip: bool) -> Iterator[dict[str, Any]]:
+def _read_json_rows(
+    files: list[tuple[str, int, int]], field: str, skip: bool, vocab_size: int | None
+) -> Iterator[dict[str, Any]]:
     fields: tuple[str, ...] = (field, TOKENS_FIELD)
     for file, *_ in files:
         number, skipped = 0, 0
@@ -127,6 +131,8 @@ def _read_json_rows(files: list[tuple[str, int, int]], field: str, skip: bool) -
                         continue
                     try:
                         name, value = _json_row(line, fields)
+                        if vocab_size is not None and not isinstance(value, str):
+                            require_in_vocabulary(value, vocab_size)
                         fields = (name,)  # the one in the first row, since a dataset has it in every row
                         yield {name: value}
                     except RowError as e:

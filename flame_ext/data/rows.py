@@ -42,7 +42,7 @@ def is_mask(name: str) -> bool:
 def unpadded(row: Mapping[str, Any]) -> Any:
     """Returns the ``input_ids`` of a row without the padding that its masks and labels leave out.
 
-    These are tokens at either end whose ``attention_mask`` is 0, and at the end those without a label. Raises ConfigError, with the
+    These are tokens at either end whose ``attention_mask`` is 0 or, without one, tokens at the end without a label. Raises ConfigError, with the
     column's name, if a mask or labels leave out anything else: all tokens of a document are trained on.
     """
     tokens = row[TOKENS_FIELD]
@@ -65,9 +65,11 @@ def unpadded(row: Mapping[str, Any]) -> Any:
             raise ConfigError(f"column 'attention_mask' is not 1 between the padding at both ends{_REMEDY}")
     if (labels := columns.pop("labels", None)) is not None:
         learned = np.flatnonzero(labels[begin:end] != -100)
-        end = begin + int(learned[-1]) + 1 if len(learned) else begin
+        last = begin + int(learned[-1]) + 1 if len(learned) else begin
+        # transformers' collator takes the label of an EOS that is the padding token, too, though it is attended.
+        end, kept = (last, last) if attended is None else (end, end - 1 if end - last == 1 else end)
         # The first label is no token's successor.
-        if not (labels[begin + 1 : end] == tokens[begin + 1 : end]).all():
+        if not (labels[begin + 1 : kept] == tokens[begin + 1 : kept]).all():
             raise ConfigError(f"column 'labels' differs from {TOKENS_FIELD}, as where a prompt is masked{_REMEDY}")
     for name, mask in columns.items():
         if not (mask[begin + 1 : end] == 1).all():

@@ -29,6 +29,7 @@ from flame_ext.data.tokenizer import AutoHuggingFaceTokenizer, around_a_document
 from flame_ext.errors import ConfigError
 
 LOCAL_FORMATS = ("text", "json", "parquet")  # names in torchtitan's registry that stand for local files
+_HUB = "hf://"  # before a name of the Hub where a local folder has the owner's name
 TextOf = Callable[[dict[str, Any]], Any]  # maps a sample to its text or its tokens
 
 
@@ -97,7 +98,7 @@ def open_documents(
                 source, "flat files of tokens", "name", "split", "data_files", "text_field", "skip_unreadable"
             )
             return flat_tokens(source, num_lanes, seq_len + 1, vocab_size, rng_seed, epochs)
-        data, text_of_sample, files = _open(source, registered_path)
+        data, text_of_sample, files = _open(source, vocab_size, registered_path)
         if source.max_samples is not None and isinstance(data, Dataset):
             data = data.select(range(min(source.max_samples, len(data))))
         elif source.max_samples is not None:
@@ -180,7 +181,7 @@ class _Opened(NamedTuple):
     files: list[str] | None  # if they are local
 
 
-def _open(source: DataSource, registered_path: str | None) -> _Opened:
+def _open(source: DataSource, vocab_size: int, registered_path: str | None) -> _Opened:
     """Returns the samples, the function that maps one to its text or tokens, and the files if they are local."""
     place, files = Path(source.path), None
     registered = None if source.path in LOCAL_FORMATS else DATASETS.get(source.path.lower())
@@ -203,11 +204,12 @@ def _open(source: DataSource, registered_path: str | None) -> _Opened:
         data = data.to_iterable_dataset() if source.streaming else data
     elif place.exists() or _looks_local(source.path):
         without_effect(source, "local files", "name", "split", "data_files", "tokens_dtype")
-        data, files = open_local(source)
+        data, files = open_local(source, vocab_size)
     else:
         without_effect(source, "a dataset on the Hub", "tokens_dtype")
         options = {"name": source.name or None, "data_files": source.data_files or None}
-        data = load_dataset(source.path, split=source.split, streaming=source.streaming, **options)
+        name = source.path.removeprefix(_HUB)
+        data = load_dataset(name, split=source.split, streaming=source.streaming, **options)
     names = data.column_names or ()
     field = next((name for name in (source.text_field, TOKENS_FIELD) if name in names), None)
     if field is not None:
@@ -217,6 +219,8 @@ def _open(source: DataSource, registered_path: str | None) -> _Opened:
 
 def _looks_local(path: str) -> bool:
     """Whether a path where nothing is cannot have been meant as the name of a dataset on the Hub."""
+    if path.startswith(_HUB):
+        return False
     try:
         validate_repo_id(path)
     except HFValidationError:

@@ -1,5 +1,6 @@
 """AutoTokenizer's ids behind torchtitan's interface, the tokens before and after a document, checks against the model's vocabulary."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
 from transformers import AutoTokenizer, PreTrainedConfig, TokenizersBackend
+from transformers.models.auto.tokenization_auto import MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
 
 from flame_ext.data.documents import Tokens
 from flame_ext.distributed import failing_together
@@ -47,6 +49,13 @@ class AutoHuggingFaceTokenizer(HuggingFaceTokenizer):
         # Of GPT-NeoX and others the class has a BOS that is EOS, which begins no document unless the folder names it.
         if auto.bos_token != auto.eos_token or (self.config or {}).get("bos_token"):
             self.bos_token, self.bos_id = auto.bos_token, auto.bos_token_id
+
+    def _infer_should_add_bos_eos(self) -> None:
+        """Looks at both ends of a text, since torchtitan takes an EOS before the text, such as OPT's, for one after it."""
+        super()._infer_should_add_bos_eos()
+        ids = self.tokenizer.encode("a").ids
+        self.hf_adds_bos = len(ids) > 1 and ids[0] in (self.bos_id, self.eos_id)
+        self.hf_adds_eos = len(ids) > 1 and ids[-1] == self.eos_id
 
     def ids(self, text: str) -> list[int]:
         """Returns the ids of a text with those that the tokenizer itself adds; ConfigError for an id beyond the model's vocabulary."""
@@ -93,6 +102,10 @@ def _auto_tokenizer(folder: str, trust_remote_code: bool) -> Any:
     """Returns AutoTokenizer's reading of a folder; ConfigError if it cannot read it or finds no vocabulary."""
     file = Path(folder, "tokenizer.json")
     as_it_is = 'if tokenizer.json is right, set "tokenizer_class": "TokenizersBackend" in tokenizer_config.json'
+    if (
+        _model_type(folder) in MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
+    ):  # of which AutoTokenizer does not read tokenizer_class
+        as_it_is = "if tokenizer.json is right, make the data's input_ids with tokenizers.Tokenizer.from_file"
     try:
         auto = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         state = auto.backend_tokenizer if isinstance(auto, TokenizersBackend) else None
@@ -114,11 +127,15 @@ def _auto_tokenizer(folder: str, trust_remote_code: bool) -> Any:
         problem = f"AutoTokenizer cannot read the tokenizer ({type(e).__name__}: {reason})"
         raise ConfigError(f"{folder}: {problem}; {remedy}") from e
     kind, names = type(auto).__name__, {*auto.vocab_files_names.values(), "tekken.json", "tiktoken.model"}
-    if not any(Path(folder, name).is_file() for name in names):
+    if isinstance(auto, TokenizersBackend):
+        names.add(file.name)
+    if auto.vocab_files_names and not any(Path(folder, name).is_file() for name in names):
         raise ConfigError(
             f"{folder}: AutoTokenizer reads a {kind}, and none of its files is there ({', '.join(sorted(names))}); "
             "copy the model's tokenizer.json there"
         )
+    if not {*ids} - {*auto.all_special_ids}:
+        raise ConfigError(f"{folder}: AutoTokenizer reads a {kind} that finds no token in any text; {as_it_is}")
     if ignored:
         logger.warning(
             f"{file}: saved with {' and '.join(ignored)} of an earlier call, which are not applied, as by AutoTokenizer"
@@ -134,6 +151,13 @@ def _auto_tokenizer(folder: str, trust_remote_code: bool) -> Any:
                 f"taken; {as_it_is}"
             )
     return auto
+
+
+def _model_type(folder: str) -> str | None:
+    try:
+        return json.loads(Path(folder, "config.json").read_bytes())["model_type"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def around_a_document(tokenizer: BaseTokenizer) -> tuple[list[int], list[int]]:

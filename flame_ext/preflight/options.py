@@ -161,7 +161,9 @@ def check_data(config: FlameJobConfig) -> Iterator[str]:
         labels = [source.reported_as for source in sources]
         for name, instead in _REPLACED[f"{section}.sources"].items():
             value, default = (attrgetter(name)(c) for c in (config, FlameJobConfig()))
-            if sources and value != default:
+            # validation.dataset is read by data.text_field as well.
+            read = name == "data.text_field" and config.validation.enable and not config.validation.sources
+            if sources and value != default and not read:
                 yield f"{name} = {value!r} has no effect beside {section}.sources; leave one of them out{instead}"
         for i, source in enumerate(sources):
             name = f"{section}.sources[{i}]"

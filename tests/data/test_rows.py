@@ -27,6 +27,8 @@ def row(**columns: Any) -> dict[str, Any]:
         ({"labels": [5, 6, 7, -100, -100]}, [5, 6, 7]),
         ({"labels": [-100] * 5}, []),
         ({"attention_mask": [0] * 5}, []),
+        ({"attention_mask": [1] * 5, "labels": [5, 6, 7, 8, -100]}, [5, 6, 7, 8, 9]),
+        ({"attention_mask": [1, 1, 1, 0, 0], "labels": [5, 6, -100, -100, -100]}, [5, 6, 7]),
         ({"labels": [5, 6, 7, 8, -100], "assistant_masks": [0, 1, 1, 1, 0]}, [5, 6, 7, 8]),
     ],
 )
@@ -42,6 +44,7 @@ def test_padding_is_left_out(kind: Any, columns: dict, read: list[int]) -> None:
         ({"attention_mask": [1, 1, 2, 2, 2]}, "column 'attention_mask' is not 1 between"),
         ({"labels": [-100, -100, 7, 8, 9]}, "column 'labels' differs from input_ids"),
         ({"labels": [5, 6, -100, 8, 9]}, "column 'labels' differs"),
+        ({"attention_mask": [1] * 5, "labels": [5, 6, 7, -100, -100]}, "column 'labels' differs"),
         ({"labels": [6, 7, 8, 9, -100]}, "column 'labels' differs"),
         ({"labels": [5, 6]}, r"column 'labels' has the shape \(2,\) beside 5 input_ids"),
         ({"loss_mask": [1, 0, 1, 1, 1]}, "column 'loss_mask' masks tokens"),

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -20,7 +22,7 @@ from torchtitan.hf_datasets.text_datasets import DATASETS
 from transformers import AutoTokenizer
 
 from flame_ext.config.sections import DataSource, FlameJobConfig
-from flame_ext.data import documents, files
+from flame_ext.data import documents, files, sources
 from flame_ext.data.build import build_dataloader
 from flame_ext.data.loader import PackedDataloader
 from flame_ext.data.packing import PADDING
@@ -472,6 +474,49 @@ def test_a_bad_row_is_named_or_skipped_and_counted(
     config = job(DataSource(str(tmp_path), streaming=streaming, skip_unreadable=True), epochs=1)
     assert documents_in(read(loaders(config, 1, 0), config.training.steps)) == expected
     assert skipped in caplog.text
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
+def test_columns_that_nothing_reads_may_be_of_any_type(tmp_path: Path, streaming: bool, expected: list) -> None:
+    pairs = pyarrow.array([[("a", 1)]] * len(TEXTS), type=pyarrow.map_(pyarrow.string(), pyarrow.int32()))
+    names = pyarrow.array([b"0" * 16] * len(TEXTS), type=pyarrow.uuid())
+    pyarrow.parquet.write_table(pyarrow.table({"m": pairs, "u": names, "text": TEXTS}), tmp_path / "a.parquet")
+    config = job(DataSource(str(tmp_path), streaming=streaming), epochs=1)
+    assert documents_in(read(loaders(config, 1, 0), config.training.steps)) == expected
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
+def test_the_line_of_an_id_beyond_the_vocabulary_is_named(tmp_path: Path, streaming: bool) -> None:
+    (tmp_path / "a.jsonl").write_text('{"input_ids": [1]}\n')
+    (tmp_path / "b.jsonl").write_text('{"input_ids": [1]}\n\n{"input_ids": [99999]}\n')
+    with pytest.raises(ConfigError, match="b.jsonl, line 3: token id 99999 is not in the model's vocabulary"):
+        read(loaders(job(DataSource(str(tmp_path), streaming=streaming)), 1, 0), 2)
+
+
+def test_a_dataset_of_the_hub_beside_a_folder_of_its_owners_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def load(name: str, **_options: Any) -> Dataset:
+        asked.append(name)
+        return Dataset.from_dict({"text": TEXTS})
+
+    monkeypatch.chdir(tmp_path)
+    Path("allenai").mkdir()
+    monkeypatch.setattr(sources, "load_dataset", load)
+    with pytest.raises(ConfigError, match="'allenai/c4': no file matches; .*; a dataset on the Hub is hf://allenai/c4"):
+        loaders(job(DataSource("allenai/c4")), 1, 0)
+    loaders(job(DataSource("hf://allenai/c4", name="en")), 1, 0)
+    assert asked == ["allenai/c4"]
+
+
+def test_a_file_may_be_named_through_a_link_to_one_of_its_folders(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path.parent)
+    named = f"{tmp_path}/link/{tmp_path.name}"
+    assert files.local_files(f"{named}/a.txt", "text") == [f"{named}/a.txt"]
+    assert files.local_files(named, "text") == [f"{named}/a.txt"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -147,6 +147,52 @@ def test_a_folder_without_tokenizer_json_gives_the_ids_of_autotokenizer(
     assert auto("f(x);\n").input_ids[-1] != auto("f(x);").input_ids[-1] or model_type != "qwen2"
 
 
+def byte_level(folder: Path, model_type: str, **config: Any) -> None:
+    """vocab.json and merges.txt with every byte and one special token, 0."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokens = ["</s>", *sorted(ByteLevel.alphabet())]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    AutoConfig.for_model(model_type).save_pretrained(folder)
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "</s>")
+    (folder / "tokenizer_config.json").write_text(json.dumps({**special, **config}))
+
+
+def test_what_transformers_saves_of_a_class_with_other_files_is_read(tmp_path: Path) -> None:
+    byte_level(tmp_path, "gpt2", tokenizer_class="GPT2Tokenizer")
+    auto = AutoTokenizer.from_pretrained(tmp_path)
+    auto.save_pretrained(tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).unlink()
+    assert "tokenizer.json" not in auto.vocab_files_names.values()
+    assert tokenizer_in(tmp_path, save=False).ids(TEXT) == auto(TEXT).input_ids
+
+
+def test_an_eos_before_the_text_is_no_eos_after_it(tmp_path: Path) -> None:
+    """OPT's begins each text."""
+    byte_level(tmp_path, "opt", tokenizer_class="GPT2Tokenizer", add_bos_token=True)
+    tokenizer, auto = tokenizer_in(tmp_path, save=False), AutoTokenizer.from_pretrained(tmp_path)
+    before, after = around_a_document(tokenizer)
+    assert [*before, *tokenizer.ids(TEXT)] == auto(TEXT).input_ids and auto(TEXT).input_ids[0] == 0 and after == [0]
+
+
+def test_a_tokenizer_that_finds_no_token_is_refused(tmp_path: Path) -> None:
+    """AutoTokenizer builds Qwen's own class, of which this vocabulary has nothing, whatever tokenizer_class says."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    inner = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1, "the": 2}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend", "eos_token": "<eos>"}')
+    AutoConfig.for_model("qwen2").save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)("the the").input_ids == []
+    with pytest.raises(
+        ConfigError, match="a Qwen2Tokenizer that finds no token in any text; .*make the data's input_ids"
+    ):
+        tokenizer_in(tmp_path, save=False)
+
+
 def test_eos_is_read_from_special_tokens_map(tmp_path: Path) -> None:
     tokenizer_in(tmp_path, eos_token=None)
     assert tokenizer_in(tmp_path, save=False).eos_id is None

@@ -61,3 +61,11 @@ def test_options_without_effect(tmp_path: Path, section: str, options: list[str]
     parse([f"--job.config_file={toml}"])
     with pytest.raises(ConfigError, match=message):
         parse([f"--job.config_file={toml}", *options])
+
+
+def test_the_text_field_that_validation_reads_by_is_no_option_without_effect(tmp_path: Path) -> None:
+    toml = tmp_path / "job.toml"
+    text = DEBUG_TOML.read_text().replace('dataset = "python_stdlib"\n', "")
+    toml.write_text(f'{text}\n[[data.sources]]\npath = "a"\n')
+    validation = ["--validation.enable", "--validation.dataset=json", "--validation.dataset_path=b"]
+    parse([f"--job.config_file={toml}", "--data.text_field=content", *validation])
