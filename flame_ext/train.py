@@ -26,7 +26,7 @@ with without_collection():
     from flame_ext.distributed import lost_rank
     from flame_ext.errors import UserError
     from flame_ext.preflight.parse import parse
-    from flame_ext.run.signals import EXIT_PREEMPTED, STOP_SIGNALS, StopSignals, note_exit_code
+    from flame_ext.run.signals import EXIT_PREEMPTED, StopSignals, note_exit_code
     from flame_ext.trainer import FutureTrainer
 
 
@@ -38,9 +38,10 @@ def run(config: FlameJobConfig) -> int:
         with closing(FutureTrainer(config, signals)) as trainer:
             trainer.train()
     finally:
-        signals.restore()
-        for number in STOP_SIGNALS if __name__ == "__main__" else ():  # nothing is left that a signal could stop
-            signal.signal(number, signal.SIG_IGN)
+        if __name__ == "__main__":  # nothing is left that a signal could stop
+            signals.ignore()
+        else:
+            signals.restore()
     if dist.is_initialized():
         dist.destroy_process_group()
     return EXIT_PREEMPTED if trainer.preempted else 0

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -37,6 +37,9 @@ class Holder:
     boot: str = field(
         default_factory=lambda: _boot_id()
     )  # of the kernel, which containers share, and hosts of one name do not
+    kernel: bool = (
+        False  # whether it has the kernel lock, so that whoever gets that one knows that this process has ended
+    )
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} (since {self.time})"
@@ -57,7 +60,11 @@ class FolderLock:
     def __init__(self, folder: Path, take_over: bool = False) -> None:
         self.file, self.take_over = folder / LOCK_NAME, take_over
         self._kernel_file = folder / f"{LOCK_NAME}.kernel"
-        self._kernel = FileLock(self._kernel_file, fallback_to_soft=False, on_acquired=self._require_in_place)
+        # Not of a thread: that of the heartbeats may get what this one releases.
+        self._kernel = FileLock(
+            self._kernel_file, thread_local=False, fallback_to_soft=False, on_acquired=self._require_in_place
+        )
+        self._kernel_descriptor = -1
         self._mine: Holder | None = None
         self._lost: str | None = None
         self._folder: int | None = None  # a descriptor
@@ -68,20 +75,20 @@ class FolderLock:
         """Takes the lock; raises a CheckpointError if another process holds it."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._kernel.acquire(timeout=_PATIENCE)
+            self._lock_kernel(_PATIENCE)
         except Timeout:
             if not self.take_over:
                 raise self._in_use(self._read()) from None
-        except OSError as e:
-            if e.errno not in _NO_FLOCK:
-                raise
-            self._kernel_file.unlink(missing_ok=True)
         try:
             before = self._read()
             if not self.take_over:
                 self._require_ended(before)
-            self._mine = Holder()
+            self._mine = Holder(kernel=self._kernel.is_locked)
             self._write(self._mine, before)
+        except CheckpointError:
+            self._mine = None
+            self._kernel.release()  # but its file stays: a process whose lock this host cannot see may have locked it, too
+            raise
         except BaseException:
             self._mine = None
             self._release_kernel()
@@ -95,28 +102,30 @@ class FolderLock:
 
     def release(self) -> None:
         """Removes the lock, if :meth:`acquire` took it and the record is still this process's."""
-        mine, self._mine = self._mine, None
-        if mine is None:
-            return
         self._end.set()
         if self._beats is not None:
             self._beats.join()
+        mine, self._mine = self._mine, None
+        if mine is None:
+            return
         if self._folder is not None:
             os.close(self._folder)
             self._folder = None
-        holder = self._read()
-        if holder == mine:
-            self.file.unlink(missing_ok=True)
-        elif holder is not None:
-            logger.warning(f"{self.file} now names {holder}: left to it")
-        self._release_kernel()
+        try:
+            self._remove(mine)
+        except OSError as e:  # such as a folder that is gone: what ends the run is said already
+            logger.warning(f"{self.file} cannot be removed: {e}")
 
     def error(self) -> str | None:
-        """Returns why this process must not write to the folder any more; None if it may."""
+        """Returns why this process must not write to the folder any more; None if it may. Raises nothing: other ranks wait."""
         if self._folder is not None and self._lost is None:
-            with suppress(FileNotFoundError):
+            try:
                 if os.path.samestat(os.fstat(self._folder), self.file.parent.stat()):
                     return None
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            except OSError as e:  # of a file system that may be back at the next heartbeat
+                return f"{self.file.parent} cannot be read: {e}"
             self._lost = f"{self.file.parent} was removed while this run was writing to it"
         return self._lost
 
@@ -129,24 +138,56 @@ class FolderLock:
             self.release()
             raise
 
+    def _remove(self, mine: Holder) -> None:
+        try:
+            holder = self._read()
+            if holder == mine:
+                self.file.unlink(missing_ok=True)
+            elif holder is not None:
+                logger.warning(f"{self.file} now names {holder}: left to it")
+        finally:
+            self._release_kernel()
+
+    def _lock_kernel(self, timeout: float) -> None:
+        """Gets the kernel lock, if the file system has such locks. Raises a Timeout if another process has it."""
+        was_there = self._kernel_file.exists()
+        try:
+            self._kernel.acquire(timeout=timeout)
+        except OSError as e:
+            if e.errno not in _NO_FLOCK:
+                raise
+            if not was_there:
+                self._kernel_file.unlink(missing_ok=True)
+
     def _release_kernel(self) -> None:
-        if self._kernel.is_locked:
-            self._kernel_file.unlink(missing_ok=True)
+        try:
+            if self._kernel.is_locked and self._is_in_place(self._kernel_descriptor):
+                self._kernel_file.unlink(missing_ok=True)
+        finally:
             self._kernel.release()
 
     def _require_in_place(self, descriptor: int) -> None:
         """Refuses a locked file that its last holder has removed since: the next process would lock a new one."""
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), self._kernel_file.stat()):
-                return
-        raise CheckpointError(f"{self.file.parent} was in use until this moment: start again")
+        if not self._is_in_place(descriptor):
+            raise CheckpointError(f"{self.file.parent} was in use until this moment: start again")
+        self._kernel_descriptor = descriptor
+
+    def _is_in_place(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(descriptor), self._kernel_file.stat())
+        except FileNotFoundError:
+            return False
 
     def _require_ended(self, before: "Holder | str | None") -> None:
         """Raises a CheckpointError if the process of the record is alive: it has a heartbeat, or had one a moment ago and this
         process cannot know better.
         """
-        known = isinstance(before, Holder) and before.boot == _boot_id() and self._kernel.is_locked
-        if before is None or known:  # its kernel lock would have been seen by its own kernel
+        if isinstance(before, Holder) and not before.boot:
+            self._require_older_ended(before)
+            return
+        # If it lived, this process could not have the lock that it had.
+        had_lock = isinstance(before, Holder) and before.kernel and before.boot == _boot_id()
+        if before is None or (had_lock and self._kernel.is_locked):
             return
         first = self._last_beat()
         if first is not None and first[1] <= _SILENCE:
@@ -155,6 +196,17 @@ class FolderLock:
             if last[0] != first[0] or self._read() != before:
                 raise self._in_use(self._read())
             time.sleep(_BEAT / 5)
+
+    def _require_older_ended(self, before: Holder) -> None:
+        """Raises a CheckpointError unless the process, whose version knew no heartbeat, is known to have ended: on its own host, by
+        its lock on ``.lock.HOST``.
+        """
+        file = self.file.with_name(f"{LOCK_NAME}.{before.host}")
+        if before.host == socket.gethostname() and file.is_file():  # it is left by a process that was killed
+            with suppress(OSError), FileLock(file, timeout=0, fallback_to_soft=False):
+                file.unlink(missing_ok=True)
+                return
+        raise self._in_use(before)
 
     def _last_beat(self) -> tuple[float, float] | None:
         """Returns when the last heartbeat was and how many seconds ago, by the clock of the file system; None without a record."""
@@ -170,26 +222,47 @@ class FolderLock:
             probe.unlink(missing_ok=True)
 
     def _beat(self) -> None:
-        while not self._end.wait(_BEAT):
+        while self._lost is None and not self._end.wait(_BEAT):
             try:
-                holder = self._read()
-                if holder is not None and holder != self._mine:
-                    self._lost = f"{self.file} now names {holder}: another run has taken {self.file.parent} over"
-                    return
-                if self.error() is not None:
-                    return
-                if holder is None and self._mine is not None:  # someone has removed it
-                    self._write(self._mine, None)
-                os.utime(self.file)
+                self._keep()
             except OSError as e:  # the next one may succeed
                 logger.warning(f"{self.file} cannot be written: {e}")
+            except Exception as e:  # such as another's record: who has no heartbeat is taken over from
+                self._lost = f"{self.file} cannot be kept any longer: {e}"
+
+    def _keep(self) -> None:
+        """One heartbeat, if nothing says that the folder is lost."""
+        holder = self._read()
+        if holder is not None and holder != self._mine:
+            self._lost = f"{self.file} now names {holder}: another run has taken {self.file.parent} over"
+        self.error()
+        if self._lost is not None or self._mine is None:
+            return
+        if holder is None:  # someone has removed it
+            self._write(self._mine, None)
+        os.utime(self.file)
+        self._keep_kernel(self._mine)
+
+    def _keep_kernel(self, mine: Holder) -> None:
+        """Gets the kernel lock if another had it, there was none, or its file was removed; the record says whether that succeeded."""
+        if self._kernel.is_locked and not self._is_in_place(self._kernel_descriptor):
+            self._kernel.release()
+        if not self._kernel.is_locked:
+            with suppress(Timeout, CheckpointError):
+                self._lock_kernel(0)
+        if mine.kernel != self._kernel.is_locked:
+            now = replace(mine, kernel=self._kernel.is_locked)
+            self._rewrite(now)
+            self._mine = now
 
     def _read(self) -> Holder | str | None:
         """Returns the process of the record, or what is wrong with the record; None if there is none."""
         try:
             values = json.loads(self.file.read_bytes())
-            holder = Holder(values["host"], values["pid"], values["time"], values.get("boot", ""))
-            if [type(value) for value in asdict(holder).values()] != [str, int, str, str]:
+            holder = Holder(
+                values["host"], values["pid"], values["time"], values.get("boot", ""), values.get("kernel", False)
+            )
+            if [type(value) for value in asdict(holder).values()] != [str, int, str, str, bool]:
                 raise TypeError("a value has the wrong type")
         except FileNotFoundError:
             return None
@@ -214,6 +287,16 @@ class FolderLock:
                 os.fsync(stream.fileno())
         except BaseException:  # such as a full disk: no record may stay that nobody holds
             self.file.unlink(missing_ok=True)
+            raise
+
+    def _rewrite(self, mine: Holder) -> None:
+        """Replaces this process's record in one go."""
+        new = self.file.with_name(f"{LOCK_NAME}.new")
+        try:
+            new.write_text(json.dumps(asdict(mine), indent=2))
+            new.replace(self.file)
+        except BaseException:
+            new.unlink(missing_ok=True)
             raise
 
     def _in_use(self, holder: Holder | str | None) -> CheckpointError:

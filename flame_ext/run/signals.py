@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -27,6 +28,11 @@ class StopSignals:
         """Sets the handlers, and lets signals in that were held back; Python allows it in the main thread only."""
         self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def ignore(self) -> None:
+        """Ignores them from now on, without a moment in which one could end the process."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def restore(self) -> None:
         """Sets the handlers that were there before."""
@@ -59,6 +65,13 @@ def agree(circumstances: Circumstances, device: torch.device) -> Circumstances:
 
 
 def note_exit_code(code: int) -> None:
-    """Writes the exit code to the file that ``FLAME_EXT_EXIT_FILE`` names, if the launching script has set it."""
+    """Writes the exit code to the file that ``FLAME_EXT_EXIT_FILE`` names, if the launching script has set it. Never changes it."""
     if file := os.environ.get(EXIT_FILE_VARIABLE):
-        Path(file).write_text(f"{code}\n")
+        try:
+            Path(file).write_text(f"{code}\n")
+        except OSError as e:
+            print(
+                f"warning: the exit code {code} cannot be written ({EXIT_FILE_VARIABLE}): {e}",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from flame_ext.errors import CheckpointError
 from flame_ext.run import lock
@@ -81,9 +82,29 @@ def left_behind(folder: Path, **values: Any) -> None:
         "pid": 2**22 + 1,
         "time": "2020-01-01T00:00:00+00:00",
         "boot": lock._boot_id(),
+        "kernel": True,
     }
     record |= values
     (folder / ".lock").write_text(json.dumps(record))
+
+
+def older(folder: Path, host: str) -> FileLock:
+    """What a process of the version before heartbeats leaves: a record, and the lock on ``.lock.HOST``, which it has if it lives."""
+    left_behind(folder, host=host)
+    (folder / ".lock").write_text(
+        json.dumps({k: v for k, v in contents(folder).items() if k in ("host", "pid", "time")})
+    )
+    os.utime(folder / ".lock", (0, 0))
+    kernel = FileLock(folder / f".lock.{host}", fallback_to_soft=False)
+    kernel.acquire(timeout=0)
+    return kernel
+
+
+def wait_until(happens: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not happens():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 @contextmanager
@@ -115,7 +136,10 @@ def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_lock_names_its_process_and_goes_with_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "new"
     with held(folder):
-        assert contents(folder).keys() == {"host", "pid", "time", "boot"} and contents(folder)["pid"] == os.getpid()
+        assert (
+            contents(folder).keys() == {"host", "pid", "time", "boot", "kernel"}
+            and contents(folder)["pid"] == os.getpid()
+        )
         with pytest.raises(CheckpointError, match=f"{folder} is in use by process {os.getpid()} on .* .since 20"):
             FolderLock(folder).acquire()
         assert sorted(p.name for p in folder.iterdir()) == [".lock", ".lock.kernel"]
@@ -156,6 +180,7 @@ def test_a_process_that_the_holder_has_forked_does_not_keep_the_lock(
     folder_lock._kernel.release()  # the kernel does so when the holder is killed
     with held(tmp_path):
         pass
+    folder_lock.release()
 
 
 @pytest.mark.parametrize("_", range(3))
@@ -249,15 +274,121 @@ def test_a_process_of_another_host_is_seen_by_its_heartbeat(
     mine.acquire()
     before = contents(tmp_path)
     monkeypatch.setattr(lock, "_boot_id", lambda: "another kernel")  # under the same name of a host, as pods have it
-    mine._kernel.release()
+    monkeypatch.setattr(lock, "FileLock", lambda file, **options: FileLock(f"{file}.another", **options))
+    monkeypatch.setattr(FolderLock, "_is_in_place", lambda *_: True)
     with pytest.raises(CheckpointError, match=f"is in use by process {os.getpid()} on "):
         FolderLock(tmp_path).acquire()
+    assert (tmp_path / ".lock.kernel").exists()  # the next process of its own host would lock a new one
     mine._end.set()  # from now on it is as if it had been killed
     mine._beats.join()
     with held(tmp_path):
         assert contents(tmp_path) != before and mine.error() is None
     assert "may be alive; waiting up to" in caplog.text and "has ended without releasing it; taken over" in caplog.text
+    mine._kernel.release()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_who_took_over_is_not_taken_over_from_when_the_first_one_ends(tmp_path: Path) -> None:
+    first, mine = FolderLock(tmp_path), FolderLock(tmp_path, take_over=True)
+    first.acquire()
+    mine.acquire()
+    assert not contents(tmp_path)["kernel"]
+    first.release()  # as it does when it hears of it
+    with pytest.raises(CheckpointError, match=f"in use by process {os.getpid()} "):
+        FolderLock(tmp_path).acquire()
+    wait_until(lambda: contents(tmp_path)["kernel"])
+    with pytest.raises(CheckpointError, match=f"in use by process {os.getpid()} "):
+        FolderLock(tmp_path).acquire()
+    assert mine.error() is None
+    mine.release()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("later", [False, True])
+def test_who_could_not_have_a_lock_of_the_kernel_is_not_taken_over_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: bool
+) -> None:
+    mine = FolderLock(tmp_path)
+
+    def none_left(**_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mine._kernel, "acquire", none_left)
+        mine.acquire()
+        if not later:
+            with pytest.raises(CheckpointError, match=f"in use by process {os.getpid()} "):
+                FolderLock(tmp_path).acquire()
+            assert mine.error() is None
+    if later:
+        wait_until(lambda: contents(tmp_path)["kernel"])
+        mine._end.set()  # from now on it is as if it had been killed
+        mine._beats.join()
+        mine._kernel.release()
+        monkeypatch.setattr(lock, "_SILENCE", 1e9)  # no heartbeat has to be waited for
+        with held(tmp_path):
+            pass
+    mine.release()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_file_of_the_kernels_lock_that_someone_removes_is_locked_again(tmp_path: Path) -> None:
+    with held(tmp_path):
+        (tmp_path / ".lock.kernel").unlink()
+        wait_until((tmp_path / ".lock.kernel").exists)
+        with pytest.raises(CheckpointError, match=f"in use by process {os.getpid()} "):
+            FolderLock(tmp_path).acquire()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_run_of_the_version_before_heartbeats_is_seen(tmp_path: Path) -> None:
+    kernel = older(tmp_path, socket.gethostname())
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=f"in use by process {before['pid']} on .*take_over_lock"):
+        FolderLock(tmp_path).acquire()
+    assert contents(tmp_path) == before
+    kernel.release()  # it is killed
+    with held(tmp_path):
+        assert contents(tmp_path)["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("host", ["elsewhere", None])
+def test_a_run_of_the_version_before_heartbeats_that_cannot_be_seen_has_to_be_known_to_have_ended(
+    tmp_path: Path, host: str | None
+) -> None:
+    """It is on another host, or the file system had no locks of the kernel."""
+    older(tmp_path, host or socket.gethostname()).release()
+    if host is None:
+        (tmp_path / f".lock.{socket.gethostname()}").unlink()
+    with pytest.raises(CheckpointError, match="in use by process .*take_over_lock"):
+        FolderLock(tmp_path).acquire()
+    knows = FolderLock(tmp_path, take_over=True)
+    knows.acquire()
+    assert contents(tmp_path)["pid"] == os.getpid()
+    knows.release()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_who_cannot_write_its_record_again_hears_of_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its record was removed, and another process writes one when this one is about to."""
+    mine = FolderLock(tmp_path)
+    mine.acquire()
+    read = mine._read
+
+    def overtaken() -> lock.Holder | str | None:
+        monkeypatch.setattr(mine, "_read", read)
+        left_behind(tmp_path, host="elsewhere")
+        return None
+
+    monkeypatch.setattr(mine, "_read", overtaken)
+    mine._beats.join(10)
+    assert not mine._beats.is_alive() and "in use by process 4194305 on elsewhere" in (mine.error() or "")
+    mine.release()
+    assert contents(tmp_path)["host"] == "elsewhere"
 
 
 @pytest.mark.usefixtures("impatient")
@@ -285,6 +416,32 @@ def test_a_folder_that_is_removed_is_heard_of(tmp_path: Path) -> None:
     assert "was removed while this run was writing to it" in mine.error()
     mine.release()
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_folder_whose_parent_is_a_file_now_is_heard_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    mine = FolderLock(tmp_path / "outputs" / "run")
+    mine.acquire()
+    shutil.rmtree(tmp_path / "outputs")
+    (tmp_path / "outputs").touch()
+    assert "was removed while this run was writing to it" in (mine.error() or "")
+    mine.release()
+    assert "Not a directory" in caplog.text and not mine._kernel.is_locked
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EIO])
+def test_a_folder_that_cannot_be_read_is_a_reason_and_no_exception(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with held(tmp_path):
+        folder_lock = FolderLock(tmp_path)
+        folder_lock._folder = os.open(tmp_path, os.O_RDONLY)
+        with monkeypatch.context() as patch:
+            patch.setattr(lock.os, "fstat", fails)
+            assert os.strerror(number) in (folder_lock.error() or "")
+        assert folder_lock.error() is None
 
 
 @pytest.mark.usefixtures("impatient")

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from flame_ext.run.signals import EXIT_FILE_VARIABLE, STOP_SIGNALS, Circumstances, StopSignals, agree, note_exit_code
+import flame_ext.train as command
+from flame_ext.config.sections import FlameJobConfig
+from flame_ext.run.signals import (
+    EXIT_FILE_VARIABLE,
+    EXIT_PREEMPTED,
+    STOP_SIGNALS,
+    Circumstances,
+    StopSignals,
+    agree,
+    note_exit_code,
+)
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -36,6 +50,35 @@ def test_a_stop_signal_is_remembered_until_the_handlers_are_restored(number: sig
     finally:
         for stop, handler in before.items():
             signal.signal(stop, handler)
+
+
+def _stops_again_and_again() -> None:
+    """The end of a run of the command, to which each signal comes whenever what is done about it changes."""
+    set_handler = signal.signal
+
+    def set_and_send(number: int, handler: Any) -> Any:
+        before = set_handler(number, handler)
+        os.kill(os.getpid(), number)
+        return before
+
+    def trainer(*_: Any) -> SimpleNamespace:
+        return SimpleNamespace(train=lambda: None, close=lambda: None, preempted=True)
+
+    for number in STOP_SIGNALS:
+        set_handler(number, signal.SIG_DFL)
+    with (
+        mock.patch.object(command, "__name__", "__main__"),
+        mock.patch.object(command, "FutureTrainer", trainer),
+        mock.patch.object(signal, "signal", set_and_send),
+    ):
+        os._exit(command.run(FlameJobConfig()))
+
+
+def test_no_signal_can_end_a_run_that_has_saved() -> None:
+    process = multiprocessing.get_context("fork").Process(target=_stops_again_and_again)
+    process.start()
+    process.join()
+    assert process.exitcode == EXIT_PREEMPTED
 
 
 def test_a_signal_that_was_held_back_until_the_handlers_are_there_counts() -> None:
@@ -82,3 +125,13 @@ def test_the_exit_code_is_left_where_the_launching_script_looks(
     monkeypatch.setenv(EXIT_FILE_VARIABLE, str(tmp_path / "code"))
     note_exit_code(75)
     assert (tmp_path / "code").read_text() == "75\n"
+
+
+def test_an_exit_code_that_cannot_be_left_stays_the_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(EXIT_FILE_VARIABLE, str(tmp_path / "missing" / "code"))
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as end:
+        command.main([])
+    assert end.value.code == 2 and "warning: the exit code 2 cannot be written" in capsys.readouterr().err
