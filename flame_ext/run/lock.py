@@ -34,12 +34,10 @@ class Holder:
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     time: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="microseconds"))
-    boot: str = field(
-        default_factory=lambda: _boot_id()
-    )  # of the kernel, which containers share, and hosts of one name do not
-    kernel: bool = (
-        False  # whether it has the kernel lock, so that whoever gets that one knows that this process has ended
-    )
+    # Of the kernel, which containers share, and hosts of one name do not.
+    boot: str = field(default_factory=lambda: _boot_id())
+    # Whether it has the kernel lock, so that whoever gets that one knows that this process has ended.
+    kernel: bool = False
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} (since {self.time})"

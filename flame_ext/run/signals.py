@@ -50,9 +50,7 @@ class Circumstances(NamedTuple):
     stop: bool = False  # a stop signal has come: this step is the last one of this process
     data_ended: bool = False  # there is not enough data for this step
     data_failed: bool = False  # the data of this step cannot be read
-    save_failed: bool = (
-        False  # a file cannot be written: of a save in the background, of metrics, or the folder is gone
-    )
+    save_failed: bool = False  # a file cannot be written: a save in the background, metrics; or the folder is gone
 
 
 def agree(circumstances: Circumstances, device: torch.device) -> Circumstances:
