@@ -70,7 +70,9 @@ def kill_at_random(folder: Path, rng: random.Random, seconds: float, kills: list
     """Returns a function for ``watch`` that waits up to ``seconds``, or often less, and kills what is still running."""
 
     def watch(processes: list[mp.Process]) -> None:
-        time.sleep(rng.uniform(0, rng.choice([seconds, _UNTIL_EXPORTS])))
+        end = time.monotonic() + rng.uniform(0, rng.choice([seconds, _UNTIL_EXPORTS]))
+        while time.monotonic() < end and any(process.is_alive() for process in processes):
+            time.sleep(0.01)
         whom = rng.choice(["all ranks", "one rank", "others"])
         pids = [process.pid for process in processes if process.is_alive() and process.pid is not None]
         if whom == "one rank":
