@@ -39,10 +39,9 @@ class FutureTrainer(torchtitan.train.Trainer):
     finishing = False  # Whether the data have ended: the step before is the last one
 
     def __init__(self, job_config: FlameJobConfig, signals: StopSignals | None = None) -> None:
-        self._signals = signals or StopSignals()
+        self.signals = signals or StopSignals()
         self._lock = FolderLock(Path(job_config.job.dump_folder), job_config.checkpoint.take_over_lock)
-        self._stopping = False
-        self._exports_wait = False  # whether a stop signal has come before the exports were made
+        self._stopping = self._exports_wait = False  # whether a signal has come; before the exports were made
         with trainer_built_with(SeedingCheckpointManager), self._lock.released_on_error():
             super().__init__(job_config)
             self._build_step()
@@ -185,7 +184,8 @@ class FutureTrainer(torchtitan.train.Trainer):
         except Exception as e:  # of whatever kind: the other ranks have to hear of it before it is raised
             unreadable = e
         error = self._error_of_files()
-        now = agree(Circumstances(self.stop_signal_came, ended, unreadable is not None, error is not None), self.device)
+        stop = self.signals.received is not None
+        now = agree(Circumstances(stop, ended, unreadable is not None, error is not None), self.device)
         if now.data_failed:
             with failing_together(ConfigError):
                 if unreadable is not None:
@@ -239,10 +239,8 @@ class FutureTrainer(torchtitan.train.Trainer):
 
     def _say_stopped(self, step: int) -> None:
         if self.preempted:
-            received = self._signals.received
-            name = "a signal to another rank" if received is None else received.name
-            waiting = ", before its exports were made" if self._exports_wait else ""
-            logger.info(f"Stopped by {name} after step {step}{waiting}: start the same command again to go on")
+            when = f"after step {step}{', before its exports were made' * self._exports_wait}"
+            logger.info(f"Stopped by {self.signals.name} {when}: start the same command again to go on")
 
     @property
     def preempted(self) -> bool:
@@ -250,19 +248,13 @@ class FutureTrainer(torchtitan.train.Trainer):
         before_last = self._stopping and not self.finishing and self.step < self.job_config.training.steps
         return before_last or self._exports_wait
 
-    @property
-    def stop_signal_came(self) -> bool:
-        """Whether this rank has got a stop signal."""
-        return self._signals.received is not None
-
     def should_continue_training(self) -> bool:
         return not self._stopping and super().should_continue_training()
 
     def _finish(self) -> None:
         """Save the step before as the last one, as if ``training.steps`` had said so: the data have ended."""
         self.step -= 1  # torchtitan had counted the one that was not run
-        # Some ranks have read a part of it.
-        self.checkpointer.states[DATALOADER] = self._data_position
+        self.checkpointer.states[DATALOADER] = self._data_position  # some ranks have read a part of it
         if self.step == 0:
             raise UserError(f"training.dataset {self.job_config.training.dataset!r} has no data for a single step")
         self.checkpointer.save(self.step, last_step=True)

@@ -132,7 +132,7 @@ class RunHooks(CheckpointHooks):
         }
 
     def stopped(self) -> bool:
-        return self._trainer.stop_signal_came
+        return self._trainer.signals.received is not None
 
     def is_exported(self, step: int) -> bool:
         def unreadable() -> str | None:

@@ -24,6 +24,11 @@ class StopSignals:
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
+    @property
+    def name(self) -> str:
+        """What has stopped the run, for messages."""
+        return "a signal to another rank" if self.received is None else self.received.name
+
     def install(self) -> None:
         """Sets the handlers, and lets signals in that were held back; Python allows it in the main thread only."""
         self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
