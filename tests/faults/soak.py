@@ -32,7 +32,7 @@ from tests.ranks import train
 OPTIONS = (
     "--training.seq_len=32", "--training.local_batch_size=2", "--training.global_batch_size=4", "--seed.verify=none",
     "--lr_scheduler.warmup_steps=0", "--training.steps=9", "--checkpoint.interval=2", "--checkpoint.keep_latest_k=2",
-    "--export.interval=4",
+    "--export.interval=4", "--comm.init_timeout_seconds=20",  # there is no torchrun to end a rank that waits for one that was killed
 )  # fmt: skip
 STARTS_AT_MOST = 60  # of one run: far more than it takes to get on by a step
 _UNTIL_EXPORTS = 5  # seconds in which a run has made most of its steps; the rest is its exporters'
