@@ -120,7 +120,7 @@ def convert(
 
 def _without(source: Source, patterns: tuple[str, ...]) -> Source:
     """Leaves out the keys that match ``patterns``."""
-    left_out = sorted(key for key in source.entries if matches(key, patterns))
+    left_out = {key for key in source.entries if matches(key, patterns)}
     if not left_out:
         return source
     entries = {key: entry for key, entry in source.entries.items() if key not in left_out}

@@ -29,6 +29,8 @@ METADATA_NAME = ".metadata"
 MAX_METADATA_BYTES = 2**26  # about 450,000 pieces of tensors
 _MORE_PER_FILE = 2**20  # for each file of data, of which every rank writes one: some 7,000 pieces
 _BYTES_OF_AN_OBJECT = 4  # at least, on average; memory is bounded by the number of objects
+_BYTES_OF_A_RECORD = 12  # the same for records; a piece of a tensor has some 7 in 143 bytes
+_MAX_NAME = 2**12  # characters
 _MAX_DEPTH = 64  # of the dictionary that was saved
 
 _CLASSES = {
@@ -61,7 +63,7 @@ class _Name:
     of: str
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class _Record:
     """Stands for an object: what it is of, what it was made from, and the state that was put into it."""
 
@@ -106,8 +108,9 @@ class _Unpickler(pickle._Unpickler):
         self._file = file
         makers = pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.MARK, pickle.TUPLE1, pickle.MEMOIZE
         objects = sum(map(raw.count, makers))  # an upper bound, since these bytes may also be parts of text and numbers
-        most = max(len(raw), MAX_METADATA_BYTES) // _BYTES_OF_AN_OBJECT
-        if objects > most:
+        size = max(len(raw), MAX_METADATA_BYTES // 4)
+        self._more_records = size // _BYTES_OF_A_RECORD
+        if objects > (most := size // _BYTES_OF_AN_OBJECT):
             raise SeedError(f"{file}: up to {objects} objects; expected at most {most}")
 
     def find_class(self, module: str, name: str) -> Any:
@@ -124,6 +127,9 @@ class _Unpickler(pickle._Unpickler):
         arguments, name = self.stack.pop(), self.stack.pop()
         if type(name) is not _Name or type(arguments) is not tuple:
             raise pickle.UnpicklingError(f"a {type(name).__name__} is called")
+        self._more_records -= 1
+        if self._more_records < 0:
+            raise pickle.UnpicklingError("more records than its bytes can be meant for")
         self.stack.append(_Record(name.of, arguments))
 
     def load_build(self) -> None:
@@ -236,9 +242,9 @@ def _size(record: Any) -> torch.Size:
 
 
 def _path(value: Any) -> tuple[str | int, ...]:
-    if len(_typed(value, tuple)) > _MAX_DEPTH:
+    if len(_typed(value, tuple, list)) > _MAX_DEPTH:
         raise ValueError(f"a path of {len(value)} parts; expected at most {_MAX_DEPTH}")
-    return tuple(_typed(part, str, int) for part in value)
+    return tuple(part if type(part) is int else _text(part) for part in value)
 
 
 def _dict(value: Any) -> dict[Any, Any]:
@@ -246,7 +252,9 @@ def _dict(value: Any) -> dict[Any, Any]:
 
 
 def _text(value: Any) -> str:
-    _typed(value, str).encode()  # raises if it cannot be printed: a pickle may hold half of a surrogate pair
+    if len(_typed(value, str)) > _MAX_NAME:  # before it is looked at: one string in the file may stand for many names
+        raise ValueError(f"a name of {len(value)} characters; expected at most {_MAX_NAME}")
+    value.encode()  # raises if it cannot be printed: a pickle may hold half of a surrogate pair
     return value
 
 

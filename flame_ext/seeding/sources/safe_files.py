@@ -18,7 +18,7 @@ TOKENIZER_FILES = (
 
 # All far above what real models have, and low enough for a file of any content to be read in seconds and in less than 1 GiB.
 MAX_JSON_BYTES = 2**25  # headers, indices and manifests
-MAX_CONFIG_BYTES = 2**20
+MAX_CONFIG_BYTES = 2**22
 MAX_TOKENIZER_BYTES = 2**26
 MAX_KEYS = 2**18  # of one JSON object
 MAX_RANK = 8  # dimensions of a tensor
@@ -27,11 +27,15 @@ _MAX_NAME_BYTES = 255  # of a file, in every file system
 
 # Endings of a configuration's fields to the largest integer that they may be: transformers makes lists and buffers of these lengths.
 _LARGEST = (
-    (re.compile("layers?$"), 2**10),
+    (re.compile("(^|_)layers?$"), 2**10),
     (re.compile("labels$"), 2**16),
     (re.compile("(size|dim|heads?|experts|inner|embd)$"), 2**24),
     (re.compile("(positions?|embeddings|ctx|length)$"), 2**26),
-    (re.compile(""), 2**53),
+    (re.compile(""), 2**64),
+)
+# Fields of which transformers makes nothing that is as long as their numbers; that of a tokenizer is 1e30 if it has no limit.
+_ANY_NUMBER = (
+    *("id2label", "label2id", "quantization_config", "compression_config", "task_specific_params", "model_max_length"),
 )
 
 # What transformers, tokenizers and torchtitan read of a model's folder, beside the weights.
@@ -66,9 +70,9 @@ def contained_file(root: Path, name: str, named_by: str, follow_links: bool | No
         if not target.exists():
             where = f"is a link to {target}, which does not exist" if file.is_symlink() else "absent"
             raise SeedError(f"{file}: listed in {named_by} but {where}; download or copy it again")
-    snapshots = resolved_root.parent
-    is_hub_cache = snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
-    allowed = [resolved_root, snapshots.parent / "blobs"] if is_hub_cache else [resolved_root]
+    above = (folder.parent for folder in (resolved_root, *resolved_root.parents) if folder.parent.name == "snapshots")
+    cached = (snapshots.parent for snapshots in above if snapshots.parent.name.startswith("models--"))
+    allowed = [resolved_root, *(model / "blobs" for model in cached)]
     if not follow_links and not any(target.is_relative_to(folder) for folder in allowed):
         option = "; or, if you trust who made the links, set seed.follow_links = true (of a command: --follow-links)"
         raise SeedError(
@@ -85,26 +89,35 @@ def require_contained(root: Path, follow_links: bool | None = None) -> None:
     ``config.json`` asks for more layers, labels, … than a model has.
     """
     for file in sorted({file for pattern in _ASSETS for file in root.glob(pattern)}):
+        if not file.exists() and file.name not in _SIZES:  # a link to nothing, which nothing reads
+            continue
         if not file.is_dir():
             contained_file(root, str(file.relative_to(root)), "the folder", follow_links)
         _require_size(file, "model's file", _SIZES.get(file.name))
-    for file in [
-        root / "config.json",
-        *sorted(root.glob("config.*.json")),
-    ]:  # the others are of versions of transformers
+    # The others are of versions of transformers.
+    for file in [root / "config.json", *sorted(root.glob("config.[0-9]*.json"))]:
         if file.exists():
             _require_modest(file)
+    if (file := root / "tokenizer_config.json").exists():
+        fields = read_json(file, "configuration")
+        # In place of the vocabulary itself, some tokenizers take a path here, to any file.
+        if named := [name for name in ("vocab", "merges") if isinstance(fields.get(name), str)]:
+            place = f"{named[0]} names a file, {fields[named[0]]!r:.300}"
+            raise SeedError(f"{file}: {place}; remove the field, and copy that file beside it")
 
 
 def _require_modest(config: Path) -> None:
     pending: list[tuple[str, Any]] = [("", read_json(config, "configuration", MAX_CONFIG_BYTES))]
     for number, (name, value) in enumerate(pending, start=1):
         if isinstance(value, dict):
-            pending += [(f"{name}.{key}".lstrip("."), item) for key, item in value.items()]
+            pending += [(key, item) for key, item in value.items() if key not in _ANY_NUMBER]
         elif isinstance(value, list):
             pending += [(name, item) for item in value]
-        elif type(value) is int and abs(value) > (largest := next(n for field, n in _LARGEST if field.search(name))):
-            raise SeedError(f"{config}: {name} is {value:.3g}; expected at most {largest}: no model has as many")
+        elif type(value) is int:
+            largest = next(most for field, most in _LARGEST if field.search(name))
+            if abs(value) > largest:
+                too_large = f"{name:.80} is {value:.3g}; expected at most {largest}: no model has as many"
+                raise SeedError(f"{config}: {too_large}; correct or remove the field")
         if number > _MAX_CONFIG_VALUES:
             raise SeedError(f"{config}: more than {_MAX_CONFIG_VALUES} values; no model's configuration has as many")
 

@@ -119,13 +119,14 @@ def test_links_within_the_folder_are_fine(model: Path) -> None:
     [
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1e+09; expected at most 1024"),
         ({"n_layer": 5000}, "n_layer is 5e+03"),
-        ({"text_config": {"num_hidden_layers": 10**9}}, "text_config.num_hidden_layers is 1e+09"),
+        ({"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers is 1e+09"),
         ({"num_labels": 10**9}, "num_labels is 1e+09; expected at most 65536"),
         ({"head_dim": 10**12}, "head_dim is 1e+12"),
         ({"max_position_embeddings": 10**12}, "max_position_embeddings is 1e+12"),
         ({"anything": 10**40}, "anything is 1e+40"),
         ({"junk": [0] * 140_000}, "more than 131072 values"),
-        ({"junk": "x" * 2**20}, "bytes is no "),
+        ({"junk": "x" * 2**22}, "bytes is no "),
+        ({"x" * 100_000: {f"k{i}": 2**65 for i in range(50_000)}}, "k0 is 3.69e+19; expected at most"),
     ],
 )
 def test_a_configuration_is_of_a_model(model: Path, fields: dict[str, Any], message: str) -> None:
@@ -135,6 +136,43 @@ def test_a_configuration_is_of_a_model(model: Path, fields: dict[str, Any], mess
     with pytest.raises(SeedError, match=re.escape(message)):
         open_source(model)
     assert time.process_time() - begin < 5
+
+
+def test_numbers_that_are_no_sizes_may_be_large(model: Path) -> None:
+    config = model / "config.json"
+    fields = {"model_max_length": 10**30, "seed": 2**64 - 1, "label2id": {"player": 5000}, "label_layers": 3}
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+    open_source(model)
+
+
+@pytest.mark.parametrize("field", ["vocab", "merges"])
+def test_a_tokenizer_may_not_name_files_elsewhere(model: Path, tmp_path: Path, field: str) -> None:
+    config = model / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {field: str(tmp_path / "secret")}))
+    with pytest.raises(SeedError, match=f"tokenizer_config.json: {field} names a file, '.*'; remove the field"):
+        require_contained(model)
+    assert f"tokenizer_config.json: {field} names a file" in refusal(f"--model.hf_assets_path={model}")
+
+
+def test_files_that_nothing_reads_are_let_be(model: Path) -> None:
+    (model / "latest.json").symlink_to("gone.json")
+    (model / "config.train.json").write_text("[1]")
+    require_contained(model)
+
+
+def test_a_folder_within_the_hubs_cache_is_of_the_cache(model: Path, tmp_path: Path) -> None:
+    cached = tmp_path / "models--org--name"
+    (cached / "blobs").mkdir(parents=True)
+    folder = cached / "snapshots" / "0123" / "checkpoint-1000"
+    folder.parent.mkdir(parents=True)
+    model.rename(folder)
+    (folder / "config.json").rename(cached / "blobs" / "abc")
+    (folder / "config.json").symlink_to("../../../blobs/abc")
+    open_source(folder)
+    (folder / "tokenizer.json").rename(tmp_path / "outside")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "outside")
+    with pytest.raises(SeedError, match="outside the source"):
+        open_source(folder)
 
 
 def test_layers_are_those_of_the_tensors(model: Path, tmp_path: Path) -> None:
