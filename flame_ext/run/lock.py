@@ -144,6 +144,10 @@ class FolderLock:
             elif holder is not None:
                 logger.warning(f"{self.file} now names {holder}: left to it")
         finally:
+            with suppress(Timeout, CheckpointError, OSError):  # a process that was refused may have left its file
+                if not (self._kernel.is_locked and self._is_in_place(self._kernel_descriptor)):
+                    self._kernel.release()
+                    self._lock_kernel(0)
             self._release_kernel()
 
     def _lock_kernel(self, timeout: float) -> None:

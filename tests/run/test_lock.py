@@ -342,6 +342,13 @@ def test_a_file_of_the_kernels_lock_that_someone_removes_is_locked_again(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_a_refused_process_has_left_is_removed_in_the_end(tmp_path: Path) -> None:
+    with held(tmp_path):
+        (tmp_path / ".lock.kernel").unlink()
+        (tmp_path / ".lock.kernel").touch()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.usefixtures("impatient")
 def test_a_run_of_the_version_before_heartbeats_is_seen(tmp_path: Path) -> None:
     kernel = older(tmp_path, socket.gethostname())
