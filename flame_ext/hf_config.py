@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.auto_factory import _get_model_class
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from flame_ext.errors import ConfigError
@@ -39,8 +40,8 @@ def load_hf_config(path: str, trust_remote_code: bool = False) -> PreTrainedConf
             raise TypeError(f"{config.get_text_config()!r:.80} is no configuration of a text model")
         text = config.sub_configs.get("text_config")
         if text is not None and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-            model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            config = config.get_text_config() if model.config_class is text else config
+            model = _get_model_class(config, MODEL_FOR_CAUSAL_LM_MAPPING)
+            config = config.get_text_config() if getattr(model, "config_class", None) is text else config
     except Exception as e:  # transformers raises whatever a field of another type leads to
         if "trust_remote_code" in str(e):
             raise ConfigError(

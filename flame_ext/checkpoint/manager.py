@@ -212,14 +212,14 @@ class SeedingCheckpointManager(CheckpointManager):
         """Saves as torchtitan does, but only a step that :meth:`CheckpointHooks.admit` admits. Collective; a CheckpointError is
         raised on all ranks if a file cannot be written, or the last step is not admitted.
         """
-        if self._should_save(curr_step, last_step) and not self.hooks.admit(curr_step):
-            refusal = f"step {curr_step} is not saved: its gradient norm, losses or weights are not finite"
-            if last_step:
-                remedy = "look at metrics.jsonl, and resume from an earlier step with a lower rate"
-                raise CheckpointError(f"{refusal}; {remedy}")
-            logger.warning(refusal)
-            return
         if self._should_save(curr_step, last_step):
+            if not self.hooks.admit(curr_step):
+                refusal = f"step {curr_step} is not saved: its gradient norm, losses or weights are not finite"
+                if last_step:
+                    remedy = "look at metrics.jsonl, and resume from an earlier step with a lower rate"
+                    raise CheckpointError(f"{refusal}; {remedy}")
+                logger.warning(refusal)
+                return
             self._wait_for_all()
         super().save(curr_step, last_step)
 
@@ -293,12 +293,10 @@ class SeedingCheckpointManager(CheckpointManager):
         the next run makes them. Collective once a second, lest it time out; raises on all ranks if an export failed.
         """
         while True:
-            running, stopped = map(
-                any, zip(*gathered((self.hooks.exports.running(), self.hooks.stopped())), strict=True)
-            )
-            if not running:
+            ranks = gathered((self.hooks.exports.running(), self.hooks.stopped()))
+            if not any(running for running, _ in ranks):
                 break
-            if stopped:
+            if any(stopped for _, stopped in ranks):
                 return False
             time.sleep(1)
         with failing_together(CheckpointError):

@@ -1,6 +1,6 @@
 """AutoTokenizer's ids behind torchtitan's interface, the tokens before and after a document, checks against the model's vocabulary."""
 
-import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,10 +102,10 @@ def _auto_tokenizer(folder: str, trust_remote_code: bool) -> Any:
     """Returns AutoTokenizer's reading of a folder; ConfigError if it cannot read it or finds no vocabulary."""
     file = Path(folder, "tokenizer.json")
     as_it_is = 'if tokenizer.json is right, set "tokenizer_class": "TokenizersBackend" in tokenizer_config.json'
-    if (
-        _model_type(folder) in MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
-    ):  # of which AutoTokenizer does not read tokenizer_class
-        as_it_is = "if tokenizer.json is right, make the data's input_ids with tokenizers.Tokenizer.from_file"
+    with suppress(Exception):  # whatever is wrong with config.json is said by those who need it
+        # Of some models AutoTokenizer does not read tokenizer_class.
+        if PreTrainedConfig.get_config_dict(folder)[0]["model_type"] in MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS:
+            as_it_is = "if tokenizer.json is right, make the data's input_ids with tokenizers.Tokenizer.from_file"
     try:
         auto = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         state = auto.backend_tokenizer if isinstance(auto, TokenizersBackend) else None
@@ -151,13 +151,6 @@ def _auto_tokenizer(folder: str, trust_remote_code: bool) -> Any:
                 f"taken; {as_it_is}"
             )
     return auto
-
-
-def _model_type(folder: str) -> str | None:
-    try:
-        return json.loads(Path(folder, "config.json").read_bytes())["model_type"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
 
 
 def around_a_document(tokenizer: BaseTokenizer) -> tuple[list[int], list[int]]:

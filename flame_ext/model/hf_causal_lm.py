@@ -111,9 +111,7 @@ class HFCausalLM(nn.Module):
     _adjust_missing_and_unexpected_keys: Callable[[Any], None]
 
     model_args: HFModelArgs
-    beside_text: tuple[
-        str, ...
-    ]  # names of the parameters of a multimodal model that text does not reach: they are frozen
+    beside_text: tuple[str, ...]  # names of a multimodal model's parameters that text does not reach; they are frozen
     weight_transforms: tuple[WeightTransform, ...]  # with which transformers loads files of this architecture
     heads: dict[str, AttachedHead]  # by name of the child module, in the order in which they were added
     parameter_inits: dict[str, ParameterInit]  # by name of a head's parameter
