@@ -106,13 +106,13 @@ class FolderLock:
         mine, self._mine = self._mine, None
         if mine is None:
             return
-        if self._folder is not None:
-            os.close(self._folder)
-            self._folder = None
         try:
             self._remove(mine)
         except OSError as e:  # such as a folder that is gone: what ends the run is said already
             logger.warning(f"{self.file} cannot be removed: {e}")
+        if self._folder is not None:
+            os.close(self._folder)
+            self._folder = None
 
     def error(self) -> str | None:
         """Returns why this process must not write to the folder any more; None if it may. Raises nothing: other ranks wait."""
@@ -145,7 +145,8 @@ class FolderLock:
                 logger.warning(f"{self.file} now names {holder}: left to it")
         finally:
             with suppress(Timeout, CheckpointError, OSError):  # a process that was refused may have left its file
-                if not (self._kernel.is_locked and self._is_in_place(self._kernel_descriptor)):
+                kept = self._kernel.is_locked and self._is_in_place(self._kernel_descriptor)
+                if not kept and self.error() is None:  # FileLock would make a folder that is gone
                     self._kernel.release()
                     self._lock_kernel(0)
             self._release_kernel()

@@ -413,16 +413,18 @@ def test_a_process_that_is_taken_over_from_hears_of_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_folder_that_is_removed_is_heard_of(tmp_path: Path) -> None:
+@pytest.mark.parametrize("made_anew", [False, True])  # as whoever writes a file to it does
+def test_a_folder_that_is_removed_is_heard_of_and_left_alone(tmp_path: Path, made_anew: bool) -> None:
     mine = FolderLock(tmp_path / "run")
     mine.acquire()
     assert mine.error() is None
     shutil.rmtree(tmp_path / "run")
-    (tmp_path / "run").mkdir()  # as whoever writes a file to it does
+    if made_anew:
+        (tmp_path / "run").mkdir()
     mine._beats.join(10)
     assert "was removed while this run was writing to it" in mine.error()
     mine.release()
-    assert list((tmp_path / "run").iterdir()) == []
+    assert list(tmp_path.rglob("*")) == ([tmp_path / "run"] if made_anew else []) and not mine._kernel.is_locked
 
 
 def test_a_folder_whose_parent_is_a_file_now_is_heard_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
