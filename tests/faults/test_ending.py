@@ -65,12 +65,16 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_from_the
     assert not (dump_folder / "hf").exists(), "only a run that is complete is exported"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_to_the_launcher_ends_with_the_code_for_requeueing(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "ranks"), [(signal.SIGTERM, 2), (signal.SIGUSR1, 1), (signal.SIGINT, 1), (signal.SIGHUP, 1)]
+)
+def test_a_signal_to_the_launcher_ends_with_the_code_for_requeueing(
+    tmp_path: Path, number: signal.Signals, ranks: int
+) -> None:
     dump_folder = tmp_path / "run"
     environment = {
         **os.environ,
-        "NGPU": "2",
+        "NGPU": str(ranks),
         "PYTHON": sys.executable,
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(REPOSITORY),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from flame_ext.seeding.report import REPORT_NAME
 from tests.ranks import DEBUG_TOML, run_ranks
 from tests.sources import HUB_REVISION, save_all_sources
 
@@ -40,8 +41,9 @@ SOURCES = {
 
 
 def seed_all(assets: str, paths: dict[str, str], folder: str, options: list[str]) -> dict[str, dict[str, Tensor]]:
-    """In a rank: a trainer seeded from each path; all its tensors in full."""
+    """In a rank: a trainer seeded from each path, one after the other; all its tensors in full."""
     import torch.distributed as dist
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
     from torchtitan.components.checkpoint import MODEL
 
@@ -51,15 +53,22 @@ def seed_all(assets: str, paths: dict[str, str], folder: str, options: list[str]
     seeded = {}
     arguments = [f"--job.config_file={DEBUG_TOML}", f"--model.hf_assets_path={assets}", "--training.seq_len=64"]
     arguments += ["--metrics.no-enable-tensorboard", "--seed.allow_pickle", "--seed.verify=parity", *options]
-    parsed = parse(arguments)  # once: it takes as long as to build and seed a trainer
+    trainer = FutureTrainer(parse([*arguments, f"--job.dump_folder={folder}"]))
     for name, path in paths.items():
-        config = deepcopy(parsed)
-        config.checkpoint.initial_load_path, config.job.dump_folder = path, f"{folder}/{name}"
-        trainer = FutureTrainer(config)
-        trainer.checkpointer.load()
         state = trainer.checkpointer.states[MODEL].state_dict()
-        seeded[name] = {k: v.full_tensor() if isinstance(v, DTensor) else v.detach() for k, v in state.items()}
-        trainer.close()
+        for tensor in state.values():
+            tensor.detach().fill_(float("nan"))
+        for module in trainer.model_parts[0].modules():
+            if isinstance(module, FSDPModule):  # which keeps what it has gathered for the last proof
+                module.reshard()
+        trainer.checkpointer.initial_load_path = path
+        trainer.checkpointer.load()
+        # Copied, since the next source is read into the same memory.
+        seeded[name] = {k: (v.full_tensor() if isinstance(v, DTensor) else v).detach().clone() for k, v in state.items()}
+        if dist.get_rank() == 0:
+            Path(folder, name).mkdir()
+            Path(folder, REPORT_NAME).rename(Path(folder, name, REPORT_NAME))
+    trainer.close()
     dist.destroy_process_group()
     return seeded
 
