@@ -7,7 +7,7 @@ quick: style types imports # after each edit
 
 check: style types imports test
 
-matrix: # every layout with every architecture
+matrix: # every layout with every architecture, and what else takes minutes
 	python -m pytest -q -m matrix
 
 QUARTER ?= $(shell echo $$((0x$$(git rev-parse --short=8 HEAD) % 4)))

@@ -79,7 +79,9 @@ def test_a_signal_to_the_launcher_ends_with_the_code_for_requeueing(
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(REPOSITORY),
     }
-    command = ["./train.sh", f"--job.dump_folder={dump_folder}", "--metrics.no-enable-tensorboard", *WITHOUT_END]
+    # A shell cannot trap what was ignored when it began, as SIGINT is in a job in the background and SIGHUP under nohup.
+    command = ["env", "--default-signal", "./train.sh", f"--job.dump_folder={dump_folder}"]
+    command += ["--metrics.no-enable-tensorboard", *WITHOUT_END]
     with (tmp_path / "log").open("w") as log:
         launcher = subprocess.Popen(
             command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True

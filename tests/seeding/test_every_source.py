@@ -64,7 +64,9 @@ def seed_all(assets: str, paths: dict[str, str], folder: str, options: list[str]
         trainer.checkpointer.initial_load_path = path
         trainer.checkpointer.load()
         # Copied, since the next source is read into the same memory.
-        seeded[name] = {k: (v.full_tensor() if isinstance(v, DTensor) else v).detach().clone() for k, v in state.items()}
+        seeded[name] = {
+            k: (v.full_tensor() if isinstance(v, DTensor) else v).detach().clone() for k, v in state.items()
+        }
         if dist.get_rank() == 0:
             Path(folder, name).mkdir()
             Path(folder, REPORT_NAME).rename(Path(folder, name, REPORT_NAME))

@@ -163,7 +163,7 @@ def test_all_weights_zero_is_plain_cross_entropy_bit_for_bit(dump_folder: Path) 
     assert not {"loss_future", "loss_action", "time_teacher"} & set(attached.metrics[0])
 
 
-@pytest.mark.timeout(900)  # three runs of 200 steps
+@pytest.mark.matrix  # three runs of 200 steps: minutes
 def test_after_two_hundred_steps_the_heads_have_learned_and_the_model_is_none_the_worse(tmp_path: Path) -> None:
     held_out = ["--validation.enable", "--validation.dataset=python_stdlib_validation", "--validation.seq_len=256"]
     held_out += ["--validation.steps=8", "--validation.freq=200"]
