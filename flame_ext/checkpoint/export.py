@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torchtitan.tools.logging import logger
 from transformers import PreTrainedConfig
 
 from flame_ext.checkpoint.assets import code_stays, with_former_names
 from flame_ext.checkpoint.export_folder import ExportFolder, Origin
+from flame_ext.checkpoint.gathering import BoxGatherer
 from flame_ext.distributed import from_main_rank, is_main_rank, on_main_rank
 from flame_ext.errors import CheckpointError
 from flame_ext.fault_injection import fault_point
@@ -26,6 +25,7 @@ from flame_ext.files import parse_size, write_json
 from flame_ext.hf_config import is_part_of_transformers
 from flame_ext.seeding.sources.hf_safetensors import INDEX_NAME, read_header
 from flame_ext.seeding.sources.source import HEADS_FOLDER, TensorEntry, cast, same_bits
+from flame_ext.seeding.sources.traced import TracedTensor
 
 
 @dataclass(frozen=True)
@@ -49,24 +49,27 @@ Read = Callable[[str], "Tensor | None"]
 
 @torch.no_grad()
 def export_hf(
-    state: Mapping[str, Tensor], head_names: list[str], folder: Path, spec: ExportSpec, read: Read | None = None
+    tensors: Mapping[str, TracedTensor],
+    head_names: list[str],
+    folder: Path,
+    spec: ExportSpec,
+    state: Mapping[str, Tensor],
 ) -> None:
     """Writes ``folder`` atomically; the main rank holds one file's tensors. Collective; a CheckpointError is raised on all ranks.
 
     Args:
-        state: key, as in files, to parameter or buffer, each tied parameter once; a head's keys begin with its name.
-        read: reads a tensor that another pipeline stage may hold; ``state`` then only gives shapes and dtypes.
+        tensors: by their keys in files, each tied parameter once; made of those of all ranks' states. A head's keys begin with
+            its name.
+        state: key to this rank's parameters and buffers.
     """
+    gather = BoxGatherer(state)
 
     def read_for_file(key: str) -> Tensor | None:
         fault_point("during_export")
-        full = _full(state[key]) if read is None else read(key)
-        if not is_main_rank():
-            return None
-        assert full is not None
-        return cast(full, spec.dtype).cpu().contiguous()
+        full = gather(tensors[key], spec.dtype)
+        return full.cpu() if is_main_rank() else None
 
-    described = on_meta(state, spec.dtype)
+    described = on_meta(tensors, spec.dtype)
     heads = {key: tensor for key, tensor in described.items() if key.startswith(tuple(f"{n}." for n in head_names))}
     backbone = {key: tensor for key, tensor in described.items() if key not in heads}
     place = ExportFolder(folder, replace=True)
@@ -155,33 +158,3 @@ def require_written(
     for key in expected:
         if not same(key):
             raise CheckpointError(f"{place}: {key!r} is not what was written; is the disk full or failing?")
-
-
-class StagedReader:
-    """A :data:`Read` for pipelines: the stage that has a tensor sends it to the first rank of ``group``, the ranks of the pipeline."""
-
-    def __init__(self, state: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
-        self._state, self._group = state, group
-        self._held: list[Mapping[str, tuple[torch.Size, torch.dtype, str]]] = [{}] * dist.get_world_size(group)
-        mine = {key: (tensor.shape, tensor.dtype, tensor.device.type) for key, tensor in state.items()}
-        dist.all_gather_object(self._held, mine, group=group)
-
-    @torch.no_grad()
-    def __call__(self, key: str) -> Tensor | None:
-        owner = next(rank for rank, tensors in enumerate(self._held) if key in tensors)
-        rank = dist.get_rank(self._group)
-        full = _full(self._state[key]).contiguous() if rank == owner else None
-        # One pipeline contains the main rank; the others hold the same tensors.
-        if owner != 0 and dist.get_global_rank(self._group, 0) == 0:
-            if full is not None:
-                dist.send(full, group=self._group, group_dst=0)
-            elif rank == 0:
-                shape, dtype, device = self._held[owner][key]
-                full = torch.empty(shape, dtype=dtype, device=device)
-                dist.recv(full, group=self._group, group_src=owner)
-        return full
-
-
-def _full(tensor: Tensor) -> Tensor:
-    """Gathers a DTensor. Collective over the ranks that hold it."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()

@@ -20,7 +20,7 @@ from torchtitan.tools.logging import logger
 import flame_ext
 from flame_ext.checkpoint.assets import read_assets
 from flame_ext.checkpoint.card import card_of_step
-from flame_ext.checkpoint.export import ExportSpec, StagedReader, export_hf
+from flame_ext.checkpoint.export import ExportSpec, export_hf
 from flame_ext.checkpoint.export_folder import origin_of, why_not_exported
 from flame_ext.checkpoint.hooks import CheckpointHooks
 from flame_ext.config.resume_record import asset_digests, check_unchanged, config_digest, config_record
@@ -33,10 +33,12 @@ from flame_ext.model.hf_causal_lm import HFCausalLM
 from flame_ext.model.runner import ModelRunner, StageInputs
 from flame_ext.run.background_export import background_exports
 from flame_ext.run.optimization import configured_again
+from flame_ext.seeding.conversion import in_files
 from flame_ext.seeding.proof.parity import Probe, probe_tokens
 from flame_ext.seeding.report import changed_source
 from flame_ext.seeding.seed import seed
 from flame_ext.seeding.sources.open import open_source
+from flame_ext.seeding.sources.traced import TracedTensor
 from flame_ext.seeding.target import seed_target, whole_state
 
 
@@ -161,10 +163,8 @@ class RunHooks(CheckpointHooks):
         )
         state, whole = self._trainer.checkpointer.states[MODEL].state_dict(), self._model.whole
         full = whole_state(self._model, state)
-        file_keys = whole.file_keys(full)
-        held, named = ({file_keys[key]: tensor for key, tensor in tensors.items()} for tensors in (state, full))
-        read = None if self._runner.group is None else StagedReader(held, self._runner.group)
-        export_hf(named, list(whole.heads), self._folder / "hf" / f"step-{step}", spec, read)
+        tensors = in_files(whole, {key: TracedTensor.whole(t.shape, t.dtype, key) for key, t in full.items()})
+        export_hf(tensors, list(whole.heads), self._folder / "hf" / f"step-{step}", spec, state)
 
     def _step_folder(self, step: int) -> Path:
         return Path(self._trainer.checkpointer.folder) / f"step-{step}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -20,7 +20,7 @@ from torchtitan.config import JobConfig
 from torchtitan.protocols import BaseModelArgs
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightTransform, revert_weight_conversion
+from transformers.core_model_loading import PrefixChange, WeightTransform
 
 from flame_ext.config.head_options import HeadOptimization
 from flame_ext.errors import ConfigError
@@ -154,13 +154,6 @@ class HFCausalLM(nn.Module):
         modules = [m for m in (self.get_input_embeddings(), self.get_output_embeddings()) if m is not None]
         owned = {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
         return {name for name, parameter in self.named_parameters() if id(parameter) in owned}
-
-    def file_keys(self, keys: Iterable[str]) -> dict[str, str]:
-        """Maps the model's keys to the keys of files, as the architecture's ``save_pretrained`` writes them."""
-        marked = {key: torch.tensor(number) for number, key in enumerate(keys)}
-        reverted = revert_weight_conversion(cast(PreTrainedModel, self), marked)
-        names = {int(number): name for name, number in reverted.items()}
-        return {key: names[int(number)] for key, number in marked.items()}
 
     def add_head(
         self, name: str, head: nn.Module, inits: dict[str, ParameterInit], attached: AttachedHead | None = None

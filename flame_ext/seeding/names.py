@@ -1,15 +1,18 @@
 """Renames the keys of files to the model's: first as ``seed.key_map`` says, then as ``from_pretrained`` does.
 
-A source whose values transformers would also convert (fused experts) is refused.
+Where that also makes one tensor of several (the experts of a layer), the result is described as made of them.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
+from transformers import PreTrainedConfig
 from transformers import core_model_loading as loading
 
 from flame_ext.errors import SeedError
+from flame_ext.seeding.conversion import converted
 from flame_ext.seeding.sources.safe_files import some
 from flame_ext.seeding.sources.source import Source, TensorEntry
 
@@ -72,7 +75,6 @@ def renamed(source: Source, rules: list[Rule], where: str = "seed.key_map") -> S
 class KeyNames:
     """Maps the keys of an architecture's files to the model's."""
 
-    architecture: str
     model_keys: dict[str, tuple[int, ...]]
     """Every name of a parameter or saved buffer, tied ones included, to its shape."""
     transforms: tuple[loading.WeightTransform, ...] = ()  # Result of ``get_model_conversion_mapping``
@@ -80,43 +82,59 @@ class KeyNames:
     ignored: Callable[[set[str]], set[str]] = lambda _names: set()
     """Returns those of the files' keys, renamed and unknown to the model, that ``from_pretrained`` ignores."""
 
-    def in_model(self, key: str, any_prefix: bool = True) -> str:
-        """Return the model's name of a file's key, or the key itself if it is unknown.
+    config: PreTrainedConfig | None = None  # Which some conversions ask
 
-        With ``any_prefix``, the base model's prefix may be missing or stand twice, as in ``from_pretrained``. Raises SeedError
-        if its values would have to be converted.
+    def in_model(self, key: str, any_prefix: bool = True) -> tuple[str, str | None]:
+        """Return the model's name of a file's key, or the key itself if it is unknown; and the pattern of the conversion by which
+        it becomes a part of that tensor, None if it is the tensor.
+
+        With ``any_prefix``, the base model's prefix may be missing or stand twice, as in ``from_pretrained``.
         """
+        if key in self.model_keys:
+            return key, None
         prefix = self.base_model_prefix if any_prefix else None
         renamings = [t for t in self.transforms if isinstance(t, loading.WeightRenaming)]
         converters = [t for t in self.transforms if isinstance(t, loading.WeightConverter)]
-        name, converted_by = loading.rename_source_key(key, renamings, converters, prefix, self.model_keys)
-        if converted_by is not None:
-            raise SeedError(
-                f"{self.architecture}: {key!r} is stored in another form than the model's (transformers converts {converted_by!r} "
-                "while loading), as in mixtures of experts; only dense models can be seeded from their files"
-            )
-        return key if key in self.model_keys else name
+        found = loading.rename_source_key(key, renamings, converters, prefix, self.model_keys)
+        if found[0] in self.model_keys:
+            return found
+        return loading.rename_source_key(key, renamings, [], prefix, self.model_keys)[0], None
 
 
 def in_model_names(source: Source, names: KeyNames) -> Source:
     """Return the model's part of the source, under the model's names.
 
-    Raises SeedError if two keys become one, values need a conversion, or a DCP checkpoint is flat and nested at once.
+    Raises SeedError if two keys become one, a conversion lacks a tensor or is not known, or a DCP checkpoint is flat and nested at
+    once.
     """
     own = {part for key in names.model_keys for part in key.split(".")}
     source = _without_wrappers(source, {*_WRAPPERS} - own)
     # "model." before every key is what tells nested from flat, so a prefix counts only where nothing fits without.
     source = source.for_model(
-        lambda key: names.in_model(key, any_prefix=False) in names.model_keys,
-        lambda key: names.in_model(key) in names.model_keys,
+        lambda key: names.in_model(key, any_prefix=False)[0] in names.model_keys,
+        lambda key: names.in_model(key)[0] in names.model_keys,
     )
     entries: dict[str, TensorEntry] = {}
-    for key in sorted(source.entries, key=loading.dot_natural_key):  # the order in which transformers renames
-        name, entry = names.in_model(key), source.entries[key]
+    parts: dict[str, dict[str, dict[str, TensorEntry]]] = defaultdict(lambda: defaultdict(dict))
+
+    def add(name: str, entry: TensorEntry) -> None:
         if name in entries:
             both = f"{entries[name].key!r} and {entry.key!r} are both {name!r}"
             raise SeedError(f"{source.path}: {both} of the model; keep one")
         entries[name] = entry
+
+    for key in sorted(source.entries, key=loading.dot_natural_key):  # the order in which transformers renames
+        name, pattern = names.in_model(key)
+        if pattern is None:
+            add(name, source.entries[key])
+        else:
+            parts[name][pattern][key] = source.entries[key]
+    for name, stored in parts.items():
+        converters = [t for t in names.transforms if isinstance(t, loading.WeightConverter)]
+        converter = next(t for t in converters if next(iter(stored)) in t.source_patterns)
+        made = converted(source.path, name, stored, converter, names.model_keys, names.config)
+        for made_name, entry in made.items():
+            add(made_name, entry)
     if unused := names.ignored({*entries} - {*names.model_keys}):
         ignored = tuple(sorted(entries.pop(name).key for name in unused))
         said = f"{some(ignored)}: {len(ignored)} keys that from_pretrained ignores"

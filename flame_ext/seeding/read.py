@@ -14,7 +14,7 @@ from torchtitan.tools.logging import logger
 from flame_ext.distributed import is_main_rank
 from flame_ext.errors import SeedError
 from flame_ext.seeding.sources.boxes import Box, inside, intersection, local_part, tiles_exactly, volume
-from flame_ext.seeding.sources.source import Chunk, Source, TensorEntry
+from flame_ext.seeding.sources.source import Chunk, Source, TensorEntry, read_piece
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,21 @@ class _Piece:
     again: bool
     """Whether a tied parameter's values are there under another name already; then they are compared, last of all."""
     entry: TensorEntry
-    chunk: Chunk
+    chunk: Chunk  # Of the entry
     box: Box  # Place in the full tensor
     local: Tensor  # Part of the parameter to write
 
     @property
     def nbytes(self) -> int:
-        return volume(self.box) * self.entry.dtype.itemsize
+        return volume(self.box) * self.stored.dtype.itemsize
+
+    @property
+    def stored(self) -> TensorEntry:
+        """The tensor in the file."""
+        return self.chunk.stored_tensor(self.entry)
 
     def __str__(self) -> str:
-        return f"{self.chunk.file}: {self.entry.key!r}"
+        return f"{self.chunk.file}: {self.stored.key!r}"
 
 
 @torch.no_grad()
@@ -75,7 +80,7 @@ def read_weights(
     for (_, file), group in groupby(pieces, key=lambda piece: (piece.again, piece.chunk.file)):
         with source.open(file) as read_box:
             for piece in group:
-                _put(piece, read_box(piece.entry, piece.chunk, piece.box), check_finite)
+                _put(piece, read_piece(read_box, piece.entry, piece.chunk, piece.box), check_finite)
                 written[piece.key] += [] if piece.again else [piece.box]
                 done += piece.nbytes
                 progress(done, total)
@@ -90,7 +95,7 @@ def read_weights(
 def _put(piece: _Piece, values: Tensor, check_finite: bool) -> None:
     """Write the piece, or compare it if it is written already."""
     local = piece.local
-    if values.shape != local.shape or values.dtype != piece.entry.dtype:
+    if values.shape != local.shape or values.dtype != piece.stored.dtype:
         raise SeedError(f"{piece} is {list(values.shape)} {values.dtype} now: the file has changed")
     if not piece.again:
         local.copy_(values)

@@ -47,4 +47,4 @@ def key_names(model: HFCausalLM, shapes: dict[str, tuple[int, ...]]) -> KeyNames
         model._adjust_missing_and_unexpected_keys(info)
         return names - info.unexpected_keys
 
-    return KeyNames(model.architecture, shapes, model.weight_transforms, model.base_model_prefix, ignored)
+    return KeyNames(shapes, model.weight_transforms, model.base_model_prefix, ignored, model.config)

@@ -26,11 +26,21 @@ from flame_ext.heads.names import is_head_key
 from flame_ext.heads.registry import build_head
 from flame_ext.hf_config import load_hf_config
 from flame_ext.seeding.accounting import matches
+from flame_ext.seeding.conversion import in_files
 from flame_ext.seeding.names import in_model_names, parse_key_map, renamed
 from flame_ext.seeding.sources.dcp import NESTED_PREFIX
 from flame_ext.seeding.sources.open import open_source
 from flame_ext.seeding.sources.safe_files import find_file, read_json, require_contained, some
-from flame_ext.seeding.sources.source import HEADS_FOLDER, Source, TensorEntry, cast, read_tensor, same_bits
+from flame_ext.seeding.sources.source import (
+    HEADS_FOLDER,
+    Source,
+    TensorEntry,
+    cast,
+    read_tensor,
+    rearranged,
+    same_bits,
+    traced,
+)  # fmt: skip
 from flame_ext.tools.architecture import Architecture, load_architecture
 from flame_ext.tools.describe import folder_of
 
@@ -168,8 +178,8 @@ def _convert_to_hf(
         max_shard_size=options.max_shard_size,
         card=card_of_step(source.path),
     )
-    file_keys = architecture.model.file_keys(backbone)
-    source = replace(source, entries={file_keys[name]: entry for name, entry in backbone.items()} | heads)
+    stored = in_files(architecture.model, {name: traced(entry) for name, entry in backbone.items()})
+    source = replace(source, entries={key: rearranged(tensor) for key, tensor in stored.items()} | heads)
     described, read = _reader(source, options.dtype, progress)
     head_tensors = {name: described.pop(name) for name in heads}
     write_hf(described, head_tensors, read, folder, spec)

@@ -29,7 +29,7 @@ def test_a_gated_linear_attention_model_is_seeded(tmp_path: Path) -> None:
     model.init_weights()
     state = {k: t for k, t in model.state_dict().items() if k not in model.tied_keys}
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    names = KeyNames(type(model).__name__, shapes, model.weight_transforms, model.base_model_prefix)
+    names = KeyNames(shapes, model.weight_transforms, model.base_model_prefix)
     source = in_model_names(open_source(tmp_path), names)
     keys = account(state, model.tied_keys, model.computed_buffers, [], source, [], [])
     read_weights(source, state, model.tied_keys, check_finite=True)

@@ -49,7 +49,7 @@ def names_of(config) -> KeyNames:
         model = AutoModelForCausalLM.from_config(config)
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     transforms = tuple(get_model_conversion_mapping(model))
-    return KeyNames(type(model).__name__, shapes, transforms, model.base_model_prefix)
+    return KeyNames(shapes, transforms, model.base_model_prefix)
 
 
 def test_renamed_keys_are_found(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from flame_ext.distributed import failing_together, gathered, is_main_rank
 from flame_ext.errors import SeedError
 from flame_ext.model.attention import attention_options
 from flame_ext.seeding.names import Rule, rename, unwrapped
-from flame_ext.seeding.sources.source import Source, read_tensor
+from flame_ext.seeding.sources.source import Source, read_entry
 
 # Plain text and a little code, long enough for any tokenizer.
 PROBE_TEXT = (
@@ -140,13 +140,14 @@ def load_reference_model(
         )
     attention = attention_options(config)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, **attention}
-    state = source.independent_state(entries)
-    if state is None and not source.wrappers and all(rename(e.key, key_map) == e.key for e in entries.values()):
+    stored = {tensor.key: tensor for entry in entries.values() for tensor in entry.stored}
+    state = source.independent_state(stored.values())
+    if state is None and not source.wrappers and all(rename(key, key_map) == key for key in stored):
         return AutoModelForCausalLM.from_pretrained(
             source.path, config=deepcopy(config), local_files_only=True, **options
         )
     if state is None:
-        state = {entry.key: read_tensor(source, name) for name, entry in entries.items()}
+        state = {key: read_entry(source, tensor) for key, tensor in stored.items()}
     nesting = source.nesting
     given = {key: unwrapped(rename(key, key_map, nesting), source.wrappers).removeprefix(nesting) for key in state}
     weights = {given[key]: tensor for key, tensor in state.items()}

@@ -67,9 +67,8 @@ class DcpSource(Source):
             nesting=nesting,
         )
 
-    def independent_state(self, names: Collection[str]) -> dict[str, Tensor]:
-        entries = [self.entries[name] for name in names]
-        state = {entry.key: torch.empty(entry.shape, dtype=entry.dtype) for entry in entries}
+    def independent_state(self, stored: Collection[TensorEntry]) -> dict[str, Tensor]:
+        state = {entry.key: torch.empty(entry.shape, dtype=entry.dtype) for entry in stored}
         dcp.load(state, storage_reader=DcpReader(self.path, self.follow_links), no_dist=True)
         return state
 

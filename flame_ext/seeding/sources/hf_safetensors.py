@@ -30,14 +30,13 @@ _DTYPES: dict[str, Any] = {**_TYPES, "F8_E8M0": torch.float8_e8m0fnu}
 
 
 class SafetensorsSource(Source):
-    def independent_state(self, names: Collection[str]) -> dict[str, Tensor] | None:
+    def independent_state(self, stored: Collection[TensorEntry]) -> dict[str, Tensor] | None:
         if any((self.path / name).exists() for name in (SINGLE_NAME, INDEX_NAME)):
             return None
         # from_pretrained does not read files without an index.
-        entries = [self.entries[name] for name in names]
-        files = {chunk.file for entry in entries for chunk in entry.chunks}
+        files = {chunk.file for entry in stored for chunk in entry.chunks}
         held = {key: tensor for file in files for key, tensor in load_file(file).items()}
-        return {entry.key: held[entry.key] for entry in entries}
+        return {entry.key: held[entry.key] for entry in stored}
 
     @contextmanager
     def open(self, file: Path) -> Iterator[ReadBox]:

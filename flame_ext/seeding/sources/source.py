@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flame_ext.seeding.sources.boxes import Box, full_box, inside
+from flame_ext.seeding.sources.boxes import Box, full_box, inside, intersection
+from flame_ext.seeding.sources.traced import Part, TracedTensor
 
 HEADS_FOLDER = "future_heads"  # the folder of an export that holds the heads beside the backbone (checkpoint/export.py)
 
@@ -31,11 +32,17 @@ class Chunk:
     position: int
     """Offset in bytes for DCP, place in the file's order of tensors otherwise; orders the reads of one file."""
     nbytes: int = 0  # Size of the piece in the file, for DCP
+    stored: tuple[Chunk, Part[TensorEntry]] | None = None
+    """The piece as it is stored, of a tensor that transformers makes of the stored ones, and what of that one it is."""
+
+    def stored_tensor(self, entry: TensorEntry) -> TensorEntry:
+        """Return the tensor in the files that this piece of ``entry`` is stored in."""
+        return entry if self.stored is None else self.stored[0].stored_tensor(self.stored[1].of)
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    key: str  # As the files spell it
+    key: str  # As the files spell it; of a tensor that is made of several, that of the first, and how many more
     shape: tuple[int, ...]
     dtype: torch.dtype
     chunks: tuple[Chunk, ...]  # They tile the tensor exactly
@@ -43,6 +50,11 @@ class TensorEntry:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def stored(self) -> list[TensorEntry]:
+        """The tensors in the files that this one is made of; itself, if it is one of them."""
+        return list({(tensor := chunk.stored_tensor(self)).key: tensor for chunk in self.chunks}.values())
 
     @property
     def place(self) -> str:
@@ -83,8 +95,8 @@ class Source(ABC):
         """Return the model's part as the writer of the files noted it."""
         return self
 
-    def independent_state(self, names: Collection[str]) -> dict[str, Tensor] | None:
-        """Read the tensors ``names`` by other code than :meth:`open`'s, by the files' keys; None = ``from_pretrained`` can."""
+    def independent_state(self, stored: Collection[TensorEntry]) -> dict[str, Tensor] | None:
+        """Read tensors in the files by other code than :meth:`open`'s, by the files' keys; None = ``from_pretrained`` can."""
         return None
 
     @abstractmethod
@@ -92,13 +104,49 @@ class Source(ABC):
         """Open a file, memory-mapped, to read boxes of it: views, until they are copied. Raises SeedError."""
 
 
+def read_piece(read_box: ReadBox, entry: TensorEntry, chunk: Chunk, box: Box) -> Tensor:
+    """Read a box that lies inside a chunk, in the file's dtype, on CPU."""
+    if chunk.stored is None:
+        return read_box(entry, chunk, box)
+    stored, whole = chunk.stored
+    part = whole.within(box)
+    assert part is not None
+    return part.arranged(read_piece(read_box, part.of, stored, part.box_of))
+
+
+def traced(entry: TensorEntry) -> TracedTensor:
+    """Return a stand-in for a tensor that transformers may rearrange; :func:`rearranged` describes the result."""
+    return TracedTensor.whole(entry.shape, entry.dtype, entry)
+
+
+def rearranged(tensor: TracedTensor) -> TensorEntry:
+    """Describe a tensor that is made of those in the files."""
+    parts = tensor.parts
+    first: TensorEntry = parts[0].of
+    if len(parts) == 1 and parts[0] == TracedTensor.whole(first.shape, first.dtype, first).parts[0]:
+        return first
+    chunks = [
+        Chunk(part.placed(common), chunk.file, chunk.position, chunk.nbytes, (chunk, part))
+        for part in parts
+        for chunk in part.of.chunks
+        if (common := intersection(chunk.box, part.box_of)) is not None
+    ]
+    others = len({part.of.key for part in parts}) - 1
+    key = first.key + (f" and {others} more" if others else "")
+    return TensorEntry(key, tuple(tensor.shape), tensor.dtype, tuple(chunks))
+
+
 def read_tensor(source: Source, name: str) -> Tensor:
     """Read a tensor in its file's dtype, on CPU: a view of the mapped file if it lies in one piece. May raise SeedError."""
-    entry = source.entries[name]
+    return read_entry(source, source.entries[name])
+
+
+def read_entry(source: Source, entry: TensorEntry) -> Tensor:
+    """Read a tensor of the source as :func:`read_tensor` does."""
     whole = torch.empty(entry.shape if len(entry.chunks) != 1 else 0, dtype=entry.dtype)
     for chunk in entry.chunks:
         with source.open(chunk.file) as read_box:
-            values = read_box(entry, chunk, chunk.box)
+            values = read_piece(read_box, entry, chunk, chunk.box)
         if len(entry.chunks) == 1:
             return values
         whole[inside(chunk.box, full_box(entry.shape))].copy_(values)
