@@ -8,21 +8,29 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     FalconConfig,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
+    Glm4MoeConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
+    GraniteMoeConfig,
     LlamaConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
     OlmoConfig,
+    OlmoeConfig,
     Phi3Config,
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from tests.ranks import TINY_OLMO
@@ -84,6 +92,25 @@ CONFIGS["gemma3-multimodal"] = Gemma3Config(
     mm_tokens_per_image=4,
 )
 
+_HEADS = {"num_key_value_heads": 2, "head_dim": 8}
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_ROUTED = {**_EXPERTS, "n_routed_experts": 8, "n_shared_experts": 1, "topk_group": 1, "first_k_dense_replace": 1}
+del _ROUTED["num_experts"]
+_LATENT = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+_LOCAL = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+# Mixtures of experts; with shared experts, with biases of the router, with first layers that are dense.
+MIXTURES: dict[str, PreTrainedConfig] = {
+    "olmoe": OlmoeConfig(**{**_SHAPE, "intermediate_size": 24}, num_experts=8, num_experts_per_tok=2),
+    "qwen2-moe": Qwen2MoeConfig(**_SHAPE, **_EXPERTS, num_key_value_heads=2, shared_expert_intermediate_size=40),
+    "qwen3-moe": Qwen3MoeConfig(**_SHAPE, **_EXPERTS, **_HEADS),
+    "mixtral": MixtralConfig(**_SHAPE, **_LOCAL),
+    "deepseek-v3": DeepseekV3Config(**_SHAPE, **_ROUTED, **_LATENT, n_group=2),
+    "glm4-moe": Glm4MoeConfig(**_SHAPE, **_ROUTED, **_HEADS, n_group=1),
+    "gpt-oss": GptOssConfig(**_SHAPE, **_LOCAL, head_dim=8, sliding_window=16),
+    "granite-moe": GraniteMoeConfig(**_SHAPE, **_LOCAL),
+}
+
 
 def load_stock(folder: Path) -> PreTrainedModel:
     """By transformers alone, in float32."""
@@ -94,12 +121,15 @@ def load_stock(folder: Path) -> PreTrainedModel:
 
 
 def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB") -> Path:
-    """Save the model of ``CONFIGS[name]`` with weights from a fixed seed; returns ``folder``."""
+    """Save the model of ``CONFIGS[name]`` or ``MIXTURES[name]`` with weights from a fixed seed; returns ``folder``."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype)
+    model = AutoModelForCausalLM.from_config((CONFIGS | MIXTURES)[name], dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases too, so that nothing passes by being one or zero
             parameter.add_(torch.randn_like(parameter) * 0.05)
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.05)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TINY_OLMO / file, folder / file)

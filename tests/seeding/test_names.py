@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from flame_ext.errors import SeedError
 from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
+from flame_ext.seeding.conversion import in_files
 from flame_ext.seeding.names import KeyNames, in_model_names, parse_key_map, rename, renamed
 from flame_ext.seeding.sources.open import open_source
+from flame_ext.seeding.sources.traced import TracedTensor
 from tests.sources import save_dcp
-from tests.tiny_models import CONFIGS, save_tiny
+from tests.tiny_models import CONFIGS, MIXTURES, save_tiny
 
 
 def test_the_first_rule_that_fits_renames() -> None:
@@ -63,9 +65,10 @@ def test_exported_keys_are_those_of_files(tmp_path: Path) -> None:
     folder = save_tiny("gpt-neox-renamed-keys", tmp_path / "neox")
     model = build_hf_causal_lm(HFModelArgs(hf_assets_path=str(folder)))
     written = set(load_file(folder / "model.safetensors"))
-    keys = model.file_keys([*model.state_dict(), "future_predictor.norm.weight"])
-    assert set(keys.values()) == written | {"future_predictor.norm.weight"}
-    assert keys["lm_head.weight"] == "embed_out.weight"
+    names = [*model.state_dict(), "future_predictor.norm.weight"]
+    stored = in_files(model, {name: TracedTensor.whole((), torch.float32, name) for name in names})
+    assert set(stored) == written | {"future_predictor.norm.weight"}
+    assert stored["embed_out.weight"].parts[0].of == "lm_head.weight"
 
 
 @pytest.mark.parametrize("layout", ["hf", "flat", "nested"])
@@ -93,33 +96,7 @@ def test_two_keys_of_one_name_are_refused(tmp_path: Path) -> None:
         in_model_names(open_source(folder), names_of(AutoConfig.from_pretrained(folder)))
 
 
-SMALL = {
-    "vocab_size": 264,
-    "hidden_size": 32,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=2),
-        OlmoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2),
-        Qwen3MoeConfig(**SMALL, num_key_value_heads=2, num_experts=4, moe_intermediate_size=16),
-    ],
-    ids=lambda config: config.model_type,
-)
-def test_fused_experts_are_refused_by_the_architectures_name(tmp_path: Path, config) -> None:
-    model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(SeedError, match=f"^{type(model).__name__}: '.*experts.* is stored in another form") as e:
-        in_model_names(open_source(tmp_path), names_of(config))
-    assert "only dense models can" in str(e.value)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", CONFIGS | MIXTURES)
 def test_every_key_of_a_file_is_the_models(tmp_path: Path, name: str) -> None:
     folder = save_tiny(name, tmp_path / name)
     names = names_of(AutoConfig.from_pretrained(folder))

@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from flame_ext.errors import ConfigError
 from flame_ext.preflight.parse import parse
+from flame_ext.seeding.conversion import in_files
 from flame_ext.seeding.sources.open import open_source
+from flame_ext.seeding.sources.traced import TracedTensor
 from flame_ext.tools.architecture import load_architecture, why_not_seedable
 from tests.ranks import DEBUG_TOML, TINY_OLMO
 from tests.sources import save_dcp
@@ -22,9 +24,10 @@ def test_shapes_are_those_of_the_model_each_tied_tensor_once(tmp_path: Path, mod
     folder = save_tiny(model, tmp_path / "model")
     architecture = load_architecture(folder)
     assert all(tensor.is_meta for tensor in architecture.model.parameters())
-    file_keys = architecture.model.file_keys(architecture.shapes)
+    shapes = architecture.shapes.items()
+    stored = in_files(architecture.model, {n: TracedTensor.whole(s, torch.float32, n) for n, s in shapes})
     held = {key: tuple(tensor.shape) for key, tensor in load_file(folder / "model.safetensors").items()}
-    assert {file_keys[name]: shape for name, shape in architecture.shapes.items()} == held
+    assert {key: tuple(tensor.shape) for key, tensor in stored.items()} == held
     assert set(architecture.names.model_keys) == {*architecture.shapes, *architecture.model.tied_keys}
 
 
