@@ -53,16 +53,14 @@ def export_hf(
     head_names: list[str],
     folder: Path,
     spec: ExportSpec,
-    state: Mapping[str, Tensor],
+    gather: BoxGatherer,
 ) -> None:
     """Writes ``folder`` atomically; the main rank holds one file's tensors. Collective; a CheckpointError is raised on all ranks.
 
     Args:
-        tensors: by their keys in files, each tied parameter once; made of those of all ranks' states. A head's keys begin with
+        tensors: by their keys in files, each tied parameter once; made of those that ``gather`` brings. A head's keys begin with
             its name.
-        state: key to this rank's parameters and buffers.
     """
-    gather = BoxGatherer(state)
 
     def read_for_file(key: str) -> Tensor | None:
         fault_point("during_export")

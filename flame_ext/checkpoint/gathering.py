@@ -1,13 +1,15 @@
 """Brings tensors, of which each rank holds boxes, to the main rank, one at a time."""
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flame_ext.distributed import gathered
-from flame_ext.seeding.sources.boxes import Box, full_box, inside, intersection, local_part
+from flame_ext.distributed import failing_together
+from flame_ext.errors import CheckpointError
+from flame_ext.seeding.sources.boxes import Box, full_box, inside, intersection, local_part, tiles_exactly, volume
 from flame_ext.seeding.sources.source import cast
 from flame_ext.seeding.sources.traced import TracedTensor
 
@@ -19,31 +21,60 @@ class BoxGatherer:
 
     Args:
         state: this rank's part of the model, by key; DTensors, or plain tensors, which are whole.
+        shapes: key to shape, of the whole model. A CheckpointError is raised if the ranks together do not hold all of it.
+        device: for the tensors that are gathered; of the same kind on all ranks.
     """
 
     @torch.no_grad()
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
-        held = {key: local_part(tensor.detach()) for key, tensor in state.items()}
-        boxes = gathered({key: box for key, (_, box) in held.items()})
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        # Of the ranks that hold the same elements, the first one gives them.
-        others: set[tuple[str, Box]] = {item for before in boxes[:rank] for item in before.items()}
-        self._given = {key: part for key, part in held.items() if (key, part[1]) not in others}
-        self._device = next((local.device for local, _ in held.values()), torch.device("cpu"))
+    def __init__(self, state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], device: torch.device) -> None:
+        self._device = device
+        with failing_together(CheckpointError):
+            held = {key: local_part(tensor.detach()) for key, tensor in state.items()}
+        given = _shared_out({key: box for key, (_, box) in held.items()}, shapes)
+        self._given = {key: held[key] for key in given}
 
     @torch.no_grad()
     def __call__(self, tensor: TracedTensor, dtype: torch.dtype) -> Tensor:
-        """Returns ``tensor``, made of the state's by key; floating-point values in ``dtype``. Right on the main rank alone."""
-        full = cast(torch.zeros(tensor.shape, dtype=tensor.dtype, device=self._device), dtype)
+        """Returns a tensor that is made of the state's, floating-point values in ``dtype``, on the main rank; on the others, the
+        result is to be dropped.
+        """
+        full = torch.zeros(
+            tensor.shape, dtype=dtype if tensor.dtype.is_floating_point else tensor.dtype, device=self._device
+        )
         for part in tensor.parts:
-            local, box = self._given.get(part.of, (full, None))
-            common = None if box is None else intersection(box, part.box_of)
-            if box is not None and common is not None:
-                place = part.placed(common)
-                values = part.within(place)
-                assert values is not None
-                full[inside(place, full_box(full.shape))] = values.arranged(local[inside(common, box)]).to(full.device)
+            if part.of not in self._given:
+                continue
+            local, box = self._given[part.of]
+            if (common := intersection(box, part.box_of)) is not None:
+                values = cast(part.arranged(local[inside(common, box)]), dtype)
+                full[inside(part.placed(common), full_box(full.shape))] = values.to(self._device)
         if dist.is_initialized() and dist.get_world_size() > 1:
             # Every byte comes from one rank and is zero on the others, so that the sum is that rank's, whatever it means.
             dist.reduce(full.view(-1).view(torch.uint8), dst=0)
         return full
+
+
+def _shared_out(boxes: Mapping[str, Box], shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Returns the keys whose boxes this rank gives: of the ranks that hold the same elements, the first one does. Collective."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    held: list[Mapping[str, Box]] = [boxes] * world_size
+    shares: list[list[str]] = [[] for _ in range(world_size)]
+    is_main = world_size == 1 or dist.get_rank() == 0
+    if world_size > 1:
+        dist.gather_object(boxes, held if is_main else None, dst=0)
+    with failing_together(CheckpointError):
+        seen: dict[str, set[Box]] = defaultdict(set)
+        for share, of_rank in zip(shares, held, strict=True) if is_main else ():
+            for key, box in of_rank.items():
+                if volume(box) > 0 and box not in seen[key]:
+                    seen[key].add(box)
+                    share.append(key)
+        for key, shape in shapes.items() if is_main else ():
+            if not tiles_exactly(full_box(shape), seen[key]):
+                raise CheckpointError(
+                    f"{key!r} cannot be exported: the ranks hold {sorted(seen[key])} of {list(shape)}"
+                )
+    mine = [shares[0]]
+    if world_size > 1:
+        dist.scatter_object_list(mine, shares if is_main else None, src=0)
+    return mine[0]

@@ -2,7 +2,7 @@
 
 import math
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from flame_ext.checkpoint.assets import read_assets
 from flame_ext.checkpoint.card import card_of_step
 from flame_ext.checkpoint.export import ExportSpec, export_hf
 from flame_ext.checkpoint.export_folder import origin_of, why_not_exported
+from flame_ext.checkpoint.gathering import BoxGatherer
 from flame_ext.checkpoint.hooks import CheckpointHooks
 from flame_ext.config.resume_record import asset_digests, check_unchanged, config_digest, config_record
 from flame_ext.distributed import from_main_rank, is_main_rank, on_main_rank
@@ -67,9 +68,11 @@ class RunHooks(CheckpointHooks):
         self.exports = background_exports(
             self._config, lambda: trainer.finishing, lambda step, export: why_not_exported(step, export) is None
         )
-        # Read before the first step, since a file that cannot be read must not end the run at its last export.
+        # Before the first step, since what cannot be read or exported must not end the run at its last export.
         assets, options = Path(self._config.model.hf_assets_path), self._config.seed
         self._assets = on_main_rank(read_assets, assets, options.trust_remote_code, options.follow_links) or {}
+        if self._config.checkpoint.last_save_in_hf or self._config.export.interval > 0:
+            self._stored(self._model.whole.state_dict())
         # The manifest of every step names the run and the source of its step 0.
         self._run_id: str | None = None
         self._seed_identity: dict[str, Any] | None = None
@@ -163,8 +166,12 @@ class RunHooks(CheckpointHooks):
         )
         state, whole = self._trainer.checkpointer.states[MODEL].state_dict(), self._model.whole
         full = whole_state(self._model, state)
-        tensors = in_files(whole, {key: TracedTensor.whole(t.shape, t.dtype, key) for key, t in full.items()})
-        export_hf(tensors, list(whole.heads), self._folder / "hf" / f"step-{step}", spec, state)
+        gather = BoxGatherer(state, {key: tensor.shape for key, tensor in full.items()}, self._device)
+        export_hf(self._stored(full), list(whole.heads), self._folder / "hf" / f"step-{step}", spec, gather)
+
+    def _stored(self, state: Mapping[str, Tensor]) -> dict[str, TracedTensor]:
+        """Returns the whole model's tensors as files hold them, made of those of its state."""
+        return in_files(self._model.whole, {key: TracedTensor.whole(t.shape, t.dtype, key) for key, t in state.items()})
 
     def _step_folder(self, step: int) -> Path:
         return Path(self._trainer.checkpointer.folder) / f"step-{step}"

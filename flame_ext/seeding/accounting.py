@@ -104,6 +104,7 @@ def account(
             problems.append(f"{key!r} {problem}")
     if problems:
         shown = problems[:10] + ([f"… and {len(problems) - 10} more"] if len(problems) > 10 else [])
+        shown += quantised(source.entries[name] for name, _, _ in beyond if name in source.entries)
         if unexpected:
             groups = defaultdict(list)  # keys that differ in numbers alone share a pattern
             for key in unexpected:
@@ -113,6 +114,18 @@ def account(
         shown += [f"passed over: {what}" for what in source.passed_over]
         raise SeedError(f"{source.path} does not fit the model:\n  - " + "\n  - ".join(shown))
     return Account(loaded, initialised, sorted(tied), sorted(computed_buffers), sorted([*ignored, *source.ignored]))
+
+
+def quantised(unexpected: Iterable[TensorEntry]) -> list[str]:
+    """Return a line that says what to do if tensors that the model does not have look like quantised weights, else nothing."""
+    packed = [
+        e for e in unexpected if (e.dtype.itemsize == 1 and e.dtype is not torch.bool) or e.key.endswith(".qweight")
+    ]
+    dtypes = ", ".join(sorted({dtype_name(entry.dtype) for entry in packed}))
+    remedy = "with from_pretrained(…, quantization_config=Mxfp4Config(dequantize=True)), FineGrainedFP8Config(dequantize=True) or "
+    remedy += "model.dequantize(), then save_pretrained to another folder"
+    line = f"{len(packed)} of these tensors are {dtypes}: the weights are quantised; dequantise them first: {remedy}"
+    return [line] if packed else []
 
 
 def matches(key: str, patterns: Iterable[str]) -> bool:

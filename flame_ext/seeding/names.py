@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from transformers import PreTrainedConfig
 from transformers import core_model_loading as loading
@@ -93,12 +94,22 @@ class KeyNames:
         if key in self.model_keys:
             return key, None
         prefix = self.base_model_prefix if any_prefix else None
-        renamings = [t for t in self.transforms if isinstance(t, loading.WeightRenaming)]
-        converters = [t for t in self.transforms if isinstance(t, loading.WeightConverter)]
-        found = loading.rename_source_key(key, renamings, converters, prefix, self.model_keys)
+        found = loading.rename_source_key(key, self._renamings, [*self._converters], prefix, self.model_keys)
         if found[0] in self.model_keys:
             return found
-        return loading.rename_source_key(key, renamings, [], prefix, self.model_keys)[0], None
+        return loading.rename_source_key(key, self._renamings, [], prefix, self.model_keys)[0], None
+
+    def converter(self, pattern: str) -> loading.WeightConverter:
+        """Return the conversion that a pattern belongs to, as ``from_pretrained`` chooses it: the last one."""
+        return next(converter for converter in reversed(self._converters) if pattern in converter.source_patterns)
+
+    @cached_property
+    def _renamings(self) -> list[loading.WeightRenaming]:
+        return [t for t in self.transforms if isinstance(t, loading.WeightRenaming)]
+
+    @cached_property
+    def _converters(self) -> list[loading.WeightConverter]:
+        return [t for t in self.transforms if isinstance(t, loading.WeightConverter)]
 
 
 def in_model_names(source: Source, names: KeyNames) -> Source:
@@ -130,11 +141,14 @@ def in_model_names(source: Source, names: KeyNames) -> Source:
         else:
             parts[name][pattern][key] = source.entries[key]
     for name, stored in parts.items():
-        converters = [t for t in names.transforms if isinstance(t, loading.WeightConverter)]
-        converter = next(t for t in converters if next(iter(stored)) in t.source_patterns)
-        made = converted(source.path, name, stored, converter, names.model_keys, names.config)
-        for made_name, entry in made.items():
-            add(made_name, entry)
+        converter = names.converter(next(iter(stored)))
+        if others := stored.keys() - {*converter.source_patterns}:
+            keys = some(repr(key) for pattern in others for key in stored[pattern])
+            raise SeedError(
+                f"{source.path}: {keys}: become {name!r} of the model by another conversion than the rest; keep one"
+            )
+        for made, entry in converted(source.path, name, stored, converter, names.model_keys, names.config).items():
+            add(made, entry)
     if unused := names.ignored({*entries} - {*names.model_keys}):
         ignored = tuple(sorted(entries.pop(name).key for name in unused))
         said = f"{some(ignored)}: {len(ignored)} keys that from_pretrained ignores"

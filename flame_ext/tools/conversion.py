@@ -25,7 +25,7 @@ from flame_ext.files import parse_size, write_json
 from flame_ext.heads.names import is_head_key
 from flame_ext.heads.registry import build_head
 from flame_ext.hf_config import load_hf_config
-from flame_ext.seeding.accounting import matches
+from flame_ext.seeding.accounting import matches, quantised
 from flame_ext.seeding.conversion import in_files
 from flame_ext.seeding.names import in_model_names, parse_key_map, renamed
 from flame_ext.seeding.sources.dcp import NESTED_PREFIX
@@ -228,23 +228,26 @@ def _as_model(source: Source, architecture: Architecture, assets: Path) -> Sourc
                 "it to false, or remove the one that is not meant"
             )
     backbone = {name: entry for name, entry in once.entries.items() if not is_head_key(name)}
-    _require_shapes(backbone, architecture.shapes, f"{source.path} is not the model of {assets}/config.json")
+    _require_shapes(backbone, architecture.shapes, source.path, f"is not the model of {assets}/config.json")
     return once
 
 
-def _require_shapes(entries: Mapping[str, TensorEntry], shapes: Mapping[str, tuple[int, ...]], message: str) -> None:
-    lines = []
+def _require_shapes(
+    entries: Mapping[str, TensorEntry], shapes: Mapping[str, tuple[int, ...]], path: Path, message: str
+) -> None:
+    lines, unexpected = [], []
     for name in sorted({*entries, *shapes}):
         entry, shape = entries.get(name), shapes.get(name, ())
         if entry is None:
             lines.append(f"{name!r} {list(shape)} is missing")
         elif name not in shapes:
+            unexpected.append(entry)
             lines.append(f"{entry.key!r} {list(entry.shape)} in {entry.place} is not in the model")
         elif entry.shape != shape:
             lines.append(f"{entry.key!r}: shape {list(entry.shape)} in {entry.place}, the model has {list(shape)}")
     if lines:
         more = [f"… and {len(lines) - 10} more"] if len(lines) > 10 else []
-        raise SeedError("\n  - ".join([f"{message}:", *lines[:10], *more]))
+        raise SeedError("\n  - ".join([f"{path} {message}:", *lines[:10], *more, *quantised(unexpected)]))
 
 
 def _require_tensors(source: Source) -> None:
@@ -279,7 +282,7 @@ def _head_arguments(source: Source, heads: Mapping[str, TensorEntry], options: C
     except Exception as e:
         raise SeedError(f"{where}: heads cannot be built from it ({type(e).__name__}: {e})") from e
     shapes = {f"{head}.{name}": tuple(t.shape) for head, m in built.items() for name, t in m.state_dict().items()}
-    _require_shapes(heads, shapes, f"{source.path}: its heads are not those of {where}")
+    _require_shapes(heads, shapes, source.path, f"has other heads than {where}")
     return arguments
 
 

@@ -40,7 +40,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, OlmoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, OlmoConfig, OlmoeConfig, PreTrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from tests.benchmarks.common import REPOSITORY, TINY_OLMO, Table, quartiles, ratios, spread, verdict
 
@@ -56,6 +57,20 @@ OLMO_1B = OlmoConfig(
     eos_token_id=50279,
     pad_token_id=1,
 )
+# As many bytes, nearly all of them in 1,536 matrices of experts and more, which the model stacks.
+MIXTURE_1B = OlmoeConfig(
+    vocab_size=50304,
+    hidden_size=1024,
+    intermediate_size=640,
+    num_hidden_layers=16,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    num_experts=32,
+    num_experts_per_tok=4,
+    eos_token_id=50279,
+    pad_token_id=1,
+)
+MIXTURE = "mixture"  # The label of its cases
 FILES = 4
 
 
@@ -64,7 +79,8 @@ def make_checkpoint(folder: Path, config: PreTrainedConfig = OLMO_1B) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    stored = revert_weight_conversion(model, dict(model.named_parameters()))
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     names = list(shapes)
     weight_map = {}
     for number in range(FILES):
@@ -228,13 +244,14 @@ def with_layers(layers: int, **changes: int) -> OlmoConfig:
 
 
 def cases(quick: bool) -> list[Case]:
-    """OLMo-1B, and a half and a quarter of its layers, on 1, 2 and 4 ranks."""
+    """OLMo-1B, and a half and a quarter of its layers, on 1, 2 and 4 ranks; and a mixture of experts of its size."""
     if quick:
         tiny = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
-        return [Case("tiny", with_layers(2, **tiny, vocab_size=512), processes) for processes in (1, 2)]
-    return [
-        Case(f"{layers} layers", with_layers(layers), processes) for layers in (16, 8, 4) for processes in (1, 2, 4)
-    ]
+        mixture = OlmoeConfig(**tiny, vocab_size=512, num_hidden_layers=2, num_experts=4, num_experts_per_tok=2)
+        dense = [Case("tiny", with_layers(2, **tiny, vocab_size=512), processes) for processes in (1, 2)]
+        return [*dense, Case(MIXTURE, mixture, 1)]
+    models = {f"OLMo-1B, {layers} layers": with_layers(layers) for layers in (16, 8, 4)} | {MIXTURE: MIXTURE_1B}
+    return [Case(label, config, processes) for label, config in models.items() for processes in (1, 2, 4)]
 
 
 def seed_case(case: Case, folder: Path, runs: int) -> dict[str, Any]:
@@ -270,7 +287,7 @@ def offline_runs(folder: Path, runs: int) -> list[dict[str, Any]]:
 
 def tables(found: list[dict[str, Any]], offline: list[dict[str, Any]]) -> list[Table]:
     """The table ``seeding``; ``offline`` is that of the first case's checkpoint."""
-    columns = ["OLMo-1B with", "GB read", "ranks", "plain copy, s", "HuggingFaceStorageReader, s", "seeding, s"]
+    columns = ["model", "GB read", "ranks", "plain copy, s", "HuggingFaceStorageReader, s", "seeding, s"]
     columns += ["seeding / plain copy", "digests, s", "peak of a rank, GiB", "of all, GiB"]
     cells, notes = [], []
     for row in found:
@@ -294,6 +311,13 @@ def tables(found: list[dict[str, Any]], offline: list[dict[str, Any]]) -> list[T
         + " "
         + verdict("The offline way to seeding, one rank", faster, 20, at_most=False)
     )
+    per_byte = {
+        row["case"]: quartiles(row["seeding"])[1] / row["source_bytes"]
+        for row in reversed(found)
+        if row["processes"] == 1
+    }
+    ratio = per_byte[MIXTURE] / per_byte[first["case"]]
+    notes.append(verdict("The mixture to the dense model, a byte on one rank", ratio, 1.3))
     return [Table("seeding", columns, cells, notes, {"rows": found, "offline": offline})]
 
 

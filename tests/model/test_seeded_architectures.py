@@ -22,7 +22,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 TOKENS = torch.randint(264, (2, 96), generator=torch.Generator().manual_seed(1))
 
 
-def seed_all(folder: str, options: list[str]) -> dict[str, Any]:
+def seed_all(folder: str, options: list[str], names: list[str]) -> dict[str, Any]:
     """In a rank: seed each architecture and run one forward and backward on :data:`TOKENS`."""
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
@@ -35,7 +35,7 @@ def seed_all(folder: str, options: list[str]) -> dict[str, Any]:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
     results: dict[str, Any] = {}
-    for name in CONFIGS:
+    for name in names:
         path = f"{folder}/{name}"
         arguments = [f"--job.config_file={DEBUG_TOML}", f"--model.hf_assets_path={path}", "--training.seq_len=96"]
         arguments += [f"--checkpoint.initial_load_path={path}", f"--job.dump_folder={folder}/out-{name}", *options]
@@ -78,7 +78,7 @@ def seeded(models: Path) -> dict[str, list[dict[str, Any]]]:
     """Layout to the results of its ranks."""
     seeded = {}
     for layout, (world_size, options) in LAYOUTS.items():
-        ranks = run_ranks(seed_all, world_size, str(models), options, folder=models / layout)
+        ranks = run_ranks(seed_all, world_size, str(models), options, [*CONFIGS], folder=models / layout)
         assert all(rank.exit_code == 0 for rank in ranks), ranks[0].output[-3000:]
         seeded[layout] = [rank.value for rank in ranks]
     return seeded

@@ -17,6 +17,7 @@ from flame_ext.seeding.conversion import in_files
 from flame_ext.seeding.names import in_model_names
 from flame_ext.seeding.sources.open import open_source
 from flame_ext.seeding.sources.source import Source, read_tensor, rearranged, traced
+from flame_ext.seeding.sources.traced import TracedTensor
 from flame_ext.tools.architecture import Architecture, load_architecture
 from tests.sources import save_dcp
 from tests.tiny_models import MIXTURES, save_tiny
@@ -83,22 +84,54 @@ def test_a_missing_expert_is_named(tmp_path: Path, gone: list[str], message: str
         opened(folder)
 
 
-def test_an_expert_of_another_shape_is_named_with_its_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t[:-1].clone(), r"is float32 \[23, 32\], the most of its kind are float32 \[24, 32\]"),
+        (lambda t: t[:0].clone(), r"is float32 \[0, 32\], the most"),
+        (lambda t: t.to(torch.uint8), r"is uint8 \[24, 32\], the most of its kind are float32"),
+    ],
+)
+def test_an_expert_of_another_kind_is_named_with_its_file(tmp_path: Path, change, message: str) -> None:
     folder = save_tiny("olmoe", tmp_path / "olmoe")
     tensors = load_file(folder / "model.safetensors")
-    save_file({**tensors, EXPERT: tensors[EXPERT][:-1].clone()}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        SeedError, match=rf"'{EXPERT}': shape \[23, 32\] in model.safetensors, its like have \[24, 32\]"
-    ):
+    save_file({**tensors, EXPERT: change(tensors[EXPERT])}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SeedError, match=f"'{EXPERT}' in model.safetensors {message}"):
         opened(folder)
 
 
-def test_an_expert_that_stands_there_twice_is_refused(tmp_path: Path) -> None:
+def test_experts_of_two_dtypes_that_can_be_cast_are_read(tmp_path: Path) -> None:
     folder = save_tiny("olmoe", tmp_path / "olmoe")
     tensors = load_file(folder / "model.safetensors")
-    twice = EXPERT.removeprefix("model.")
-    save_file({**tensors, twice: tensors[EXPERT].clone()}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(SeedError, match="the same part of 'model.layers.1.mlp.experts.gate_up_proj'"):
+    save_file({**tensors, EXPERT: tensors[EXPERT].bfloat16()}, folder / "model.safetensors", {"format": "pt"})
+    source, _ = opened(folder)
+    for key, tensor in stock(folder).items():
+        assert torch.equal(read_tensor(source, key), tensor), key
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (EXPERT.removeprefix("model."), "some are the same part of 'model.layers.1.mlp.experts.gate_up_proj'"),
+        (EXPERT.replace("3", "8"), "'model.layers.1.mlp.experts.gate_up_proj' of the model is made of 8 of these"),
+        ("model.layers.1.mlp.experts.gate_up_proj", "are both 'model.layers.1.mlp.experts.gate_up_proj'"),
+    ],
+)
+def test_an_expert_too_many_is_refused(tmp_path: Path, key: str, message: str) -> None:
+    folder = save_tiny("olmoe", tmp_path / "olmoe")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, key: tensors[EXPERT].clone()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SeedError, match=message):
+        opened(folder)
+
+
+def test_two_spellings_that_would_change_the_order_of_experts_are_refused(tmp_path: Path) -> None:
+    folder = save_tiny("olmoe", tmp_path / "olmoe")
+    tensors = load_file(folder / "model.safetensors")
+    last = {key for key in tensors if ".experts.7." in key}
+    tensors = {key.removeprefix("model.") if key in last else key: tensor for key, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SeedError, match="two spellings put them out of order"):
         opened(folder)
 
 
@@ -107,15 +140,51 @@ class Doubled(loading.ConversionOps):
         return {target_patterns[0]: next(iter(input_dict.values()))[0] * 2}
 
 
-def test_an_operation_that_changes_values_is_refused_by_its_name(tmp_path: Path) -> None:
+class Shortened(loading.ConversionOps):
+    def convert(self, input_dict, source_patterns, target_patterns, **_):
+        return {target_patterns[0]: next(iter(input_dict.values()))[0][:-1]}
+
+
+@pytest.mark.parametrize(
+    ("operation", "message"),
+    [
+        (Doubled(), r"\(Doubled\), which cannot be followed .*aten.mul"),
+        (Shortened(), r"\(Shortened\), which cannot be followed .*'.*half_q_proj.weight' are left out"),
+        (loading.Transpose(0, 2), r"\(Transpose\), and they do not fit together"),
+    ],
+)
+def test_an_operation_that_cannot_be_followed_is_refused_by_its_name(
+    tmp_path: Path, operation: loading.ConversionOps, message: str
+) -> None:
     folder = save_tiny("olmo-untied", tmp_path / "olmo")
     tensors = load_file(folder / "model.safetensors")
     tensors = {key.replace("q_proj", "half_q_proj"): tensor for key, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     names = load_architecture(folder).names
-    converter = loading.WeightConverter("half_q_proj.weight", "q_proj.weight", [Doubled()])
-    with pytest.raises(SeedError, match=r"'.*half_q_proj.weight' in model.safetensors .* \(Doubled\) .*aten.mul"):
+    converter = loading.WeightConverter("half_q_proj.weight", "q_proj.weight", [operation])
+    with pytest.raises(SeedError, match=rf"'.*half_q_proj.weight' in model.safetensors .*{message}"):
         in_model_names(open_source(folder), replace(names, transforms=(converter,)))
+
+
+def test_a_tensor_that_is_split_has_to_have_the_length_of_its_parts(tmp_path: Path) -> None:
+    folder = save_tiny("olmo-untied", tmp_path / "olmo")
+    tensors = load_file(folder / "model.safetensors")
+    names = load_architecture(folder).names
+    parts = [f"{name}_proj.weight" for name in "qkv"]
+    for layer in range(3):
+        held = [tensors.pop(f"model.layers.{layer}.self_attn.{part}") for part in parts]
+        tensors[f"model.layers.{layer}.self_attn.qkv.weight"] = torch.cat([*held, held[0][:1]])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    converter = loading.WeightConverter("qkv.weight", parts, [loading.Split(0)])
+    with pytest.raises(SeedError, match=r"\(Split\).* an axis of length 97 is split into \[32, 32, 32\]"):
+        in_model_names(open_source(folder), replace(names, transforms=(converter,)))
+
+
+def test_heads_are_stored_as_they_are(tmp_path: Path) -> None:
+    architecture = load_architecture(save_tiny("olmoe", tmp_path / "olmoe"))
+    architecture.model.heads["future_encoder"] = None
+    name = "future_encoder.mlp.experts.gate_up_proj"
+    assert list(in_files(architecture.model, {name: TracedTensor.whole((2, 4, 3), torch.float32, name)})) == [name]
 
 
 def test_keys_of_layers_that_the_model_has_not_are_ignored_as_from_pretrained_ignores_them(tmp_path: Path) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -33,7 +36,7 @@ class Chunk:
     """Offset in bytes for DCP, place in the file's order of tensors otherwise; orders the reads of one file."""
     nbytes: int = 0  # Size of the piece in the file, for DCP
     stored: tuple[Chunk, Part[TensorEntry]] | None = None
-    """The piece as it is stored, of a tensor that transformers makes of the stored ones, and what of that one it is."""
+    """Of a tensor that is made of others: the chunk of another tensor to read, and the part that says where it belongs."""
 
     def stored_tensor(self, entry: TensorEntry) -> TensorEntry:
         """Return the tensor in the files that this piece of ``entry`` is stored in."""
@@ -42,7 +45,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    key: str  # As the files spell it; of a tensor that is made of several, that of the first, and how many more
+    key: str  # As the files spell it; "FIRST and N more" for a tensor that is made of several
     shape: tuple[int, ...]
     dtype: torch.dtype
     chunks: tuple[Chunk, ...]  # They tile the tensor exactly
@@ -50,6 +53,20 @@ class TensorEntry:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def chunks_in(self, box: Box) -> list[Chunk]:
+        """Return the chunks that have elements in a box."""
+        begin, end = box[0] if box else (0, 1)
+        begins, thickest, ordered = self._by_first_axis
+        near = ordered[bisect_left(begins, begin - thickest + 1) : bisect_left(begins, end)]
+        return [chunk for chunk in near if intersection(chunk.box, box) is not None]
+
+    @cached_property
+    def _by_first_axis(self) -> tuple[list[int], int, list[Chunk]]:
+        """Where the chunks begin along the first axis, in order, the length of the longest, and the chunks in that order."""
+        ordered = sorted(self.chunks, key=lambda chunk: chunk.box[:1])
+        axes = [chunk.box[0] if chunk.box else (0, 1) for chunk in ordered]
+        return [begin for begin, _ in axes], max((end - begin for begin, end in axes), default=1), ordered
 
     @property
     def stored(self) -> list[TensorEntry]:
@@ -123,12 +140,12 @@ def rearranged(tensor: TracedTensor) -> TensorEntry:
     """Describe a tensor that is made of those in the files."""
     parts = tensor.parts
     first: TensorEntry = parts[0].of
-    if len(parts) == 1 and parts[0] == TracedTensor.whole(first.shape, first.dtype, first).parts[0]:
+    if len(parts) == 1 and parts[0] == traced(first).parts[0]:
         return first
     chunks = [
         Chunk(part.placed(common), chunk.file, chunk.position, chunk.nbytes, (chunk, part))
         for part in parts
-        for chunk in part.of.chunks
+        for chunk in part.of.chunks_in(part.box_of)
         if (common := intersection(chunk.box, part.box_of)) is not None
     ]
     others = len({part.of.key for part in parts}) - 1
@@ -144,12 +161,13 @@ def read_tensor(source: Source, name: str) -> Tensor:
 def read_entry(source: Source, entry: TensorEntry) -> Tensor:
     """Read a tensor of the source as :func:`read_tensor` does."""
     whole = torch.empty(entry.shape if len(entry.chunks) != 1 else 0, dtype=entry.dtype)
-    for chunk in entry.chunks:
-        with source.open(chunk.file) as read_box:
-            values = read_piece(read_box, entry, chunk, chunk.box)
-        if len(entry.chunks) == 1:
-            return values
-        whole[inside(chunk.box, full_box(entry.shape))].copy_(values)
+    for file, chunks in groupby(sorted(entry.chunks, key=lambda c: (c.file, c.position)), key=lambda c: c.file):
+        with source.open(file) as read_box:
+            for chunk in chunks:
+                values = read_piece(read_box, entry, chunk, chunk.box)
+                if len(entry.chunks) == 1:
+                    return values
+                whole[inside(chunk.box, full_box(entry.shape))].copy_(values)
     return whole
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import accumulate, pairwise
 from math import prod
 from typing import Any, Generic, TypeVar
@@ -97,8 +98,8 @@ class TracedTensor(Tensor):
         return f"TracedTensor({tuple(self.shape)}, {self.dtype}, {len(self.parts)} parts)"
 
 
-def _like(tensor: TracedTensor, shape: Sequence[int], parts: Sequence[Part[Any] | None]) -> TracedTensor:
-    return TracedTensor(shape, tensor.dtype, [part for part in parts if part is not None])
+def _like(tensor: TracedTensor, shape: Sequence[int], parts: Sequence[Part[Any]]) -> TracedTensor:
+    return TracedTensor(shape, tensor.dtype, parts)
 
 
 def _with_axis(part: Part[Any], axis: int, new: Sequence[tuple[int, int]], becomes: int | None) -> Part[Any]:
@@ -154,12 +155,9 @@ def _join(tensors: Sequence[TracedTensor], dim: int) -> TracedTensor:
         for start, tensor in zip(starts, tensors, strict=False)
         for p in tensor.parts
     ]
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
     shape = [*tensors[0].shape]
     shape[dim] = starts[-1]
-    return TracedTensor(shape, dtype, parts)
+    return TracedTensor(shape, reduce(torch.promote_types, (t.dtype for t in tensors)), parts)
 
 
 def _split_axis(tensor: TracedTensor, dim: int, inner: int) -> TracedTensor:
@@ -215,6 +213,8 @@ def _split(tensor: TracedTensor, sizes: int | Sequence[int], dim: int = 0) -> li
     dim %= tensor.dim()
     length = tensor.shape[dim]
     ends = [*range(sizes, length, sizes), length] if isinstance(sizes, int) else [*accumulate(sizes)]
+    if ends[-1] != length:
+        raise ValueError(f"an axis of length {length} is split into {list(sizes)}")  # type: ignore[arg-type]
     return [_narrow(tensor, dim, begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
 
 
@@ -257,6 +257,8 @@ def _transpose(tensor: TracedTensor, dim0: int, dim1: int) -> TracedTensor:
 
 def _view(tensor: TracedTensor, shape: Sequence[int]) -> TracedTensor:
     shape = [prod(tensor.shape) // -prod(shape) if size == -1 else size for size in shape]
+    if prod(shape) != prod(tensor.shape):
+        raise ValueError(f"a tensor of shape {list(tensor.shape)} is viewed as {shape}")
     axis = 0
     while axis < max(tensor.dim(), len(shape)):
         if axis == len(shape):

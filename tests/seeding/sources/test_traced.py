@@ -87,3 +87,11 @@ def test_a_part_knows_what_lies_in_a_box_and_back() -> None:
 def test_what_is_no_rearrangement_is_refused_by_name(change, what: str) -> None:
     with pytest.raises(UnknownRearrangement, match=what):
         change(TracedTensor.whole((3, 4), torch.float32, "a"))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda t: t.split([1, 1]), lambda t: t.reshape(5, 2), lambda t: torch.cat([t, t[0]])]
+)
+def test_shapes_that_do_not_fit_are_refused(change) -> None:
+    with pytest.raises((ValueError, RuntimeError, IndexError)):
+        change(TracedTensor.whole((3, 4), torch.float32, "a"))

@@ -1,0 +1,67 @@
+"""Mixtures of experts under FSDP, HSDP and DDP: the stock model, its gradients, and an export with the source's keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.model.test_seeded_architectures import LAYOUTS, TOKENS, next_token_loss, seed_all
+from tests.ranks import run_ranks, train
+from tests.tiny_models import MIXTURES, load_stock, save_tiny
+
+MORE_RANKS = {"fsdp4": (4, []), "hsdp4": (4, ["--parallelism.data_parallel_replicate_degree=2"])}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("layout", LAYOUTS | MORE_RANKS)
+def test_seeded_model_is_the_stock_model(tmp_path: Path, layout: str) -> None:
+    world_size, options = (LAYOUTS | MORE_RANKS)[layout]
+    for name in MIXTURES:
+        save_tiny(name, tmp_path / name, max_shard_size="50KB")
+    ranks = run_ranks(seed_all, world_size, str(tmp_path), options, [*MIXTURES], folder=tmp_path / "ranks", timeout=600)
+    assert all(rank.exit_code == 0 for rank in ranks), ranks[0].output[-3000:]
+    for name in MIXTURES:
+        stock = load_stock(tmp_path / name)
+        logits = stock(TOKENS, use_cache=False).logits
+        next_token_loss(logits).backward()
+        expected = {key: p.grad for key, p in stock.named_parameters() if p.grad is not None}
+        for result in (rank.value[name] for rank in ranks):
+            if layout == "single":
+                assert torch.equal(result["logits"], logits.detach()), name
+            torch.testing.assert_close(result["logits"], logits.detach(), rtol=1e-5, atol=1e-6, msg=name)
+            assert set(result["gradients"]) == set(expected)
+            for key, gradient in expected.items():
+                # The same sums; FSDP and DDP add parts of them in another order.
+                torch.testing.assert_close(
+                    result["gradients"][key], gradient, rtol=1e-5, atol=1e-8, msg=f"{name} {key}"
+                )
+
+
+@pytest.mark.parametrize("name", ["olmoe", "deepseek-v3"])
+def test_an_export_has_the_keys_and_values_of_the_source_and_a_run_goes_on_from_a_step(
+    tmp_path: Path, name: str
+) -> None:
+    source = save_tiny(name, tmp_path / name, max_shard_size="100KB")
+    options = [f"--model.hf_assets_path={source}", f"--checkpoint.initial_load_path={source}", "--optimizer.lr=0"]
+    options += ["--training.seq_len=32", "--training.local_batch_size=2", "--checkpoint.interval=1"]
+    train(
+        tmp_path / "run",
+        *options,
+        "--training.steps=1",
+        "--export.max_shard_size=100KB",
+        "--seed.verify=parity",
+        world_size=2,
+    )
+    train(tmp_path / "run", *options, "--training.steps=2", "--export.interval=1")
+    held = {key: tensor for file in source.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    for step in (1, 2):
+        export = tmp_path / "run" / "hf" / f"step-{step}"
+        written = {key: t for file in export.glob("*.safetensors") for key, t in load_file(file).items()}
+        assert set(written) == set(held)
+        assert all(torch.equal(written[key], tensor) for key, tensor in held.items())
+        _, loading = AutoModelForCausalLM.from_pretrained(export, output_loading_info=True)
+        assert not any(loading.values()), loading
