@@ -1,5 +1,6 @@
 """torchtitan's ``Trainer`` with a seeded step 0 and losses of heads; it overrides only what differs."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,15 @@ from flame_ext.distributed import failing_together, is_main_rank
 from flame_ext.errors import CheckpointError, ConfigError, UserError
 from flame_ext.heads.registry import shown_metrics, teacher_of
 from flame_ext.host.patches import profiling_any_device, trainer_built_with
-from flame_ext.model.attention import causal_attention
 from flame_ext.model.runner import ModelRunner, sum_of_parts
 from flame_ext.run.lock import FolderLock
 from flame_ext.run.signals import Circumstances, StopSignals, agree
 from flame_ext.step.backward import Gradients, drop_gradients
-from flame_ext.step.losses import Losses, StudentLosses
+from flame_ext.step.balance import Balance
+from flame_ext.step.losses import Losses
 from flame_ext.step.plan import Batch, MicroBatch, Planner, StepPlan
 from flame_ext.step.reported import Reported, Stopwatch
+from flame_ext.step.student import Student
 from flame_ext.step.teacher import Teacher
 
 
@@ -60,15 +62,27 @@ class FutureTrainer(torchtitan.train.Trainer):
                 self.runner, config, eos_id, batch_mesh, self.maybe_enable_amp, device, self.stopwatch
             )
         self.losses = Losses(self.runner, config, self.teacher)
-        self.gradients = Gradients(self.runner, config, dims)
-        self.reported = Reported(self.runner, config, dims, self.dataloader, self.gradients, self.stopwatch, device)
+        self.student = Student(
+            self.runner,
+            config,
+            self.teacher,
+            self.losses,
+            self.post_dataloading_process,
+            self.maybe_enable_amp,
+            device,
+            self.stopwatch,
+        )
+        self.gradients, self.balance = Gradients(self.runner, config, dims), Balance(self.runner, config, dims, device)
+        self.reported = Reported(
+            self.runner, config, dims, self.dataloader, self.gradients, self.balance, self.stopwatch, device
+        )
         self.metrics_processor.step_metrics, self.metrics_processor.shown = self.reported.metrics, shown_metrics()
         if config.validation.enable:
             self.validator.evaluate, self.validator.reduce = self._evaluate, self.reported.reduced
             self.validator.count_all(self.planner.count, self.planner.over_ranks)
         teacher = self.teacher if self.teacher is not None and self.teacher.anticausal else None
         proved = (None, "") if teacher is None else (teacher.summaries, teacher.remedy)
-        self.checkpointer.hooks = RunHooks(self, self._attention_of, *proved)
+        self.checkpointer.hooks = RunHooks(self, self.student.attention, *proved)
 
     def init_distributed(self) -> ParallelDims:
         """As torchtitan's, which with CPU offload asks for gloo beside the device's backend: on a CPU that is gloo, twice."""
@@ -111,6 +125,7 @@ class FutureTrainer(torchtitan.train.Trainer):
         plan = self.planner.plan(self.step, batches)
         if self.teacher is not None:
             self.teacher.prepare(plan)
+        self.balance.begin(plan, self.student.count)
         losses = []
         for number, microbatch in enumerate(plan.microbatches, start=1):
             self.runner.begin_microbatch(is_last=number == len(plan.microbatches))
@@ -122,6 +137,7 @@ class FutureTrainer(torchtitan.train.Trainer):
         grad_norm = self.gradients.clip(self.step)
         self.checkpointer.maybe_wait_for_staging()
         self.optimizers.step()
+        self.balance.end(updated=math.isfinite(grad_norm))
         self.lr_schedulers.step()
         if self.metrics_processor.should_log(self.step):
             mean, largest = self.reported.losses(losses, plan)
@@ -134,7 +150,9 @@ class FutureTrainer(torchtitan.train.Trainer):
     ) -> Tensor:
         """Teacher, forward, losses and backward of one micro-batch of (B, T) inputs and labels; returns the detached total loss."""
         with self.train_context():
-            output = self._run_losses(plan, microbatch, self.runner.losses)
+            routes = self.balance.routes()
+            output = self.student.run(plan, microbatch, self.runner.losses, routes)
+            self.balance.add(routes)
             if plan.has_future or output.loss.requires_grad:  # a frozen backbone has no gradients while the heads rest
                 self.runner.backward(output.loss)
         if not plan.has_future:
@@ -142,31 +160,13 @@ class FutureTrainer(torchtitan.train.Trainer):
         self.reported.add(output.parts)
         return output.loss.detach()
 
-    def _run_losses(self, plan: StepPlan, microbatch: MicroBatch, run: Any) -> Any:
-        """Lets the teacher summarise a micro-batch's future, then calls ``run``, a method of the runner, on it."""
-        if self.teacher is not None:
-            self.teacher.teach(plan, microbatch, lambda rows: self._attention_of(microbatch.inputs, rows))
-        inputs, labels, _, _ = self.post_dataloading_process({"input": microbatch.inputs["input"]}, microbatch.labels)
-        losses = StudentLosses(self.losses, plan, microbatch.future, inputs, labels, microbatch.doc_ids)
-
-        def inputs_of(rows: slice) -> dict[str, Any]:
-            return {**self._attention_of(microbatch.inputs, rows), "compute": losses.rows(rows)}
-
-        with self.maybe_enable_amp, self.stopwatch.measure("student"):
-            return run(inputs, inputs_of)
-
-    def _attention_of(self, input_dict: dict[str, Tensor], rows: slice) -> dict[str, Any]:
-        """The attention inputs of some sequences of a batch."""
-        within_documents = self.job_config.data.document_attention
-        return causal_attention(self.model_parts[0], input_dict, within_documents, self.device, rows)
-
     def _evaluate(self, batch: Batch, counts: Tensor) -> dict[str, Tensor]:
         """A validation batch's share of metrics, to be summed over ranks and batches, which have ``counts``. Collective."""
         plan = self.planner.plan_evaluation(batch, counts)
         with self.train_context():
             if self.teacher is not None:
                 self.teacher.prepare(plan)
-            found = self._run_losses(plan, plan.microbatches[0], self.runner.forward)
+            found = self.student.run(plan, plan.microbatches[0], self.runner.forward)
         return sum_of_parts(found or [])
 
     def _batches_for_all(self, data_iterator: Iterator[Batch]) -> list[Batch]:

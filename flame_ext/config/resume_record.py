@@ -16,10 +16,11 @@ from flame_ext.errors import ConfigError
 # The files in model.hf_assets_path are compared (asset_digests), and the global batch size.
 _HARMLESS = (
     "activation_checkpoint", "checkpoint", "comm", "compile", "data.sources.label", "debug.deterministic",
-    "debug.deterministic_warn_only", "export", "fault_tolerance", "job", "memory_estimation", "metrics", "model.hf_assets_path",
-    "model.print_after_conversion", "parallelism", "profiling", "seed.allow_config_difference", "seed.allow_pickle", "seed.dry_run",
-    "record", "seed.follow_links", "seed.verify", "training.dataloader", "training.enable_cpu_offload", "training.gc_debug",
-    "training.gc_freq", "training.local_batch_size", "validation",
+    "debug.deterministic_warn_only", "export", "fault_tolerance", "job", "memory_estimation", "metrics",
+    "model.hf_assets_path", "model.print_after_conversion", "moe.experts_implementation", "parallelism", "profiling",
+    "seed.allow_config_difference", "seed.allow_pickle", "seed.dry_run", "record", "seed.follow_links", "seed.verify",
+    "training.dataloader", "training.enable_cpu_offload", "training.gc_debug", "training.gc_freq",
+    "training.local_batch_size", "validation",
 )  # fmt: skip
 
 # The files in model.hf_assets_path from which the model and the tokenizer are built.
@@ -84,7 +85,9 @@ def check_unchanged(then: dict[str, Any], now: dict[str, Any], allowed: list[str
 
 
 def _as_of_this_version(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Returns a saved record; one of the first version with what was not recorded, or had another default, as it is ``now``."""
+    """Returns a saved record; one of an earlier version with what was not recorded, or had another default, as it is ``now``."""
+    # Without effect on a dense model, and before [moe] there were no others.
+    then = {name: value for name, value in now.items() if name.startswith("moe.")} | then
     if "record.version" in then:
         return then
     files = {name for name in now if name.startswith("model.hf_assets_path/") and name not in then}

@@ -152,6 +152,30 @@ class Checkpoint(job_config.Checkpoint):
 
 
 @dataclass
+class Moe:
+    """Mixtures of experts: how experts are run, and what becomes of their routers. Without effect on dense models."""
+
+    experts_implementation: Literal["auto", "grouped_mm", "batched_mm", "eager"] = "auto"
+    """How the experts of a layer are run, by transformers' names: one product for all experts, one for each token (which copies
+    weights), or a loop. 'auto': 'grouped_mm' where model and device have it, else 'eager'."""
+
+    aux_loss_coef: float | None = None
+    """Coefficient of the routers' auxiliary loss, `load_balancing_loss_func` of the architecture in transformers. Absent: the
+    `router_aux_loss_coef` of `config.json`, also where its `output_router_logits` is false. 0 = no such loss."""
+
+    balance_over: Literal["step", "micro_batch"] = "step"
+    """The tokens over which the auxiliary loss takes its means: those of the step on all ranks, or those of one micro-batch on all
+    ranks. With accumulation or a pipeline 'step' runs one more forward, without gradients, to count the tokens of each expert."""
+
+    bias_update_rate: float = 0.0
+    """After each step, add this to the `e_score_correction_bias` of each expert with fewer tokens than the mean of its layer, and
+    subtract it for those with more (DeepSeek-V3: 0.001). 0 = the biases stay as they are."""
+
+    freeze_router: bool = False
+    """Whether the routers' parameters stay as they are, without gradients and moments."""
+
+
+@dataclass
 class Export:
     """Exports to Hugging Face folders, `hf/step-N/` in `job.dump_folder`, beside that of the last step (`checkpoint.last_save_in_hf`)."""
 
@@ -172,6 +196,7 @@ class FlameJobConfig(JobConfig):
     training: Training = field(default_factory=Training)
     validation: Validation = field(default_factory=Validation)
     export: Export = field(default_factory=Export)
+    moe: Moe = field(default_factory=Moe)
 
     if TYPE_CHECKING:
 

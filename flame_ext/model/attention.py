@@ -119,6 +119,7 @@ def boolean_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attends by a boolean mask, in the signature of transformers' interface; gives zeros where nothing is allowed.
@@ -132,9 +133,10 @@ def boolean_attention(
             same position on, n·C >= T (:func:`flame_ext.objective.masks.anticausal_window_mask`).
         scaling: factor of the scores; d^-1/2 by default.
         softcap: c in c·tanh(score / c), which is applied before the mask.
+        s_aux: (H,) sinks, scores of a key of zeros that every query attends to (gpt-oss).
     """
-    if dropout or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
-        raise NotImplementedError(f"{type(module).__name__}: dropout, sinks and position biases are not supported here")
+    if dropout or kwargs.get("position_bias") is not None:
+        raise NotImplementedError(f"{type(module).__name__}: dropout and position biases are not supported here")
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -144,12 +146,18 @@ def boolean_attention(
         query = _blocks(query, count, size, size)
         key, value = _blocks(key, count, size, reach), _blocks(value, count, size, reach)
         attention_mask = attention_mask.expand(batch_size, -1, -1, -1).flatten(0, 1).unsqueeze(1)
-    if softcap is None:
+    if softcap is None and s_aux is None:
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
     else:
         scores = (query @ key.transpose(2, 3)).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        scores = softcap * torch.tanh(scores / softcap)
-        weights = scores.masked_fill(~attention_mask, float("-inf")).softmax(dim=-1)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~attention_mask, float("-inf"))
+        if s_aux is not None:
+            sinks = s_aux.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            weights = torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1]
+        else:
+            weights = scores.softmax(dim=-1)
         weights = weights.masked_fill(~attention_mask.any(dim=-1, keepdim=True), 0.0)
         output = weights.to(value.dtype) @ value
     # Joins blocks, (B·n, C, H, d), to sequences; without blocks this changes nothing.

@@ -28,6 +28,7 @@ from flame_ext.hf_config import load_hf_config
 from flame_ext.model.attention import BOOLEAN_ATTENTION, attention_options
 from flame_ext.model.context_parallel import ContextParallel
 from flame_ext.model.initialisation import ParameterInit
+from flame_ext.model.routing import Routes, Routing, first_router, prepare_routers, resting_parameters
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.parallel import ParallelStyle
@@ -39,20 +40,29 @@ class HFModelArgs(BaseModelArgs):
 
     hf_assets_path: str = ""
     trust_remote_code: bool = False
+    experts_implementation: str = "auto"  # these three are those of the options [moe]
+    aux_loss_coef: float | None = None
+    freeze_router: bool = False
     config: dict[str, Any] = field(default_factory=dict)
 
     def update_from_config(self, job_config: JobConfig, **kwargs: Any) -> None:
         self.hf_assets_path = job_config.model.hf_assets_path
-        self.trust_remote_code = job_config.seed.trust_remote_code
+        self.trust_remote_code, moe = job_config.seed.trust_remote_code, job_config.moe
+        self.experts_implementation, self.aux_loss_coef = moe.experts_implementation, moe.aux_loss_coef
+        self.freeze_router = moe.freeze_router
         self.config = json.loads(self.load().to_json_string())
 
     def load(self) -> PreTrainedConfig:
-        return load_hf_config(self.hf_assets_path, self.trust_remote_code)
+        config = load_hf_config(self.hf_assets_path, self.trust_remote_code)
+        if self.experts_implementation != "auto":
+            config._experts_implementation = self.experts_implementation
+        return config
 
     def get_nparams_and_flops(self, model: HFCausalLM, seq_len: int) -> tuple[int, int]:
         """Counts parameters (tied ones once) and floating point operations per token of the student's forward and backward.
 
-        As in torchtitan, 6 for each weight that multiplies, which the input embedding does not, plus the attention scores and
+        As in torchtitan, 6 for each weight that multiplies a token, which those of the input embedding and of the experts that the
+        token does not go to do not, plus the attention scores and
         values without causal sparsity (PaLM, https://arxiv.org/abs/2204.02311, appendix B).
         """
         config = self.load().get_text_config()
@@ -60,6 +70,7 @@ class HFModelArgs(BaseModelArgs):
         lookup, output = model.get_input_embeddings().weight, model.get_output_embeddings()
         multiplying = nparams - (0 if output is not None and output.weight is lookup else lookup.numel())
         multiplying -= sum(model.get_parameter(name).numel() for name in model.beside_text)
+        multiplying -= resting_parameters(model)
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         return nparams, 6 * multiplying + 12 * config.num_hidden_layers * heads * head_dim * seq_len
@@ -119,6 +130,7 @@ class HFCausalLM(nn.Module):
     computed_buffers: list[str]  # names of the buffers that are in no state dict (RoPE frequencies and the like)
     own_attention: str  # transformers' name of the attention that the backbone uses with its own masks
     context: ContextParallel | None = None  # splits sequences over ranks; None = they are whole
+    routing: Routing = Routing()  # the routers of the whole model; none in a dense one
     stage: Stage = Stage(0, 1)  # the whole model is the only stage
     of_whole: tuple[HFCausalLM, ...] = ()  # the whole model; in a tuple, so that it does not become a child
 
@@ -227,6 +239,7 @@ class HFCausalLM(nn.Module):
         output: Literal["logits", "hidden_states"] = "logits",
         compute: Callable[[Tensor, Tensor], Any] | None = None,
         part_of_sequence: bool = False,
+        routes: Routes | None = None,
     ) -> Any:
         """Runs the backbone, and ``compute`` on its results: FSDP gathers heads and embeddings only while this runs.
 
@@ -240,7 +253,11 @@ class HFCausalLM(nn.Module):
             compute: called with logits and hidden states; its result is returned instead.
             part_of_sequence: whether the inputs are this rank's part of the sequences. Then the columns of
                 ``attention_mask`` are in the order of :meth:`ContextParallel.order`, and the call is collective.
+            routes: where to count the tokens of each expert; None = nowhere.
         """
+        if routes is not None:
+            with routes.heard(first_router(self)):
+                return self.forward(input_ids, attention_mask, position_ids, output, compute, part_of_sequence)
         inputs = {
             "input_ids" if self.stage.is_first else "inputs_embeds": input_ids,
             "attention_mask": attention_mask,
@@ -309,6 +326,7 @@ def build_hf_causal_lm(model_args: HFModelArgs) -> HFCausalLM:
     model.own_attention = model.base_model.config._attn_implementation
     model.model_args, model.heads, model.parameter_inits = model_args, {}, {}
     model.beside_text = _freeze_beside_text(model)
+    model.routing = prepare_routers(model, model_args.aux_loss_coef, model_args.freeze_router)
     model.remember_state()
     return model
 

@@ -51,6 +51,8 @@ RANGES = {
     "lr_scheduler.total_steps": Range(1, note="leave it out for training.steps"),
     "lr_scheduler.warmup_steps": Range(0, note="0 = none"),
     "metrics.log_freq": _COUNT,
+    "moe.aux_loss_coef": Range(0, note="0 = no auxiliary loss; leave it out for that of config.json"),
+    "moe.bias_update_rate": Range(0, note="0 = the biases stay as they are"),
     "optimizer.beta1": _BETA,
     "optimizer.beta2": _BETA,
     "optimizer.eps": Range(0, note="a gradient that is always 0 would be divided by 0", above=True),

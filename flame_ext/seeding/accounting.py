@@ -24,6 +24,8 @@ _HARMLESS = {
     "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "initializer_range",
     "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "return_dict", "transformers_version",
     "use_cache", "vocab_size",
+    # of a loss that is added in training
+    "output_router_logits", "router_aux_loss_coef",
     # of classifiers
     "id2label", "label2id", "num_labels", "problem_type",
     # of how weights are stored, which are read only if they are not quantised

@@ -18,6 +18,7 @@ from flame_ext.data.sources import sources_of
 from flame_ext.heads.registry import teacher_of, trained_heads
 from flame_ext.model.runner import ModelRunner
 from flame_ext.step.backward import Gradients
+from flame_ext.step.balance import Balance
 from flame_ext.step.plan import StepPlan
 
 
@@ -66,11 +67,12 @@ class Reported:
         parallel_dims: ParallelDims,
         dataloader: Any,
         gradients: Gradients,
+        balance: Balance,
         stopwatch: Stopwatch,
         device: torch.device,
     ) -> None:
         self._runner, self._dataloader, self._gradients, self._device = runner, dataloader, gradients, device
-        self._stopwatch, self._max_norm = stopwatch, config.training.max_norm
+        self._balance, self._stopwatch, self._max_norm = balance, stopwatch, config.training.max_norm
         self._loss_mesh = parallel_dims.get_optional_mesh("loss")
         self._has_losses, self._has_teacher = bool(trained_heads(config)), teacher_of(config) is not None
         self._sources = [source.reported_as for _, source in sources_of(config)]
@@ -90,7 +92,7 @@ class Reported:
 
     def losses(self, losses: list[Tensor], plan: StepPlan) -> tuple[float, float]:
         """The mean loss of the step, and the largest of the ranks' own means, from those of this rank's micro-batches. Collective."""
-        loss = torch.stack(losses).sum()
+        loss = torch.stack([*losses, self._balance.weighted()]).sum()
         if self._loss_mesh is None:
             mean = loss.item()
             return mean, mean
@@ -111,7 +113,7 @@ class Reported:
         ranks = 1 if self._loss_mesh is None else self._loss_mesh.size()  # that are summed over
         epochs = dict(zip(self._sources, self._dataloader.epochs(), strict=True))
         shares = {f"epochs/{name}": torch.tensor(n / ranks, device=self._device) for name, n in epochs.items()}
-        parts = self.reduced(self.parts | shares)
+        parts = self.reduced(self.parts | self._balance.parts() | shares)
         self._names = list(dict.fromkeys([*self._names, *parts]))
         metrics = {**dict.fromkeys(self._names), **parts, "skipped_steps": self._gradients.skipped_steps}
         if self._has_losses:
@@ -119,7 +121,7 @@ class Reported:
             unclipped = max(1.0, (grad_norm + 1e-6) / self._max_norm)
             for name, parameters in self._backbone_and_heads().items():
                 metrics[f"grad_norm_{name}"] = self._norm_of_gradients(parameters) * unclipped
-        if self._has_teacher:
+        if self._has_teacher or self._balance.counts_first:
             metrics |= {f"time_{name}": value for name, value in self._stopwatch.seconds().items()}
         return metrics
 

@@ -249,3 +249,13 @@ def test_a_step_of_the_first_version_goes_on() -> None:
             check_unchanged(then, now | changed, [], "step-1")
     with pytest.raises(ConfigError, match=r"added_tokens\.json"):
         check_unchanged(then | {"record.version": 2}, now, [], "step-1")
+
+
+def test_a_step_from_before_mixtures_goes_on() -> None:
+    now = record()
+    then = {name: value for name, value in now.items() if not name.startswith("moe.")}
+    assert check_unchanged(then, now, [], "step-1") == []
+    assert check_unchanged(then, now | {"moe.aux_loss_coef": 0.1}, [], "step-1") == []
+    with pytest.raises(ConfigError, match=r"moe\.aux_loss_coef: then null, now 0\.1"):
+        check_unchanged(now, now | {"moe.aux_loss_coef": 0.1}, [], "step-1")
+    assert "moe.experts_implementation" not in now, "rounding only"

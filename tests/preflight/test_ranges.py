@@ -29,6 +29,8 @@ OUTSIDE = {
     "lr_scheduler.min_lr_factor": [-0.1, 3.0],
     "lr_scheduler.total_steps": [0],
     "lr_scheduler.warmup_steps": [-1],
+    "moe.aux_loss_coef": [-0.1],
+    "moe.bias_update_rate": [-0.001],
     "optimizer.beta1": [-0.1, 1.0],
     "optimizer.beta2": [1.0, 2.0],
     "optimizer.eps": [0.0, -1e-8],

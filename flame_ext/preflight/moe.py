@@ -1,0 +1,40 @@
+"""Checks of ``[moe]`` against the model."""
+
+from collections.abc import Iterator
+
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.tools.utils import set_default_dtype
+from transformers import PreTrainedConfig
+
+from flame_ext.config.sections import FlameJobConfig, Moe
+from flame_ext.errors import ConfigError
+from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
+from flame_ext.model.routing import CORRECTION_BIAS
+
+_SIZES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def check_mixture(config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterator[str]:
+    """Yields one sentence for each finding; a mixture, or any model with options for one, is built on the meta device."""
+    moe, text = config.moe, hf_config.get_text_config()
+    if moe == Moe() and not any(getattr(text, size, None) for size in _SIZES):
+        return
+    args = HFModelArgs()
+    args.update_from_config(config)
+    try:
+        with set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
+            model = build_hf_causal_lm(args)
+    except ConfigError as e:
+        yield str(e)
+        return
+    if moe.bias_update_rate:
+        name = f"moe.bias_update_rate = {moe.bias_update_rate} with {model.architecture}"
+        if not any(key.endswith(f".{CORRECTION_BIAS}") for key, _ in model.named_buffers()):
+            yield f"{name}: its routers have no {CORRECTION_BIAS}; leave it out"
+        elif model.routing.problem:
+            yield f"{name}: {model.routing.problem}; leave it out"
+    if moe.balance_over == "micro_batch" and config.parallelism.pipeline_parallel_degree > 1:
+        yield (
+            "moe.balance_over = 'micro_batch' does not go with parallelism.pipeline_parallel_degree > 1, where backwards begin before "
+            "a micro-batch's last forward: take 'step'"
+        )
