@@ -37,7 +37,7 @@ _OF_DEEPSEEK = _SHAPE | _EIGHT | {"num_hidden_layers": 3, "n_routed_experts": 8,
 
 MIXTURES: dict[str, PreTrainedConfig] = {
     "olmoe": OlmoeConfig(**_SHAPE, intermediate_size=24, num_experts=8, num_experts_per_tok=2),
-    "qwen3-moe": Qwen3MoeConfig(**_SHAPE, **_EIGHT, head_dim=8, num_experts=8),
+    "qwen3-moe": Qwen3MoeConfig(**_SHAPE | _EIGHT | {"num_hidden_layers": 4}, head_dim=8, num_experts=8),
     "qwen2-moe": Qwen2MoeConfig(**_SHAPE, **_EIGHT, shared_expert_intermediate_size=40, num_experts=8),
     "mixtral": MixtralConfig(**_SHAPE, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2),
     "granite-moe": GraniteMoeConfig(**_SHAPE, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2),

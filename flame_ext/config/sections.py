@@ -153,11 +153,12 @@ class Checkpoint(job_config.Checkpoint):
 
 @dataclass
 class Moe:
-    """Mixtures of experts: how experts are run, and what becomes of their routers. Without effect on dense models."""
+    """Mixtures of experts: how experts are run, and what becomes of their routers. Dense models have neither."""
 
     experts_implementation: Literal["auto", "grouped_mm", "batched_mm", "eager"] = "auto"
     """How the experts of a layer are run, by transformers' names: one product for all experts, one for each token (which copies
-    weights), or a loop. 'auto': 'grouped_mm' where model and device have it, else 'eager'."""
+    weights), or a loop. 'auto': 'grouped_mm' where the architecture has it, else 'eager'. On a device without a kernel for it
+    'grouped_mm' is a loop as well, with one wait for the device in each layer."""
 
     aux_loss_coef: float | None = None
     """Coefficient of the routers' auxiliary loss, `load_balancing_loss_func` of the architecture in transformers. Absent: the
