@@ -40,7 +40,7 @@ class Routes:
     def __init__(self, layers: int, experts: int, device: torch.device, probabilities: bool = False) -> None:
         self.counts = torch.zeros(layers, experts, dtype=torch.int64, device=device)
         """Tokens by router and expert; a token counts once for each of its experts."""
-        self.probabilities = torch.zeros(experts, device=device) if probabilities else None
+        self.probabilities = torch.zeros(experts, dtype=torch.float32, device=device) if probabilities else None
         """(E,) float32: the sum over tokens and routers."""
         self.chosen = 1
         """Experts that a token goes to."""

@@ -51,7 +51,7 @@ class Balance:
         """
         self._microbatches = len(plan.microbatches)
         self._counts = self._local = self._pull = None
-        self._share = torch.zeros((), device=self._device)
+        self._share = torch.zeros((), dtype=torch.float32, device=self._device)
         if self.counts_first:
             routes = self._routes()
             for microbatch in plan.microbatches:
