@@ -47,15 +47,14 @@ def test_an_export_has_the_keys_and_values_of_the_source_and_a_run_goes_on_from_
 ) -> None:
     source = save_tiny(name, tmp_path / name, max_shard_size="100KB")
     options = [f"--model.hf_assets_path={source}", f"--checkpoint.initial_load_path={source}", "--optimizer.lr=0"]
-    options += ["--training.seq_len=32", "--training.local_batch_size=2", "--checkpoint.interval=1"]
-    train(
-        tmp_path / "run",
-        *options,
-        "--training.steps=1",
+    options += ["--training.seq_len=32", "--training.local_batch_size=2", "--training.global_batch_size=4"]
+    options += [
+        "--checkpoint.interval=1",
+        "--lr_scheduler.total_steps=60",
+        "--checkpoint.allow_config_change=training.steps",
         "--export.max_shard_size=100KB",
-        "--seed.verify=parity",
-        world_size=2,
-    )
+    ]
+    train(tmp_path / "run", *options, "--training.steps=1", "--seed.verify=parity", world_size=2)
     train(tmp_path / "run", *options, "--training.steps=2", "--export.interval=1")
     held = {key: tensor for file in source.glob("*.safetensors") for key, tensor in load_file(file).items()}
     for step in (1, 2):
