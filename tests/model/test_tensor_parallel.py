@@ -223,7 +223,11 @@ def refusal(folder: Path, config: PreTrainedConfig, *options: str, world_size: i
         (LlamaConfig(**{**_SHAPE, "intermediate_size": 50}), 4, "'model.layers.*.mlp.gate_proj' (50) is not divisible"),
         (LlamaConfig(**{**_SHAPE, "vocab_size": 265}), 2, "the vocabulary (265) is not divisible; set vocab_size"),
         (GPT2Config(vocab_size=264, n_embd=32, n_layer=2, n_head=4), 2, "no tensor-parallel plan for its layers"),
-        (OlmoeConfig(**_SHAPE, num_experts=4), 2, "'model.layers.*.mlp.experts.gate_up_proj' is 'packed_colwise'"),
+        (
+            OlmoeConfig(**_SHAPE, num_experts=4, num_experts_per_tok=2),
+            2,
+            "'model.layers.*.mlp.experts.gate_up_proj' is 'packed_colwise'",
+        ),
         pytest.param(
             CodeGenConfig(vocab_size=264, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
             2,
