@@ -35,7 +35,7 @@ from flame_ext.model.runner import ModelRunner, StageInputs
 from flame_ext.run.background_export import background_exports
 from flame_ext.run.optimization import configured_again
 from flame_ext.seeding.conversion import in_files
-from flame_ext.seeding.proof.parity import Probe, probe_tokens
+from flame_ext.seeding.proof.parity import TOLERANCE, Probe, probe_tokens
 from flame_ext.seeding.report import changed_source
 from flame_ext.seeding.seed import seed
 from flame_ext.seeding.sources.open import open_source
@@ -191,19 +191,21 @@ class RunHooks(CheckpointHooks):
     def _probe(self) -> Probe:
         training, dims = self._config.training, self._trainer.parallel_dims
         param_dtype, dtype = TORCH_DTYPE_MAP[training.mixed_precision_param], TORCH_DTYPE_MAP[training.dtype]
+        compute_dtype = torch.bfloat16 if torch.bfloat16 in (param_dtype, dtype) else torch.float32
         return Probe(
             tokens=probe_tokens(self._trainer.tokenizer.encode, training.seq_len, dims.seq_len_divisor),
             forward=self._logits,
             context=self._trainer.maybe_enable_amp,
             # FSDP gives the layers parameters in the mixed-precision dtype; autocast leaves parameters as they are.
             dtype=param_dtype if dims.fsdp_enabled else dtype,
-            compute_dtype=torch.bfloat16 if torch.bfloat16 in (param_dtype, dtype) else torch.float32,
+            compute_dtype=compute_dtype,
             device=self._device,
             vocab_size=self._model.config.get_text_config().vocab_size,
             seq_len=training.seq_len,
             logits_in_parts=None if self._model.context is None else self._logits_in_parts,
             summaries=None if self._summaries is None else self._anticausal_states,
             summaries_remedy=self._summaries_remedy,
+            rounding=TOLERANCE[compute_dtype] if self._model.whole.routing.routers else 0.0,
         )
 
     def _logits(self, tokens: Tensor) -> Tensor:

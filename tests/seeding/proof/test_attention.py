@@ -40,6 +40,17 @@ def test_a_leak_is_refused(leak: float) -> None:
         prove_anticausal(lambda tokens: following(tokens) + leak * embedded(tokens).cumsum(dim=1), TOKENS)
 
 
+def test_rounding_is_no_leak_where_it_is_allowed() -> None:
+    def rounded(tokens: Tensor) -> Tensor:
+        return following(tokens) + leak * embedded(tokens).cumsum(dim=1)
+
+    leak = 1e-9
+    prove_anticausal(rounded, TOKENS, rounding=1e-5)
+    leak = 1e-2
+    with pytest.raises(SeedError, match="leaks"):
+        prove_anticausal(rounded, TOKENS, rounding=1e-5)
+
+
 def test_a_leak_to_one_position_is_refused() -> None:
     def leaking(tokens: Tensor) -> Tensor:
         summaries = following(tokens)
