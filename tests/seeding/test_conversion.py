@@ -13,12 +13,14 @@ from transformers import AutoModelForCausalLM
 from transformers import core_model_loading as loading
 
 from flame_ext.errors import SeedError
+from flame_ext.seeding.accounting import account
 from flame_ext.seeding.conversion import in_files
 from flame_ext.seeding.names import in_model_names
 from flame_ext.seeding.sources.open import open_source
 from flame_ext.seeding.sources.source import Source, read_tensor, rearranged, traced
 from flame_ext.seeding.sources.traced import TracedTensor
 from flame_ext.tools.architecture import Architecture, load_architecture
+from flame_ext.tools.conversion import Conversion, convert
 from tests.sources import save_dcp
 from tests.tiny_models import MIXTURES, save_tiny
 
@@ -194,3 +196,21 @@ def test_keys_of_layers_that_the_model_has_not_are_ignored_as_from_pretrained_ig
     save_file({**tensors, **beyond}, folder / "model.safetensors", {"format": "pt"})
     source, _ = opened(folder)
     assert set(source.ignored) == set(beyond) and len(beyond) > 20
+
+
+def test_quantised_experts_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    folder = save_tiny("gpt-oss", tmp_path / "gpt-oss")
+    tensors = load_file(folder / "model.safetensors")
+    for key in [key for key in tensors if key.endswith(("gate_up_proj", "down_proj"))]:
+        del tensors[key]
+        tensors |= {f"{key}_{part}": torch.zeros(4, 48, 1, dtype=torch.uint8) for part in ("blocks", "scales")}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        SeedError, match=r"12 of these tensors are uint8: the weights are quantised; dequantise them first"
+    ):
+        convert(str(folder), tmp_path / "dcp", "dcp", Conversion())
+    source, architecture = opened(folder)
+    model = architecture.model
+    needed = dict(model.state_dict()), model.tied_keys, model.computed_buffers, model.parameter_inits
+    with pytest.raises(SeedError, match=r"12 of these tensors are uint8: .*Mxfp4Config\(dequantize=True\)"):
+        account(*needed, source, [], [])
