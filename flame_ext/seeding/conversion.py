@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -39,7 +40,7 @@ def converted(
         stored: the converter's source patterns to the tensors whose keys match, by key, in natural order.
         shapes: of the model's tensors.
 
-    Raises SeedError if one is missing, has another shape than its like, or the converter does more than to rearrange elements.
+    Raises SeedError if one is missing, is of another kind than the others, or the converter does more than to rearrange elements.
     """
     _require_complete(path, name, stored, converter, shapes.get(name))
     converter = deepcopy(converter)
@@ -86,7 +87,8 @@ def _require_complete(
     """Raise SeedError unless the tensors of each pattern are as many as the model stacks, in their order, and of one kind."""
     stacks = next((operation for operation in converter.operations if isinstance(operation, MergeModulelist)), None)
     count = shape[stacks.dim] if stacks is not None and shape else None
-    missing = []
+    missing: list[str] = []  # The first ones of each pattern: a model may claim any number
+    lacking = 0
     for pattern in converter.source_patterns:
         keys = [*stored.get(pattern, {})]
         numbers = [_number(pattern, key) for key in keys]
@@ -99,13 +101,15 @@ def _require_complete(
             beyond = [key for key, number in zip(keys, numbers, strict=True) if number is None or number >= count]
             if beyond:
                 raise SeedError(f"{path}: {some(map(repr, beyond))}: {name!r} of the model is made of {count} of these")
-            missing += [_key(pattern, number, stored) for number in sorted({*range(count)}.difference(numbers))]
+            found, lacking = {*numbers}, lacking + count - len(numbers)
+            absent = (number for number in range(count) if number not in found)
+            missing += [_key(pattern, number, stored) for number in islice(absent, 8)]
         elif stacks is not None and not keys:
-            missing.append(_key(pattern, None, stored))
+            missing, lacking = [*missing, _key(pattern, None, stored)], lacking + 1
         _require_one_kind(path, name, [*stored.get(pattern, {}).values()])
     if missing:
         raise SeedError(
-            f"{path}: {name!r} of the model is made of tensors that are missing ({len(missing)}): {some(map(repr, missing))}; copy "
+            f"{path}: {name!r} of the model is made of tensors that are missing ({lacking}): {some(map(repr, missing))}; copy "
             "the source again"
         )
 

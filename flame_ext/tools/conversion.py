@@ -40,7 +40,7 @@ from flame_ext.seeding.sources.source import (
     rearranged,
     same_bits,
     traced,
-)  # fmt: skip
+)
 from flame_ext.tools.architecture import Architecture, load_architecture
 from flame_ext.tools.describe import folder_of
 

@@ -143,7 +143,7 @@ def load_reference_model(
         )
     attention = attention_options(config)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, **attention}
-    stored = {tensor.key: tensor for entry in entries.values() for tensor in entry.stored}
+    stored = {tensor.key: tensor for entry in entries.values() for tensor in entry.stored_tensors}
     state = source.independent_state(stored.values())
     if state is None and not source.wrappers and all(rename(key, key_map) == key for key in stored):
         return AutoModelForCausalLM.from_pretrained(

@@ -69,7 +69,7 @@ class TensorEntry:
         return [begin for begin, _ in axes], max((end - begin for begin, end in axes), default=1), ordered
 
     @property
-    def stored(self) -> list[TensorEntry]:
+    def stored_tensors(self) -> list[TensorEntry]:
         """The tensors in the files that this one is made of; itself, if it is one of them."""
         return list({(tensor := chunk.stored_tensor(self)).key: tensor for chunk in self.chunks}.values())
 
