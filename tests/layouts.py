@@ -17,6 +17,7 @@ from tests.ranks import DEBUG_TOML, run_ranks
 from tests.tiny_models import save_tiny
 
 TP2 = "--parallelism.tensor_parallel_degree=2"
+EP2 = "--parallelism.expert_parallel_degree=2"
 CP2 = "--parallelism.context_parallel_degree=2"
 HEADS = ["--action_layer.enable", "--future_encoder.shift_k=2"]
 NO_HEADS = ["--model.converters=", "--future_encoder.no-enable", "--future_predictor.no-enable"]
@@ -41,6 +42,20 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
         4,
         [f"--training.local_batch_size={BATCH // 2}", CP2, "--parallelism.data_parallel_replicate_degree=2"],
     ),
+    "fsdp2": (2, [f"--training.local_batch_size={BATCH // 2}"]),
+    "ddp2": (2, [f"--training.local_batch_size={BATCH // 2}", "--parallelism.data_parallel_replicate_degree=2"]),
+    "ep2": (2, [f"--training.local_batch_size={BATCH // 2}", EP2]),
+    "ep4": (4, [f"--training.local_batch_size={BATCH // 4}", "--parallelism.expert_parallel_degree=4"]),
+    "fsdp4-ep2": (4, [f"--training.local_batch_size={BATCH // 4}", EP2]),
+    "hsdp4-ep2": (
+        4,
+        [f"--training.local_batch_size={BATCH // 4}", EP2, "--parallelism.data_parallel_replicate_degree=2"],
+    ),
+    "cp2-ep2": (2, [f"--training.local_batch_size={BATCH}", CP2, EP2]),
+    "tp2-ep2": (2, [f"--training.local_batch_size={BATCH}", TP2, EP2]),
+    "fsdp2-tp2-ep2": (4, [f"--training.local_batch_size={BATCH // 2}", TP2, EP2]),
+    "fsdp2-tp2-ep4": (4, [f"--training.local_batch_size={BATCH // 2}", TP2, "--parallelism.expert_parallel_degree=4"]),
+    "fsdp2-cp2-ep4": (4, [f"--training.local_batch_size={BATCH // 2}", CP2, "--parallelism.expert_parallel_degree=4"]),
 }
 
 
@@ -80,7 +95,7 @@ def one_step(models: str, folder: str, jobs: dict[str, list[str]], options: list
             "parts": trainer.reported.reduced(trainer.reported.parts),
             "grad_norm": trainer.gradients.norm,
             "gradients": {
-                key.replace("_orig_mod.", ""): full(p.grad)
+                key.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", ""): full(p.grad)
                 for key, p in trainer.model.named_parameters()
                 if p.grad is not None
             },

@@ -83,6 +83,7 @@ def test_two_nodes_compute_what_one_process_does(tmp_path: Path) -> None:
         "cp": 1,
         "tp": 1,
         "pp": 1,
+        "ep": 1,
     }
 
 

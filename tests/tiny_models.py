@@ -105,6 +105,8 @@ MIXTURES: dict[str, PreTrainedConfig] = {
     "qwen2-moe": Qwen2MoeConfig(**_SHAPE, **_EXPERTS, num_key_value_heads=2, shared_expert_intermediate_size=40),
     "qwen3-moe": Qwen3MoeConfig(**_SHAPE, **_EXPERTS, **_HEADS),
     "mixtral": MixtralConfig(**_SHAPE, **_LOCAL),
+    # Fewer experts than ranks, which share each.
+    "mixtral-two": MixtralConfig(**_SHAPE, **_LOCAL | {"num_local_experts": 2, "num_experts_per_tok": 1}),
     "deepseek-v3": DeepseekV3Config(**_SHAPE, **_ROUTED, **_LATENT, n_group=2),
     "glm4-moe": Glm4MoeConfig(**_SHAPE, **_ROUTED, **_HEADS, n_group=1),
     "gpt-oss": GptOssConfig(**_SHAPE, **_LOCAL, head_dim=8, sliding_window=16),

@@ -3,7 +3,7 @@
 import math
 import uuid
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,12 @@ from flame_ext.heads.registry import head_arguments, record_of_heads
 from flame_ext.heads.spec import FutureSummaries
 from flame_ext.host.high_precision import in_high_precision
 from flame_ext.model.hf_causal_lm import HFCausalLM
+from flame_ext.model.routing import KeptRoutes
 from flame_ext.model.runner import ModelRunner, StageInputs
 from flame_ext.run.background_export import background_exports
 from flame_ext.run.optimization import configured_again
 from flame_ext.seeding.conversion import in_files
-from flame_ext.seeding.proof.parity import TOLERANCE, Probe, probe_tokens
+from flame_ext.seeding.proof.parity import Probe, probe_tokens
 from flame_ext.seeding.report import changed_source
 from flame_ext.seeding.seed import seed
 from flame_ext.seeding.sources.open import open_source
@@ -56,7 +57,7 @@ class RunHooks(CheckpointHooks):
         self,
         trainer: Any,
         attention_of: Callable[[dict[str, Tensor], slice], dict[str, Any]],
-        summaries: Callable[[Tensor], FutureSummaries | None] | None,
+        summaries: Callable[..., FutureSummaries | None] | None,
         summaries_remedy: str = "",
     ) -> None:
         self._trainer, self._attention_of = trainer, attention_of
@@ -122,7 +123,7 @@ class RunHooks(CheckpointHooks):
 
     def facts(self) -> dict[str, Any]:
         dims, trainer = self._trainer.parallel_dims, self._trainer
-        degrees = ("dp_replicate", "dp_shard", "cp", "tp", "pp")
+        degrees = ("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep")
         packages: Any = (flame_ext, torch, torchtitan, transformers)
         return {
             "parallelism": {name: getattr(dims, name) for name in degrees},
@@ -203,9 +204,9 @@ class RunHooks(CheckpointHooks):
             vocab_size=self._model.config.get_text_config().vocab_size,
             seq_len=training.seq_len,
             logits_in_parts=None if self._model.context is None else self._logits_in_parts,
-            summaries=None if self._summaries is None else self._anticausal_states,
+            summaries=None if self._summaries is None else partial(self._anticausal_states, KeptRoutes()),
             summaries_remedy=self._summaries_remedy,
-            rounding=TOLERANCE[compute_dtype] if self._model.whole.routing.routers else 0.0,
+            rounds_alike=not self._model.whole.routing.problem,
         )
 
     def _logits(self, tokens: Tensor) -> Tensor:
@@ -232,11 +233,11 @@ class RunHooks(CheckpointHooks):
             for part in self._runner.parts:
                 part.train()
 
-    def _anticausal_states(self, tokens: Tensor) -> Tensor:
-        """Maps (1, T) tokens to (1, T, D) summaries on every rank. Collective."""
+    def _anticausal_states(self, routes: KeptRoutes, tokens: Tensor) -> Tensor:
+        """Maps (1, T) tokens to (1, T, D) summaries on every rank, by the experts of the first call. Collective."""
         assert self._summaries is not None
         with in_high_precision(self._runner.parts, self._config):
-            summaries = self._summaries(tokens)
+            summaries = self._summaries(tokens, routes=routes)
         return self._runner.from_last(None if summaries is None else summaries.states)
 
 

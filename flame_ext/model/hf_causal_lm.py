@@ -28,7 +28,7 @@ from flame_ext.hf_config import load_hf_config
 from flame_ext.model.attention import BOOLEAN_ATTENTION, attention_options
 from flame_ext.model.context_parallel import ContextParallel
 from flame_ext.model.initialisation import ParameterInit
-from flame_ext.model.routing import Routes, Routing, first_router, prepare_routers, resting_parameters
+from flame_ext.model.routing import RouteListener, Routing, first_router, prepare_routers, resting_parameters
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.parallel import ParallelStyle
@@ -239,7 +239,7 @@ class HFCausalLM(nn.Module):
         output: Literal["logits", "hidden_states"] = "logits",
         compute: Callable[[Tensor, Tensor], Any] | None = None,
         part_of_sequence: bool = False,
-        routes: Routes | None = None,
+        routes: RouteListener | None = None,
     ) -> Any:
         """Runs the backbone, and ``compute`` on its results: FSDP gathers heads and embeddings only while this runs.
 
@@ -253,7 +253,7 @@ class HFCausalLM(nn.Module):
             compute: called with logits and hidden states; its result is returned instead.
             part_of_sequence: whether the inputs are this rank's part of the sequences. Then the columns of
                 ``attention_mask`` are in the order of :meth:`ContextParallel.order`, and the call is collective.
-            routes: where to count the tokens of each expert; None = nowhere.
+            routes: what the routers of a mixture report to; None = nothing.
         """
         if routes is not None:
             with routes.heard(first_router(self)):

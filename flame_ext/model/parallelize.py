@@ -3,14 +3,17 @@
 There is no ``from __future__ import annotations`` here: DDP reads the types in the signature of its communication hook.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
+from torchtitan.config.job_config import Compile
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.tensor_parallel import maybe_enable_async_tp
@@ -19,8 +22,13 @@ from torchtitan.tools.logging import logger
 from flame_ext.host.names import apply_compile, apply_ddp, disable_fsdp_gradient_division, op_sac_save_list
 from flame_ext.host.patches import compile_each_batch_shape
 from flame_ext.model.context_parallel import ContextParallel
+from flame_ext.model.expert_parallel import DispatchedExperts, apply_expert_parallel, placement_of_experts
 from flame_ext.model.hf_causal_lm import HFCausalLM
 from flame_ext.model.tensor_parallel import apply_tensor_parallel
+
+# Operators whose outputs selective activation checkpointing keeps beside torchtitan's list for dense models, as torchtitan does for
+# its mixtures of experts: tokens are not exchanged again in the backward.
+_SAVED_BESIDE = {torch.ops._c10d_functional.all_to_all_single.default}
 
 
 def parallelize_hf_causal_lm(model: HFCausalLM, parallel_dims: ParallelDims, job_config: JobConfig) -> HFCausalLM:
@@ -33,6 +41,8 @@ def parallelize_hf_causal_lm(model: HFCausalLM, parallel_dims: ParallelDims, job
             f"{model.architecture} is multimodal and trained on text: {', '.join(parts)} ({len(model.beside_text)} parameters) are "
             "frozen, and exported as they are"
         )
+    if parallel_dims.ep_enabled:
+        apply_expert_parallel(model, parallel_dims.get_mesh("ep"), parallel_dims.get_optional_mesh("tp"))
     if parallel_dims.tp_enabled:
         mesh = parallel_dims.get_mesh("tp")
         # A head that reads logits is given the plain tensor that it would be given anywhere.
@@ -50,14 +60,18 @@ def parallelize_hf_causal_lm(model: HFCausalLM, parallel_dims: ParallelDims, job
             model,
             job_config.activation_checkpoint,
             model_compile_enabled=compile_model,
-            op_sac_save_list=op_sac_save_list,
+            op_sac_save_list=op_sac_save_list | _SAVED_BESIDE,
             base_folder=job_config.job.dump_folder,
         )
-    if compile_model:
+    if compile_model and parallel_dims.ep_enabled:
+        compile_around_experts(model, job_config.compile)
+    elif compile_model:
         apply_compile(model, job_config.compile)
     if parallel_dims.fsdp_enabled:
         hybrid = parallel_dims.dp_replicate_enabled
-        apply_fsdp(model, parallel_dims.get_mesh(["dp_replicate", "fsdp"] if hybrid else ["fsdp"]), job_config)
+        replicas = ["dp_replicate"] if hybrid else []
+        experts = parallel_dims.get_mesh([*replicas, "efsdp"]) if parallel_dims.ep_enabled else None
+        apply_fsdp(model, parallel_dims.get_mesh([*replicas, "fsdp"]), job_config, experts)
         logger.info(f"Applied {'HSDP' if hybrid else 'FSDP'} to the model")
     elif parallel_dims.dp_replicate_enabled and not parallel_dims.pp_enabled:  # see Pipeline.finish_gradients
         mesh = parallel_dims.get_mesh("dp_replicate")
@@ -68,8 +82,12 @@ def parallelize_hf_causal_lm(model: HFCausalLM, parallel_dims: ParallelDims, job
     return model
 
 
-def apply_fsdp(model: HFCausalLM, mesh: DeviceMesh, job_config: JobConfig) -> None:
-    """Applies FSDP2 to the embedding, each decoder layer and head, the output embedding, and the root with tied embeddings."""
+def apply_fsdp(model: HFCausalLM, mesh: DeviceMesh, job_config: JobConfig, experts_mesh: DeviceMesh | None) -> None:
+    """Applies FSDP2 to the embedding, each decoder layer and head, the output embedding, and the root with tied embeddings.
+
+    Under expert parallelism, experts are sharded over ``experts_mesh``, the ranks that have the same ones. Their gradients are
+    summed as all others are: those of the tokens of other ranks have come back by the exchange of tokens.
+    """
     policy, training = job_config.parallelism.fsdp_reshard_after_forward, job_config.training
     mp_policy = MixedPrecisionPolicy(
         TORCH_DTYPE_MAP[training.mixed_precision_param], TORCH_DTYPE_MAP[training.mixed_precision_reduce]
@@ -78,11 +96,12 @@ def apply_fsdp(model: HFCausalLM, mesh: DeviceMesh, job_config: JobConfig) -> No
     if training.enable_cpu_offload:
         offload_policy = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
     shard = partial(fully_shard, mesh=mesh, mp_policy=mp_policy, offload_policy=offload_policy)
+    placement: Any = None if experts_mesh is None else placement_of_experts(model, experts_mesh)
     for module in (model.get_input_embeddings(), *model.layers.children()):
         if module not in model.tied_modules and any(
             True for _ in module.parameters()
         ):  # a later stage has no embedding
-            shard(module, reshard_after_forward=policy != "never")
+            shard(module, reshard_after_forward=policy != "never", shard_placement_fn=placement)
     # The backward needs first what the forward runs last: keep it gathered unless told otherwise, as torchtitan does.
     for module in (model.get_output_embeddings(), *(model.get_submodule(name) for name in model.heads)):
         if module is not None and module not in model.tied_modules and any(True for _ in module.parameters()):
@@ -93,6 +112,34 @@ def apply_fsdp(model: HFCausalLM, mesh: DeviceMesh, job_config: JobConfig) -> No
     for module in model.modules() if mesh.device_type == "cpu" else ():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
+
+
+def compile_around_experts(model: HFCausalLM, config: Compile) -> None:
+    """Compiles each decoder layer as torchtitan does, or, where it has experts, its modules but routers and experts, in place.
+
+    The exchange of tokens waits for sizes on the host.
+    """
+    options: Any = {"backend": config.backend, "fullgraph": True}
+    for name, layer in model.layers.named_children():
+        if _has_experts(layer):
+            for module in _compiled_parts(layer):
+                module.compile(**options)
+        else:
+            compiled: Any = torch.compile(layer, **options)
+            model.layers.register_module(name, compiled)
+    logger.info("Compiling each decoder layer, around its experts, with torch.compile")
+
+
+def _has_experts(module: nn.Module) -> bool:
+    return any(isinstance(inner, DispatchedExperts) for inner in module.modules())
+
+
+def _compiled_parts(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if _has_experts(child):
+            yield from () if isinstance(child, DispatchedExperts) else _compiled_parts(child)
+        elif any(True for _ in child.children()) and not hasattr(child, "router_number"):  # attentions, MLPs; no norms
+            yield child
 
 
 def sum_gradients(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -28,7 +28,27 @@ if TYPE_CHECKING:
 CORRECTION_BIAS = "e_score_correction_bias"  # transformers' name of the buffer that changes the choice of experts alone
 
 
-class Routes:
+class RouteListener:
+    """What the routers report to in the forwards that are given it."""
+
+    _next = 0  # the number of the router that reports next
+
+    @contextmanager
+    def heard(self, first: int) -> Iterator[None]:
+        """While this is entered, routers report here, in the order of the model from number ``first`` on."""
+        global _listening
+        _listening, self._next = self, first
+        try:
+            yield
+        finally:
+            _listening = None
+
+    def add(self, logits: Tensor, experts: Tensor) -> Tensor:
+        """(N, E) logits of the next router, and (N, k) numbers of the experts that it has chosen; returns those to go to."""
+        raise NotImplementedError
+
+
+class Routes(RouteListener):
     """What the routers have done in the forwards that were given this object: sums over their tokens.
 
     Args:
@@ -44,29 +64,33 @@ class Routes:
         """(E,) float32: the sum over tokens and routers."""
         self.chosen = 1
         """Experts that a token goes to."""
-        self._next = 0
 
-    @contextmanager
-    def heard(self, first: int) -> Iterator[None]:
-        """While this is entered, routers report here, in the order of the model from number ``first`` on."""
-        global _listening
-        _listening, self._next = self, first
-        try:
-            yield
-        finally:
-            _listening = None
-
-    def add(self, logits: Tensor, experts: Tensor) -> None:
-        """(N, E) logits of the next router, and (N, k) numbers of the experts that it has chosen."""
+    def add(self, logits: Tensor, experts: Tensor) -> Tensor:
         chosen, self.chosen = experts.flatten(), experts.shape[-1]
         self.counts[self._next].scatter_add_(0, chosen, torch.ones_like(chosen))
         self._next += 1
         if self.probabilities is not None:
             self.probabilities += logits.float().softmax(dim=-1).sum(dim=0)
+        return experts
+
+
+class KeptRoutes(RouteListener):
+    """Sends the tokens of each forward to the experts that the first one's went to.
+
+    How an expert's kernel rounds depends on how many tokens it gets. With kept routes a token changes the others' results no
+    more than in a dense model: two forwards can be compared to the last bit.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Tensor] = {}
+
+    def add(self, logits: Tensor, experts: Tensor) -> Tensor:
+        number, self._next = self._next, self._next + 1
+        return self._kept.setdefault(number, experts.clone())
 
 
 # The operators see tensors only, and the backward runs on another thread. A process trains one model.
-_listening: Routes | None = None
+_listening: RouteListener | None = None
 _pull: Tensor | None = None
 
 
@@ -77,11 +101,11 @@ def set_pull(pull: Tensor | None) -> None:
 
 
 @torch.library.custom_op("flame_ext::routed", mutates_args=())
-def routed(weights: Tensor, logits: Tensor, experts: Tensor) -> Tensor:
-    """Returns a copy of the (N, k) ``weights`` of the chosen ``experts``. Not run again unheard: recomputation counts nothing."""
+def routed(weights: Tensor, logits: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns copies of the (N, k) ``weights`` and ``experts`` that were chosen. Not heard when layers are computed again."""
     if _listening is not None:
-        _listening.add(logits, experts)
-    return weights.clone()
+        experts = _listening.add(logits, experts)
+    return weights.clone(), experts.clone()
 
 
 @torch.library.custom_op("flame_ext::routed_backward", mutates_args=())
@@ -95,8 +119,8 @@ def routed_backward(gradient: Tensor, logits: Tensor) -> Tensor:
 
 
 @routed.register_fake
-def _(weights: Tensor, logits: Tensor, experts: Tensor) -> Tensor:
-    return torch.empty_like(weights)
+def _(weights: Tensor, logits: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weights), torch.empty_like(experts)
 
 
 @routed_backward.register_fake
@@ -104,11 +128,12 @@ def _(gradient: Tensor, logits: Tensor) -> Tensor:
     return torch.empty_like(logits)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(inputs[1])
+    ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+def _backward(ctx: Any, gradient: Tensor, _of_experts: None) -> tuple[Tensor, Tensor | None, None]:
     (logits,) = ctx.saved_tensors
     return gradient, routed_backward(gradient, logits) if ctx.needs_input_grad[1] else None, None
 
@@ -213,7 +238,7 @@ def pull_of(counts: Tensor, chosen: int) -> Tensor:
 
 def _pass_on(_router: nn.Module, _args: Any, output: tuple[Tensor, Tensor, Tensor], *, balanced: bool) -> Any:
     logits, weights, experts = output
-    return logits, routed(weights, logits if balanced else logits.detach(), experts), experts
+    return logits, *routed(weights, logits if balanced else logits.detach(), experts)
 
 
 def _not_observed(model: HFCausalLM, routers: dict[str, nn.Module]) -> str:

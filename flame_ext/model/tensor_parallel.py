@@ -4,7 +4,6 @@ Between them the architecture's own code runs on plain local tensors: with fewer
 parallelism, a slice of the sequence between the blocks. Modules that no plan names are replicated.
 """
 
-import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -15,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torchtitan.tools.logging import logger
 from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard
 
+from flame_ext.model.expert_parallel import stacked_experts
 from flame_ext.model.hf_causal_lm import HFCausalLM
+from flame_ext.model.local_parameters import with_local_parameters
 
 
 @dataclass(frozen=True)
@@ -65,25 +66,31 @@ _HEAD_COUNT = re.compile(
 _POSITIONWISE = ("Norm", "Linear", "Dropout", "Activation", "Identity", "SiLU", "GELU", "ReLU")
 
 
-def tensor_parallel_problems(model: HFCausalLM, degree: int) -> list[str]:
-    """Lists the reasons why a whole model on meta cannot be split over ``degree`` ranks, judged by shapes, names and code."""
+def tensor_parallel_problems(model: HFCausalLM, degree: int, without_experts: bool = False) -> list[str]:
+    """Lists the reasons why a whole model on meta cannot be split over ``degree`` ranks, judged by shapes, names and code.
+
+    ``without_experts`` leaves the experts to expert parallelism.
+    """
     where = f"parallelism.tensor_parallel_degree = {degree} with {model.architecture}"
     # A problem of every layer is reported once.
-    problems = dict.fromkeys(replace_layer_number_by_wildcard(problem) for problem in _problems(model, degree))
+    problems = dict.fromkeys(
+        replace_layer_number_by_wildcard(problem) for problem in _problems(model, degree, without_experts)
+    )
     return [f"{where}: {problem}; or scale with data_parallel_shard_degree (FSDP)" for problem in problems]
 
 
-def _problems(model: HFCausalLM, degree: int) -> Iterator[str]:
+def _problems(model: HFCausalLM, degree: int, without_experts: bool) -> Iterator[str]:
     styles, blocks = _styles(model), _blocks(model)
     if not blocks:
         yield "transformers has no tensor-parallel plan for its layers (base_model_tp_plan of its configuration)"
         return
-    names = {replace_layer_number_by_wildcard(name) for name, _ in model.named_modules()}
+    spread = {replace_layer_number_by_wildcard(name) for name in stacked_experts(model)} if without_experts else set()
+    names = {replace_layer_number_by_wildcard(name) for name, _ in model.named_modules()} - spread
     parameters = {replace_layer_number_by_wildcard(name) for name, _ in model.named_parameters()}
     for name, word in _plan(model).items():
         if name in names and word not in PLAN_STYLES:
             yield f"the plan of {name!r} is {word!r}, which is not supported (known: {', '.join(PLAN_STYLES)})"
-        elif name in parameters:
+        elif name in parameters and name.rpartition(".")[0] not in spread:
             yield f"the plan of the parameter {name!r} is {word!r}; only plans of modules are supported"
     vocabulary = (model.get_input_embeddings(), model.get_output_embeddings())
     for name, style in styles.items():
@@ -284,22 +291,4 @@ def _replicate(module: nn.Module, mesh: DeviceMesh, gradient_is_partial: bool) -
         replicated = distribute_tensor(parameter, mesh, [Replicate()], src_data_rank=None)
         module.register_parameter(name, nn.Parameter(replicated, requires_grad=parameter.requires_grad))
     module_class: Any = type(module)
-    module.__class__ = _with_local_parameters(module_class, tuple(plain), gradient_is_partial)
-
-
-@functools.cache  # one class for all layers: compiled code is guarded by it
-def _with_local_parameters(cls: Any, names: tuple[str, ...], gradient_is_partial: bool) -> type[nn.Module]:
-    """Makes a subclass whose attributes ``names`` are the local tensors of the DTensors in ``_parameters``."""
-    get = functools.partial(_local_parameter, gradient_is_partial=gradient_is_partial)
-    return type(cls.__name__, (cls,), {name: property(functools.partial(get, name=name)) for name in names})
-
-
-def _local_parameter(module: nn.Module, *, name: str, gradient_is_partial: bool) -> Tensor | None:
-    parameter = module._parameters[name]
-    # A DTensor on more mesh dimensions is FSDP's shard, which only FSDP asks for.
-    if not isinstance(parameter, DTensor) or len(parameter.placements) != 1:
-        return parameter
-    if not gradient_is_partial:
-        return parameter.to_local()
-    # The backward of the redistribution sums the gradient over ranks.
-    return parameter.redistribute(placements=parameter.placements).to_local(grad_placements=[Partial()])
+    module.__class__ = with_local_parameters(module_class, tuple(plain), gradient_is_partial)

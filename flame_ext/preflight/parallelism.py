@@ -1,4 +1,4 @@
-"""Checks of tensor, pipeline and context parallelism: the options, then what the model allows."""
+"""Checks of tensor, pipeline, context and expert parallelism: the options, then what the model allows."""
 
 import math
 import os
@@ -9,11 +9,11 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools.utils import set_default_dtype
 from transformers import PreTrainedConfig
 
-from flame_ext.assembly import MODEL_NAME
 from flame_ext.config.sections import FlameJobConfig, sequence_lengths
 from flame_ext.errors import ConfigError
 from flame_ext.heads.registry import enabled_heads
 from flame_ext.model.context_parallel import LOAD_BALANCERS, not_context_parallel
+from flame_ext.model.expert_parallel import expert_parallel_problems
 from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
 from flame_ext.model.pipeline_stages import SCHEDULES, layers_of_stages, not_pipelined
 from flame_ext.model.tensor_parallel import tensor_parallel_problems
@@ -22,17 +22,25 @@ from flame_ext.model.tensor_parallel import tensor_parallel_problems
 def check_parallelism(config: FlameJobConfig) -> Iterator[str]:
     """Yields one sentence for each finding that needs no model."""
     degrees = config.parallelism
-    if degrees.expert_parallel_degree != 1:
-        yield f"parallelism.expert_parallel_degree must be 1 for {MODEL_NAME!r}, got {degrees.expert_parallel_degree}; scale with FSDP"
     if config.comm.mode != "default":
         yield f"comm.mode must be 'default', got {config.comm.mode!r}: without real communication there is nothing to seed"
     if config.fault_tolerance.enable:
         yield "fault_tolerance.enable is not supported: TorchFT replaces the checkpoint flow that seeding hooks into"
-    kinds = (("tensor", _check_tensor), ("pipeline", _check_pipeline), ("context", _check_context))
+    kinds = (
+        ("tensor", _check_tensor),
+        ("pipeline", _check_pipeline),
+        ("context", _check_context),
+        ("expert", _check_expert),
+    )
     for kind, check in kinds:
         if (degree := getattr(degrees, f"{kind}_parallel_degree")) > 1:
             yield from check(config, degree)
     yield from _check_data_parallel(config)
+    name = "parallelism.expert_parallel"
+    if (etp := degrees.expert_tensor_parallel_degree) != 1:
+        yield f"parallelism.expert_tensor_parallel_degree must be 1, got {etp}: a rank computes whole experts; raise {name}_degree instead"
+    if (backend := degrees.expert_parallel_comm_backend) != "standard":
+        yield f"{name}_comm_backend must be 'standard', got {backend!r}: tokens travel by torch's all-to-all"
     if degrees.enable_async_tensor_parallel and degrees.tensor_parallel_degree <= 1:
         yield "parallelism.enable_async_tensor_parallel needs parallelism.tensor_parallel_degree > 1"
 
@@ -41,12 +49,16 @@ def check_parallelism_of_model(config: FlameJobConfig, hf_config: PreTrainedConf
     """Yields one sentence for each finding of the model, which is built on the meta device if its modules have to be known."""
     degrees, model_type = config.parallelism, repr(hf_config.model_type)
     reason: str | None
-    if degrees.tensor_parallel_degree > 1 or degrees.pipeline_parallel_degree > 1:
+    if max(degrees.tensor_parallel_degree, degrees.pipeline_parallel_degree, degrees.expert_parallel_degree) > 1:
         args = HFModelArgs(hf_assets_path=config.model.hf_assets_path, trust_remote_code=config.seed.trust_remote_code)
         with set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
             model = build_hf_causal_lm(args)
         if degrees.tensor_parallel_degree > 1:
-            yield from tensor_parallel_problems(model, degrees.tensor_parallel_degree)
+            without_experts = degrees.expert_parallel_degree > 1
+            yield from tensor_parallel_problems(model, degrees.tensor_parallel_degree, without_experts)
+        if (degree := degrees.expert_parallel_degree) > 1:
+            shards = sharding_ranks(config) * max(1, degrees.tensor_parallel_degree) // degree
+            yield from expert_parallel_problems(model, degree, max(1, shards))
         if degrees.pipeline_parallel_degree > 1 and (reason := not_pipelined(model)) is not None:
             yield f"parallelism.pipeline_parallel_degree > 1 cannot be right for {model_type}: {reason}; scale with FSDP"
         elif degrees.pipeline_parallel_degree > 1:
@@ -89,10 +101,14 @@ def _check_data_parallel(config: FlameJobConfig) -> Iterator[str]:
 
 def replicated_alone(config: FlameJobConfig) -> bool:
     """Returns whether DDP replicates the model: FSDP neither shards it nor, under context parallelism, replicates it."""
+    return config.parallelism.data_parallel_replicate_degree > 1 and sharding_ranks(config) <= 1
+
+
+def sharding_ranks(config: FlameJobConfig) -> int:
+    """Returns over how many ranks FSDP shards a copy of the model."""
     options, ranks = config.parallelism, data_parallel_ranks(config) or 1
     replicas, shards = options.data_parallel_replicate_degree, options.data_parallel_shard_degree
-    shards = ranks // replicas if shards == -1 else shards
-    return replicas > 1 and shards * options.context_parallel_degree <= 1
+    return (ranks // replicas if shards == -1 else shards) * max(1, options.context_parallel_degree)
 
 
 def _check_tensor(config: FlameJobConfig, degree: int) -> Iterator[str]:
@@ -143,6 +159,25 @@ def _check_pipeline(config: FlameJobConfig, degree: int) -> Iterator[str]:
     if config.optimizer.early_step_in_backward:
         reason = "a gradient is whole only after the backwards of all micro-batches"
         yield f"optimizer.early_step_in_backward does not go with {name}_degree > 1: {reason}"
+
+
+def _check_expert(config: FlameJobConfig, degree: int) -> Iterator[str]:
+    options, name = config.parallelism, "parallelism.expert_parallel"
+    if torch.__version__ < "2.12":
+        needed = "whose FSDP shards a layer's experts over other ranks than the rest of it"
+        yield f"{name}_degree > 1 needs torch 2.12 or newer, {needed}, and this is {torch.__version__}; set it to 1, or update torch"
+    tensor_degree = max(1, options.tensor_parallel_degree)
+    if degree % tensor_degree:
+        multiple = f"must be a multiple of parallelism.tensor_parallel_degree ({tensor_degree})"
+        yield f"{name}_degree ({degree}) {multiple}, whose ranks share out the tokens that they have in common"
+    elif data_parallel_ranks(config) is not None and (shards := sharding_ranks(config) * tensor_degree) % degree:
+        yield (
+            f"{name}_degree ({degree}) must divide the ranks that share one copy of the model or of a pipeline's stage ({shards}: "
+            "data_parallel_shard_degree times context_parallel_degree times tensor_parallel_degree), since it takes them from these; "
+            "lower it, or pipeline_parallel_degree or data_parallel_replicate_degree"
+        )
+    if config.optimizer.early_step_in_backward:
+        yield f"optimizer.early_step_in_backward does not go with {name}_degree > 1: torchtitan has no such optimizers; leave it out"
 
 
 def _check_context(config: FlameJobConfig, degree: int) -> Iterator[str]:

@@ -144,7 +144,11 @@ class Reported:
 
     def _norm_of_gradients(self, parameters: list[nn.Parameter]) -> float:
         """L2 norm of the gradients that there are. Collective."""
-        grads = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(self._device)
+        by_mesh: dict[Any, list[Tensor]] = defaultdict(list)  # under expert parallelism experts have one of their own
+        for p in parameters:
+            if p.grad is not None:
+                by_mesh[getattr(p.grad, "device_mesh", None)].append(p.grad)
+        norms = [torch.nn.utils.get_total_norm(grads, foreach=True) for grads in by_mesh.values()]
+        whole = [(norm.full_tensor() if isinstance(norm, DTensor) else norm).to(self._device) for norm in norms]
+        norm = whole[0] if len(whole) == 1 else torch.nn.utils.get_total_norm(whole).to(self._device)
         return self._runner.norm_over_stages(norm).item()

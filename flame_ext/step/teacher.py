@@ -17,6 +17,7 @@ from flame_ext.heads.registry import teacher_of
 from flame_ext.heads.spec import BackboneTeacher, FutureSummaries, KeyBank
 from flame_ext.model.attention import mask_form
 from flame_ext.model.hf_causal_lm import HFCausalLM
+from flame_ext.model.routing import RouteListener
 from flame_ext.model.runner import ModelRunner, StageInputs
 from flame_ext.step.plan import FutureRows, MicroBatch, StepPlan
 from flame_ext.step.reported import Stopwatch
@@ -92,10 +93,12 @@ class Teacher:
         elif self._runner.cuts(len(microbatch.labels)):
             self._pool_before(plan, microbatch, attention_of)
 
-    def summaries(self, input_ids: Tensor, doc_ids: Tensor | None = None) -> FutureSummaries | None:
+    def summaries(
+        self, input_ids: Tensor, doc_ids: Tensor | None = None, routes: RouteListener | None = None
+    ) -> FutureSummaries | None:
         """(B, T) tokens and document numbers (None = each sequence is one) to anti-causal summaries (B, T, D). Collective.
 
-        None on ranks of a pipeline without the last stage.
+        None on ranks of a pipeline without the last stage. The routers of a mixture report to ``routes``.
         """
         input_ids, encoder = input_ids.to(self._device), self._encoder
         assert isinstance(encoder, BackboneTeacher)
@@ -103,7 +106,7 @@ class Teacher:
         def inputs_of(rows: slice) -> dict[str, Any]:
             documents = None if doc_ids is None else doc_ids[rows]
             mask = encoder.attention_mask(input_ids[rows], documents, self._mask_form)
-            return {"attention_mask": mask, "output": "hidden_states"}
+            return {"attention_mask": mask, "output": "hidden_states", "routes": routes}
 
         with self._amp, self._without_dropout():
             states = self._runner.forward(input_ids, inputs_of)

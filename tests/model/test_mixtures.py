@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests.model.test_seeded_architectures import LAYOUTS, TOKENS, next_token_loss, seed_all
-from tests.ranks import run_ranks, train
+from tests.layouts import EP2
+from tests.model.test_seeded_architectures import LAYOUTS, TOKENS, digest, next_token_loss, seed_all
+from tests.ranks import DEBUG_TOML, run_ranks, train
 from tests.tiny_models import MIXTURES, load_stock, save_tiny
 
-MORE_RANKS = {"fsdp4": (4, []), "hsdp4": (4, ["--parallelism.data_parallel_replicate_degree=2"])}
+MORE_RANKS = {
+    "fsdp4": (4, []),
+    "hsdp4": (4, ["--parallelism.data_parallel_replicate_degree=2"]),
+    "ep2": (2, [EP2]),
+    "fsdp4-ep2": (4, [EP2]),
+}
 
 
 @pytest.mark.matrix
@@ -33,6 +42,8 @@ def test_seeded_model_is_the_stock_model(tmp_path: Path, layout: str) -> None:
             if layout == "single":
                 assert torch.equal(result["logits"], logits.detach()), name
             torch.testing.assert_close(result["logits"], logits.detach(), rtol=1e-5, atol=1e-6, msg=name)
+            for key, value in stock.state_dict().items():
+                assert result["digests"][key] == digest(value), f"{name} {key}"
             assert set(result["gradients"]) == set(expected)
             for key, gradient in expected.items():
                 # The same sums; FSDP and DDP add parts of them in another order.
@@ -64,3 +75,42 @@ def test_an_export_has_the_keys_and_values_of_the_source_and_a_run_goes_on_from_
         assert all(torch.equal(written[key], tensor) for key, tensor in held.items())
         _, loading = AutoModelForCausalLM.from_pretrained(export, output_loading_info=True)
         assert not any(loading.values()), loading
+
+
+def prove(folder: str, leaks: bool) -> str:
+    """In a rank: seed an OLMoE in bfloat16 with the proof of its anti-causal forward; returns why it is refused."""
+    from flame_ext.errors import SeedError
+    from flame_ext.heads.future_encoder import AnticausalEncoder
+    from flame_ext.train import parse
+    from flame_ext.trainer import FutureTrainer
+
+    exact = AnticausalEncoder.attention_mask
+
+    def leaking(self: AnticausalEncoder, input_ids: Tensor, *args: Any) -> Tensor:
+        """Lets each position attend to the one before it, too."""
+        return exact(self, input_ids, *args) | torch.eye(input_ids.shape[1], dtype=torch.bool).roll(-1, dims=1).tril()
+
+    options = [f"--model.hf_assets_path={folder}", f"--checkpoint.initial_load_path={folder}", "--seed.verify=finite"]
+    options += [
+        "--training.mixed_precision_param=bfloat16",
+        "--training.seq_len=64",
+        f"--job.dump_folder={folder}/{leaks}",
+    ]
+    with mock.patch.object(AnticausalEncoder, "attention_mask", leaking if leaks else exact):
+        trainer = FutureTrainer(parse([f"--job.config_file={DEBUG_TOML}", *options]))
+        try:
+            trainer.checkpointer.load()
+        except SeedError as e:
+            return str(e)
+        finally:
+            trainer.close()
+    return ""
+
+
+@pytest.mark.parametrize("leaks", [False, True])
+def test_summaries_in_bfloat16_are_proved_to_the_last_bit(tmp_path: Path, leaks: bool) -> None:
+    """Though another token at one position changes how many tokens other experts get."""
+    source = save_tiny("olmoe", tmp_path / "olmoe")
+    (rank,) = run_ranks(prove, 1, str(source), leaks, folder=tmp_path / "ranks")
+    assert rank.exit_code == 0, rank.output[-3000:]
+    assert ("the anti-causal forward leaks" in rank.value) == leaks, rank.value

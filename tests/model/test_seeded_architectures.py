@@ -52,13 +52,16 @@ def seed_all(folder: str, options: list[str], names: list[str]) -> dict[str, Any
             "tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
             "gradients": {key: full(p.grad) for key, p in model.named_parameters() if p.grad is not None},
             "digests": {
-                key: hashlib.sha256(full(value).contiguous().numpy().tobytes()).hexdigest()
-                for key, value in trainer.checkpointer.states[MODEL].state_dict().items()
+                key: digest(full(value)) for key, value in trainer.checkpointer.states[MODEL].state_dict().items()
             },
         }
         trainer.close()
     dist.destroy_process_group()
     return results
+
+
+def digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
 def next_token_loss(logits: Tensor) -> Tensor:

@@ -10,10 +10,6 @@ PP2 = "--parallelism.pipeline_parallel_degree=2"
 SCHEDULE = "--parallelism.pipeline_parallel_schedule"
 
 
-def test_expert_parallelism_is_refused() -> None:
-    assert "parallelism.expert_parallel_degree must be 1" in refusal("--parallelism.expert_parallel_degree=2")
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from flame_ext.tools import conversion
 from flame_ext.tools.main import main
 from tests.ranks import train
 from tests.sources import load_dcp, save_dcp
-from tests.tiny_models import save_tiny
+from tests.tiny_models import load_stock, save_tiny
 
 LAYOUTS = ("hf", "dcp", "dcp-nested")
 HEADS = {
@@ -145,6 +146,23 @@ def test_names_of_an_architecture_whose_files_have_others(tmp_path: Path, capsys
     flat = save_dcp(dict(stock.state_dict()), tmp_path / "flat")  # the model's names, as a training step has them
     convert(capsys, flat, tmp_path / "hf", "--to", "hf", "--assets", original)
     assert equal(load_file(tmp_path / "hf" / "model.safetensors"), load_file(original / "model.safetensors"))
+
+
+@pytest.mark.parametrize("layout", ["dcp", "dcp-nested"])
+@pytest.mark.parametrize("name", ["olmoe", "gpt-oss"])
+def test_experts_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture, name: str, layout: str) -> None:
+    """Files have a tensor for each expert (gpt-oss: the stack, transposed), and DCP may have their keys or the model's."""
+    original = save_tiny(name, tmp_path / "original")
+    files, weights = load_file(original / "model.safetensors"), dict(load_stock(original).state_dict())
+    convert(capsys, original, tmp_path / "dcp", "--to", layout)
+    assert equal(held(tmp_path / "dcp", layout, weights), weights)
+    prefix = "model." if layout == "dcp-nested" else ""
+    spelt = save_dcp({prefix + key: tensor for key, tensor in files.items()}, tmp_path / "spelt-as-files")
+    for number, folder in enumerate((tmp_path / "dcp", spelt)):
+        convert(capsys, folder, tmp_path / f"hf-{number}", "--to", "hf", "--assets", original)
+        assert equal(held(tmp_path / f"hf-{number}", "hf", {}), files)
+        shutil.copy(original / "config.json", folder)
+        assert main(["inspect", str(folder), "--against", str(original), "--values"]) == 0
 
 
 @pytest.mark.parametrize("nested", [False, True])

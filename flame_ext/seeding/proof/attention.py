@@ -9,6 +9,9 @@ from torch import Tensor
 from flame_ext.errors import SeedError
 from flame_ext.seeding.proof.parity import TOLERANCE, Probe
 
+ROUNDING = 1e-2
+"""Where a token changes the rounding of others: what that may change, relative to what the token itself changes."""
+
 
 def prove_attention(probe: Probe) -> list[str]:
     """Make the proofs that the probe has forwards for and return a clause for each. Collective; raises SeedError on all ranks."""
@@ -20,7 +23,7 @@ def prove_attention(probe: Probe) -> list[str]:
         proved.append("sequences in parts give the logits of whole ones")
     if probe.summaries is not None:
         tokens = probe.tokens.repeat(1, -(-probe.seq_len // probe.tokens.shape[1]))[:, : probe.seq_len]
-        prove_anticausal(probe.summaries, tokens, probe.summaries_remedy, probe.rounding)
+        prove_anticausal(probe.summaries, tokens, probe.summaries_remedy, 0.0 if probe.rounds_alike else ROUNDING)
         proved.append("no summary of the future depends on its past")
     return proved
 
@@ -49,8 +52,8 @@ def prove_anticausal(
 ) -> None:
     """Change one of (1, T) tokens: summaries after it must stay bit-equal, the one before it must change.
 
-    ``summaries`` gives (1, T, D) of one document, T >= 4; messages end with ``remedy``. A change of at most ``rounding`` times
-    the largest value is none. Raises SeedError on every rank alike.
+    ``summaries`` gives (1, T, D) of one document, T >= 4; messages end with ``remedy``. After the token, a change of at most
+    ``rounding`` times the one before it is none. Raises SeedError on every rank alike.
     """
     middle = tokens.shape[1] // 2
     changed = tokens.clone()
@@ -62,13 +65,14 @@ def prove_anticausal(
         raise SeedError(f"the anti-causal forward fails with {type(e).__name__}: {e}{remedy}") from e
     if not (torch.isfinite(before).all() and torch.isfinite(after).all()):
         raise SeedError(f"the anti-causal forward gives values that are not finite{remedy}")
-    differs = ((before - after).abs() > rounding * before.abs().max()).any(dim=-1)[0]
-    if differs[middle + 1 :].any():
+    change = (before - after).abs().amax(dim=-1)[0]
+    leaks = change[middle + 1 :] > rounding * change[middle - 1]
+    if leaks.any():
         raise SeedError(
-            f"the anti-causal forward leaks: with token {middle} changed, the summaries of "
-            f"{int(differs[middle + 1 :].sum())} of the {len(differs) - middle - 1} positions after it change{remedy}"
+            f"the anti-causal forward leaks: with token {middle} changed, the summaries of {int(leaks.sum())} of the {len(leaks)} "
+            f"positions after it change{remedy}"
         )
-    if not differs[middle - 1]:
+    if not change[middle - 1] > 0:
         raise SeedError(
             f"the anti-causal forward sees no future: with token {middle} changed, the summary of position {middle - 1} stays{remedy}"
         )

@@ -54,9 +54,8 @@ class Probe:
     summaries: Callable[[Tensor], Tensor] | None = None
     """(1, T) tokens to (1, T, D) anti-causal summaries of one document, if the run has them; collective."""
     summaries_remedy: str = ""  # What to do if ``summaries`` are not anti-causal
-    rounding: float = 0.0
-    """How far a position's ``summaries`` may change with what the others are, relative to the largest; 0 unless tokens that chose
-    one expert go through its kernel together, whose rounding depends on how many they are."""
+    rounds_alike: bool = True
+    """Whether a position's ``summaries`` are rounded alike whatever the others are; not so where routes cannot be kept."""
 
 
 def probe_tokens(encode: Callable[[str], list[int]], seq_len: int, divisor: int) -> Tensor:

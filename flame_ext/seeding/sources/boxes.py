@@ -64,9 +64,9 @@ def local_part(tensor: Tensor) -> tuple[Tensor, Box]:
 
 
 def whole_rows(tensor: Tensor) -> Tensor:
-    """Gather the columns that tensor parallelism has sharded, so that every rank has whole rows. Collective if so."""
+    """Gather the columns that are sharded, so that every rank has whole rows. Collective if so."""
     if not isinstance(tensor, DTensor):
         return tensor
-    # Replicas have no dimension; the shards of FSDP within tensor parallelism are of dimension 0.
+    # Replicas have no dimension. Tensor parallelism shards columns, and FSDP does where a rank has few experts.
     placements = [Replicate() if getattr(p, "dim", 0) else p for p in tensor.placements]
     return tensor if placements == list(tensor.placements) else tensor.redistribute(placements=placements)

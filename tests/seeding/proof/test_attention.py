@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flame_ext.errors import SeedError
-from flame_ext.seeding.proof.attention import prove_anticausal, prove_attention
+from flame_ext.seeding.proof.attention import ROUNDING, prove_anticausal, prove_attention
 from flame_ext.seeding.proof.parity import Probe
 
 TOKENS = torch.tensor([[3, 9, 4, 7, 7, 5, 2, 8]])
@@ -44,11 +44,11 @@ def test_rounding_is_no_leak_where_it_is_allowed() -> None:
     def rounded(tokens: Tensor) -> Tensor:
         return following(tokens) + leak * embedded(tokens).cumsum(dim=1)
 
-    leak = 1e-9
-    prove_anticausal(rounded, TOKENS, rounding=1e-5)
-    leak = 1e-2
+    leak = 1e-3
+    prove_anticausal(rounded, TOKENS, rounding=ROUNDING)
+    leak = 2e-2
     with pytest.raises(SeedError, match="leaks"):
-        prove_anticausal(rounded, TOKENS, rounding=1e-5)
+        prove_anticausal(rounded, TOKENS, rounding=ROUNDING)
 
 
 def test_a_leak_to_one_position_is_refused() -> None:
