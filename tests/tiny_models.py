@@ -92,25 +92,26 @@ CONFIGS["gemma3-multimodal"] = Gemma3Config(
     mm_tokens_per_image=4,
 )
 
-_HEADS = {"num_key_value_heads": 2, "head_dim": 8}
-_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-_ROUTED = {**_EXPERTS, "n_routed_experts": 8, "n_shared_experts": 1, "topk_group": 1, "first_k_dense_replace": 1}
+_TWO_LAYERS = {**_SHAPE, "num_hidden_layers": 2, "num_key_value_heads": 2}
+_EIGHT = {"moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 2}
+_FOUR = {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2}
+_ROUTED = {**_EIGHT, "n_routed_experts": 8, "n_shared_experts": 1, "topk_group": 1, "first_k_dense_replace": 1}
 del _ROUTED["num_experts"]
 _LATENT = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
-_LOCAL = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
 
 # Mixtures of experts; with shared experts, with biases of the router, with first layers that are dense.
 MIXTURES: dict[str, PreTrainedConfig] = {
-    "olmoe": OlmoeConfig(**{**_SHAPE, "intermediate_size": 24}, num_experts=8, num_experts_per_tok=2),
-    "qwen2-moe": Qwen2MoeConfig(**_SHAPE, **_EXPERTS, num_key_value_heads=2, shared_expert_intermediate_size=40),
-    "qwen3-moe": Qwen3MoeConfig(**_SHAPE, **_EXPERTS, **_HEADS),
-    "mixtral": MixtralConfig(**_SHAPE, **_LOCAL),
+    "olmoe": OlmoeConfig(**{**_TWO_LAYERS, "intermediate_size": 24}, num_experts=8, num_experts_per_tok=2),
+    "qwen2-moe": Qwen2MoeConfig(**_TWO_LAYERS, **_EIGHT, shared_expert_intermediate_size=40),
+    # Enough layers for two stages of a pipeline on each of two ranks.
+    "qwen3-moe": Qwen3MoeConfig(**{**_TWO_LAYERS, "num_hidden_layers": 4}, **_EIGHT, head_dim=8),
+    "mixtral": MixtralConfig(**{**_TWO_LAYERS, **_FOUR}),
     # Fewer experts than ranks, which share each.
-    "mixtral-two": MixtralConfig(**_SHAPE, **_LOCAL | {"num_local_experts": 2, "num_experts_per_tok": 1}),
+    "mixtral-two": MixtralConfig(**{**_TWO_LAYERS, **_FOUR, "num_local_experts": 2, "num_experts_per_tok": 1}),
     "deepseek-v3": DeepseekV3Config(**_SHAPE, **_ROUTED, **_LATENT, n_group=2),
-    "glm4-moe": Glm4MoeConfig(**_SHAPE, **_ROUTED, **_HEADS, n_group=1),
-    "gpt-oss": GptOssConfig(**_SHAPE, **_LOCAL, head_dim=8, sliding_window=16),
-    "granite-moe": GraniteMoeConfig(**_SHAPE, **_LOCAL),
+    "glm4-moe": Glm4MoeConfig(**_SHAPE, **_ROUTED, num_key_value_heads=2, head_dim=8, n_group=1),
+    "gpt-oss": GptOssConfig(**{**_TWO_LAYERS, **_FOUR}, head_dim=8, sliding_window=16),
+    "granite-moe": GraniteMoeConfig(**{**_TWO_LAYERS, **_FOUR}),
 }
 
 
@@ -131,7 +132,7 @@ def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32, max_s
             parameter.add_(torch.randn_like(parameter) * 0.05)
         for key, buffer in model.named_buffers():
             if key.endswith("e_score_correction_bias"):
-                buffer.add_(torch.randn_like(buffer) * 0.05)
+                buffer.add_(torch.randn_like(buffer) * 0.1)  # routers prefer some experts
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TINY_OLMO / file, folder / file)

@@ -21,8 +21,8 @@ from flame_ext.host.names import op_sac_save_list
 from flame_ext.model.hf_causal_lm import HFCausalLM, HFModelArgs, LossOutput, build_hf_causal_lm
 from flame_ext.model.routing import Routes
 from flame_ext.step.balance import Balance, load_figures
-from tests.mixtures import save_mixture
 from tests.ranks import TINY_OLMO
+from tests.tiny_models import save_tiny
 
 COEFFICIENT = 0.3
 BALANCED = ("olmoe", "qwen3-moe", "qwen2-moe", "mixtral", "granite-moe", "gpt-oss")
@@ -89,7 +89,7 @@ def tokens() -> Tensor:
 def test_loss_and_gradients_are_those_of_transformers(
     tmp_path: Path, tokens: Tensor, name: str, microbatches: int
 ) -> None:
-    model, reference = built(save_mixture(name, tmp_path), aux_loss_coef=COEFFICIENT)
+    model, reference = built(save_tiny(name, tmp_path), aux_loss_coef=COEFFICIENT)
     reference.router_aux_loss_coef = COEFFICIENT
     expected = reference(tokens, labels=tokens, output_router_logits=True)
     expected.loss.backward()
@@ -106,7 +106,7 @@ def test_loss_and_gradients_are_those_of_transformers(
 @pytest.mark.parametrize("mode", ["full", "selective"])
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_recomputed_layers_count_once(tmp_path: Path, tokens: Tensor, mode: str, microbatches: int) -> None:
-    model, reference = built(save_mixture("olmoe", tmp_path), aux_loss_coef=COEFFICIENT)
+    model, reference = built(save_tiny("olmoe", tmp_path), aux_loss_coef=COEFFICIENT)
     reference.router_aux_loss_coef = COEFFICIENT
     reference(tokens, labels=tokens, output_router_logits=True).loss.backward()
     options = ActivationCheckpoint(mode=mode, selective_ac_option="op")
@@ -119,7 +119,7 @@ def test_recomputed_layers_count_once(tmp_path: Path, tokens: Tensor, mode: str,
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_compiled_layers_have_the_same_gradients(tmp_path: Path, tokens: Tensor, checkpointed: bool) -> None:
-    model, reference = built(save_mixture("olmoe", tmp_path), aux_loss_coef=COEFFICIENT)
+    model, reference = built(save_tiny("olmoe", tmp_path), aux_loss_coef=COEFFICIENT)
     reference.router_aux_loss_coef = COEFFICIENT
     reference(tokens, labels=tokens, output_router_logits=True).loss.backward()
     if checkpointed:
@@ -134,7 +134,7 @@ def test_compiled_layers_have_the_same_gradients(tmp_path: Path, tokens: Tensor,
 
 
 def test_means_over_a_micro_batch(tmp_path: Path, tokens: Tensor) -> None:
-    model, reference = built(save_mixture("olmoe", tmp_path), aux_loss_coef=COEFFICIENT)
+    model, reference = built(save_tiny("olmoe", tmp_path), aux_loss_coef=COEFFICIENT)
     balance = balance_of(model, balance_over="micro_batch")
     loss = step(model, balance, tokens, microbatches=2)
     losses = [reference(part, output_router_logits=True).aux_loss.item() for part in tokens.chunk(2)]
@@ -143,7 +143,7 @@ def test_means_over_a_micro_batch(tmp_path: Path, tokens: Tensor) -> None:
 
 
 def test_forwards_without_routes_count_nothing(tmp_path: Path, tokens: Tensor) -> None:
-    model, _ = built(save_mixture("olmoe", tmp_path), aux_loss_coef=COEFFICIENT)
+    model, _ = built(save_tiny("olmoe", tmp_path), aux_loss_coef=COEFFICIENT)
     balance = balance_of(model)
     first = step(model, balance, tokens)
     counts = balance.counts().clone()
@@ -161,7 +161,7 @@ def test_figures_of_the_load_are_those_of_a_naive_count() -> None:
 
 
 def test_biases_move_towards_an_even_load(tmp_path: Path, tokens: Tensor) -> None:
-    model, reference = built(save_mixture("deepseek-v3", tmp_path))
+    model, reference = built(save_tiny("deepseek-v3", tmp_path))
     balance = balance_of(model, bias_update_rate=0.01)
     routers = [layer.mlp.gate for layer in model.layers[1:]]
     before = [router.e_score_correction_bias.clone() for router in routers]
@@ -182,7 +182,7 @@ def test_biases_move_towards_an_even_load(tmp_path: Path, tokens: Tensor) -> Non
 
 
 def test_frozen_routers_have_no_gradient(tmp_path: Path, tokens: Tensor) -> None:
-    model, _ = built(save_mixture("gpt-oss", tmp_path), aux_loss_coef=0.0, freeze_router=True)
+    model, _ = built(save_tiny("gpt-oss", tmp_path), aux_loss_coef=0.0, freeze_router=True)
     model(tokens).sum().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None]
     assert without == [f"model.layers.{i}.mlp.router.{name}" for i in range(2) for name in ("weight", "bias")]
@@ -197,7 +197,7 @@ def test_frozen_routers_have_no_gradient(tmp_path: Path, tokens: Tensor) -> None
     ],
 )
 def test_operations_are_those_of_the_experts_of_a_token(tmp_path: Path, name: str, active: int) -> None:
-    model = build_hf_causal_lm(HFModelArgs(hf_assets_path=str(save_mixture(name, tmp_path))))
+    model = build_hf_causal_lm(HFModelArgs(hf_assets_path=str(save_tiny(name, tmp_path))))
     norms = sum(p.numel() for key, p in model.named_parameters() if "norm" in key)
     nparams, flops = model.model_args.get_nparams_and_flops(model, seq_len=16)
     assert nparams == sum(p.numel() for p in model.parameters())
@@ -214,6 +214,6 @@ def test_operations_are_those_of_the_experts_of_a_token(tmp_path: Path, name: st
     ],
 )
 def test_what_an_architecture_lacks_is_refused(tmp_path: Path, name: str, options: Any, words: str) -> None:
-    folder = TINY_OLMO if name == "dense" else save_mixture(name, tmp_path)
+    folder = TINY_OLMO if name == "dense" else save_tiny(name, tmp_path)
     with pytest.raises(ConfigError, match=words):
         build_hf_causal_lm(HFModelArgs(hf_assets_path=str(folder), **options))

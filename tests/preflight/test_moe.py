@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mixtures import save_mixture
 from tests.preflight.refusals import refusal
+from tests.tiny_models import save_tiny
 
 PIPELINE = ["--parallelism.pipeline_parallel_degree=2", "--moe.balance_over=micro_batch"]
 
@@ -23,5 +23,5 @@ PIPELINE = ["--parallelism.pipeline_parallel_degree=2", "--moe.balance_over=micr
     ],
 )  # fmt: skip
 def test_options_that_a_model_does_not_have(tmp_path: Path, name: str | None, options: list[str], message: str) -> None:
-    folder = [] if name is None else [f"--model.hf_assets_path={save_mixture(name, tmp_path)}"]
+    folder = [] if name is None else [f"--model.hf_assets_path={save_tiny(name, tmp_path)}"]
     assert message in refusal("--training.seq_len=64", *folder, *options)

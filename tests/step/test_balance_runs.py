@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.mixtures import save_mixture
 from tests.ranks import TrainRun, train
+from tests.tiny_models import save_tiny
 
 FIGURES = ("loss_router", "router_entropy", "router_largest_share", "router_unused")
 DDP2 = "--parallelism.data_parallel_replicate_degree=2"
@@ -35,7 +35,7 @@ def assert_same_load(
 
 @pytest.fixture(scope="module")
 def olmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_mixture("olmoe", tmp_path_factory.mktemp("olmoe"))
+    return save_tiny("olmoe", tmp_path_factory.mktemp("olmoe"))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_the_load_does_not_depend_on_the_layout(
 def test_the_load_does_not_depend_on_a_pipeline(
     tmp_path: Path, dump_folder: Path, world_size: int, options: list[str]
 ) -> None:
-    folder = save_mixture("qwen3-moe", tmp_path / "model")
+    folder = save_tiny("qwen3-moe", tmp_path / "model")
     expected = run(folder, dump_folder / "one", "--moe.aux_loss_coef=1.0")
     found = run(folder, dump_folder / "stages", "--moe.aux_loss_coef=1.0", *options, world_size=world_size)
     assert_same_load(found, expected)
@@ -106,7 +106,7 @@ def test_the_teacher_leaves_the_load_alone(olmoe: Path, whole_batch: TrainRun, d
 
 
 def test_biases_are_moved_saved_and_resumed(tmp_path: Path, dump_folder: Path) -> None:
-    folder = save_mixture("deepseek-v3", tmp_path / "model")
+    folder = save_tiny("deepseek-v3", tmp_path / "model")
     options = ["--moe.bias_update_rate=0.01", "--checkpoint.interval=2", "--checkpoint.export_dtype=float32"]
     # Two micro-batches, of which the first does not end the step.
     options += ["--training.local_batch_size=4", "--training.global_batch_size=8", *NO_HEADS]
@@ -130,7 +130,7 @@ def test_biases_are_moved_saved_and_resumed(tmp_path: Path, dump_folder: Path) -
 
 @pytest.mark.matrix
 def test_gpt_oss_learns_with_a_teacher_and_its_sinks(tmp_path: Path, dump_folder: Path) -> None:
-    folder = save_mixture("gpt-oss", tmp_path / "model")
+    folder = save_tiny("gpt-oss", tmp_path / "model")
     found = run(folder, dump_folder, "--seed.verify=parity", steps=3)
     assert "no summary of the future depends on its past" in found.ranks[0].output
     assert found.values("loss_ce")[2] < found.values("loss_ce")[0]
