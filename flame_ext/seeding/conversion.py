@@ -90,28 +90,38 @@ def _require_complete(
     missing: list[str] = []  # The first ones of each pattern: a model may claim any number
     lacking = 0
     for pattern in converter.source_patterns:
-        keys = [*stored.get(pattern, {})]
-        numbers = [_number(pattern, key) for key in keys]
-        if numbers != sorted({*numbers}, key=lambda number: -1 if number is None else number):
-            raise SeedError(
-                f"{path}: {some(map(repr, keys))}: some are the same part of {name!r} of the model, or two spellings put them out of "
-                "order; keep one of each, in one spelling"
-            )
+        entries = stored.get(pattern, {})
+        numbers = {_number(pattern, key): key for key in entries}
+        _require_order(path, name, pattern, [*entries])
         if count is not None and "*" in pattern:
-            beyond = [key for key, number in zip(keys, numbers, strict=True) if number is None or number >= count]
-            if beyond:
-                raise SeedError(f"{path}: {some(map(repr, beyond))}: {name!r} of the model is made of {count} of these")
-            found, lacking = {*numbers}, lacking + count - len(numbers)
-            absent = (number for number in range(count) if number not in found)
+            _require_below(path, name, numbers, count)
+            absent = (number for number in range(count) if number not in numbers)
             missing += [_key(pattern, number, stored) for number in islice(absent, 8)]
-        elif stacks is not None and not keys:
+            lacking += count - len(numbers)
+        elif stacks is not None and not entries:
             missing, lacking = [*missing, _key(pattern, None, stored)], lacking + 1
-        _require_one_kind(path, name, [*stored.get(pattern, {}).values()])
+        _require_one_kind(path, name, [*entries.values()])
     if missing:
         raise SeedError(
             f"{path}: {name!r} of the model is made of tensors that are missing ({lacking}): {some(map(repr, missing))}; copy "
             "the source again"
         )
+
+
+def _require_order(path: Path, name: str, pattern: str, keys: list[str]) -> None:
+    """Raise SeedError unless the numbers in the keys rise; a key without one comes first."""
+    numbers = [_number(pattern, key) for key in keys]
+    if numbers != sorted({*numbers}, key=lambda number: -1 if number is None else number):
+        raise SeedError(
+            f"{path}: {some(map(repr, keys))}: some are the same part of {name!r} of the model, or two spellings put them out of "
+            "order; keep one of each, in one spelling"
+        )
+
+
+def _require_below(path: Path, name: str, numbers: Mapping[int | None, str], count: int) -> None:
+    """Raise SeedError if a key, here by its number, has none or one beyond the model's ``count``."""
+    if beyond := [key for number, key in numbers.items() if number is None or number >= count]:
+        raise SeedError(f"{path}: {some(map(repr, beyond))}: {name!r} of the model is made of {count} of these")
 
 
 def _require_one_kind(path: Path, name: str, entries: list[TensorEntry]) -> None:
