@@ -40,7 +40,8 @@ def packed_tokens() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "name", ["olmo-tied", "gpt2-learned-positions", "gemma2", "gemma3-rope-per-layer", "olmo3-sliding-window"]
+    "name",
+    ["olmo-tied", "gpt2-learned-positions", "gemma2", "gemma3-rope-per-layer", "olmo3-sliding-window", "gpt-oss"],
 )
 def test_a_document_is_computed_as_if_it_were_alone(name: str, tmp_path: Path) -> None:
     model, stock = stock_and_ours(name, tmp_path)
