@@ -24,7 +24,7 @@ from flame_ext.fault_injection import fault_point
 from flame_ext.files import parse_size, write_json
 from flame_ext.hf_config import is_part_of_transformers
 from flame_ext.seeding.sources.hf_safetensors import INDEX_NAME, read_header
-from flame_ext.seeding.sources.source import HEADS_FOLDER, TensorEntry, cast, same_bits
+from flame_ext.seeding.sources.source import HEADS_FOLDER, TensorEntry, same_bits
 from flame_ext.seeding.sources.traced import TracedTensor
 
 
@@ -36,7 +36,7 @@ class ExportSpec:
     architecture: str  # name of the model's class, for config.json
     assets: Mapping[str, bytes]  # files to carry on, see read_assets; empty but on the main rank
     folder: Path  # the model's, which ``auto_map`` of ``config`` is relative to
-    dtype: torch.dtype  # of floating-point tensors, and in config.json
+    dtype: torch.dtype  # for config.json
     heads: dict[str, dict[str, Any]] | None  # name of each head to the arguments of build_head; None without heads
     max_shard_size: str = "5GB"  # maximum size of each file of the backbone
     card: str | None = None  # README.md
@@ -58,16 +58,16 @@ def export_hf(
     """Writes ``folder`` atomically; the main rank holds one file's tensors. Collective; a CheckpointError is raised on all ranks.
 
     Args:
-        tensors: by their keys in files, each tied parameter once; made of those that ``gather`` brings. A head's keys begin with
-            its name.
+        tensors: by their keys in files, each tied parameter once, in the dtypes to write; made of those that ``gather``
+            brings. A head's keys begin with its name.
     """
 
     def read_for_file(key: str) -> Tensor | None:
         fault_point("during_export")
-        full = gather(tensors[key], spec.dtype)
+        full = gather(tensors[key])
         return full.cpu() if is_main_rank() else None
 
-    described = on_meta(tensors, spec.dtype)
+    described = on_meta(tensors, {key: tensor.dtype for key, tensor in tensors.items()})
     heads = {key: tensor for key, tensor in described.items() if key.startswith(tuple(f"{n}." for n in head_names))}
     backbone = {key: tensor for key, tensor in described.items() if key not in heads}
     place = ExportFolder(folder, replace=True)
@@ -81,9 +81,11 @@ def export_hf(
     logger.info(f"Exported {len(backbone)} tensors of the backbone and {len(heads)} of the heads to {folder}")
 
 
-def on_meta(tensors: Mapping[str, Tensor] | Mapping[str, TensorEntry], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Returns tensors of the same shapes on meta, floating-point ones in ``dtype`` (None = unchanged)."""
-    return {key: cast(torch.empty(t.shape, dtype=t.dtype, device="meta"), dtype) for key, t in tensors.items()}
+def on_meta(
+    tensors: Mapping[str, Tensor] | Mapping[str, TensorEntry], dtypes: Mapping[str, torch.dtype]
+) -> dict[str, Tensor]:
+    """Returns tensors of the same shapes on meta, in other dtypes."""
+    return {key: torch.empty(t.shape, dtype=dtypes[key], device="meta") for key, t in tensors.items()}
 
 
 def write_hf(

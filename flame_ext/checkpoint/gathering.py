@@ -10,7 +10,6 @@ from torch import Tensor
 from flame_ext.distributed import failing_together
 from flame_ext.errors import CheckpointError
 from flame_ext.seeding.sources.boxes import Box, full_box, inside, intersection, local_part, tiles_exactly, volume
-from flame_ext.seeding.sources.source import cast
 from flame_ext.seeding.sources.traced import TracedTensor
 
 
@@ -34,19 +33,17 @@ class BoxGatherer:
         self._given = {key: held[key] for key in given}
 
     @torch.no_grad()
-    def __call__(self, tensor: TracedTensor, dtype: torch.dtype) -> Tensor:
-        """Returns a tensor that is made of the state's, floating-point values in ``dtype``, on the main rank; on the others, the
-        result is to be dropped.
+    def __call__(self, tensor: TracedTensor) -> Tensor:
+        """Returns a tensor that is made of the state's, cast to its own dtype, on the main rank; on the others, the result is to
+        be dropped.
         """
-        full = torch.zeros(
-            tensor.shape, dtype=dtype if tensor.dtype.is_floating_point else tensor.dtype, device=self._device
-        )
+        full = torch.zeros(tensor.shape, dtype=tensor.dtype, device=self._device)
         for part in tensor.parts:
             if part.of not in self._given:
                 continue
             local, box = self._given[part.of]
             if (common := intersection(box, part.box_of)) is not None:
-                values = cast(part.arranged(local[inside(common, box)]), dtype)
+                values = part.arranged(local[inside(common, box)]).to(tensor.dtype)
                 full[inside(part.placed(common), full_box(full.shape))] = values.to(self._device)
         if dist.is_initialized() and dist.get_world_size() > 1:
             # Every byte comes from one rank and is zero on the others, so that the sum is that rank's, whatever it means.

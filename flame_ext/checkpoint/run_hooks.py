@@ -30,6 +30,7 @@ from flame_ext.errors import ConfigError, SeedError
 from flame_ext.heads.registry import head_arguments, record_of_heads
 from flame_ext.heads.spec import FutureSummaries
 from flame_ext.host.high_precision import in_high_precision
+from flame_ext.model.dtypes import dtypes_in
 from flame_ext.model.hf_causal_lm import HFCausalLM
 from flame_ext.model.routing import KeptRoutes
 from flame_ext.model.runner import ModelRunner, StageInputs
@@ -73,7 +74,8 @@ class RunHooks(CheckpointHooks):
         assets, options = Path(self._config.model.hf_assets_path), self._config.seed
         self._assets = on_main_rank(read_assets, assets, options.trust_remote_code, options.follow_links) or {}
         if self._config.checkpoint.last_save_in_hf or self._config.export.interval > 0:
-            self._stored(self._model.whole.state_dict())
+            whole = self._model.whole.state_dict()
+            self._stored(whole, _dtypes(whole))
         # The manifest of every step names the run and the source of its step 0.
         self._run_id: str | None = None
         self._seed_identity: dict[str, Any] | None = None
@@ -168,11 +170,13 @@ class RunHooks(CheckpointHooks):
         state, whole = self._trainer.checkpointer.states[MODEL].state_dict(), self._model.whole
         full = whole_state(self._model, state)
         gather = BoxGatherer(state, {key: tensor.shape for key, tensor in full.items()}, self._device)
-        export_hf(self._stored(full), list(whole.heads), self._folder / "hf" / f"step-{step}", spec, gather)
+        stored = self._stored(full, dtypes_in(whole, spec.dtype, _dtypes(full)))
+        export_hf(stored, list(whole.heads), self._folder / "hf" / f"step-{step}", spec, gather)
 
-    def _stored(self, state: Mapping[str, Tensor]) -> dict[str, TracedTensor]:
-        """Returns the whole model's tensors as files hold them, made of those of its state."""
-        return in_files(self._model.whole, {key: TracedTensor.whole(t.shape, t.dtype, key) for key, t in state.items()})
+    def _stored(self, state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, TracedTensor]:
+        """Returns the whole model's tensors as files hold them, in other dtypes, made of those of its state."""
+        model, whole = self._model.whole, TracedTensor.whole
+        return in_files(model, {key: whole(tensor.shape, dtypes[key], key) for key, tensor in state.items()})
 
     def _step_folder(self, step: int) -> Path:
         return Path(self._trainer.checkpointer.folder) / f"step-{step}"
@@ -239,6 +243,10 @@ class RunHooks(CheckpointHooks):
         with in_high_precision(self._runner.parts, self._config):
             summaries = self._summaries(tokens, routes=routes)
         return self._runner.from_last(None if summaries is None else summaries.states)
+
+
+def _dtypes(state: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    return {key: tensor.dtype for key, tensor in state.items()}
 
 
 def whole_logits(logits: Tensor, _hidden_states: Tensor) -> Tensor:

@@ -25,7 +25,9 @@ from flame_ext.files import parse_size, write_json
 from flame_ext.heads.names import is_head_key
 from flame_ext.heads.registry import build_head
 from flame_ext.hf_config import load_hf_config
-from flame_ext.seeding.accounting import matches, quantised
+from flame_ext.model.dtypes import dtypes_in
+from flame_ext.model.hf_causal_lm import HFCausalLM
+from flame_ext.seeding.accounting import SOURCE_DTYPES, matches, quantised
 from flame_ext.seeding.conversion import in_files
 from flame_ext.seeding.names import in_model_names, parse_key_map, renamed
 from flame_ext.seeding.sources.dcp import NESTED_PREFIX
@@ -35,12 +37,12 @@ from flame_ext.seeding.sources.source import (
     HEADS_FOLDER,
     Source,
     TensorEntry,
-    cast,
     read_tensor,
     rearranged,
     same_bits,
     traced,
 )
+from flame_ext.seeding.sources.traced import TracedTensor
 from flame_ext.tools.architecture import Architecture, load_architecture
 from flame_ext.tools.describe import folder_of
 
@@ -52,7 +54,7 @@ Progress = Callable[[int, int], None]
 class Conversion:
     """Options of a conversion."""
 
-    dtype: torch.dtype | None = None  # of floating-point tensors; None = unchanged
+    dtype: torch.dtype | None = None  # as from_pretrained(dtype=…); None = unchanged
     max_shard_size: str = "5GB"  # maximum size of a Hugging Face folder's files
     assets: Path | None = None  # folder with config.json, tokenizer and future_heads/config.json; None = the source
     head_arguments: dict[str, dict[str, Any]] | None = None  # by head, for build_head; None = the source or assets say
@@ -109,10 +111,11 @@ def convert(
             architecture = load_architecture(assets, options.trust_remote_code, len(source.entries))
             source = _as_model(source, architecture, assets)
             if to == "hf":
-                source = _convert_to_hf(source, architecture, assets, temporary, options, progress)
+                source, dtypes = _convert_to_hf(source, architecture, assets, temporary, options, progress)
             else:  # a strict load of a state dict expects a tied weight under each of its names
                 tied = {name: source.entries[owner] for name, owner in architecture.model.tied_keys.items()}
                 source = replace(source, entries={**source.entries, **tied})
+                dtypes = _dtypes_to_write(source, options.dtype, architecture.model)
         elif to == "hf":
             raise SeedError(
                 f"{assets}: no config.json, which a Hugging Face folder needs and DCP does not keep; name the folder of the "
@@ -121,10 +124,11 @@ def convert(
         else:
             source = source.model_part()
             _require_tensors(source)
+            dtypes = _dtypes_to_write(source, options.dtype)
         if to != "hf":
-            _convert_to_dcp(source, temporary, to == "dcp-nested", options.dtype, progress)
+            _convert_to_dcp(source, temporary, to == "dcp-nested", dtypes, progress)
             _carry_assets(assets, temporary, options)
-    nbytes = sum(tensor.nbytes for tensor in on_meta(source.entries, options.dtype).values())
+    nbytes = sum(tensor.nbytes for tensor in on_meta(source.entries, dtypes).values())
     return Converted(source.layout, len(source.entries), nbytes, time.perf_counter() - begin, source.passed_over)
 
 
@@ -162,51 +166,84 @@ def _appearing(place: ExportFolder, origin: Origin | None) -> Iterator[Path]:
 
 def _convert_to_hf(
     source: Source, architecture: Architecture, assets: Path, folder: Path, options: Conversion, progress: Progress
-) -> Source:
-    """Returns the source under the keys that were written."""
+) -> tuple[Source, dict[str, torch.dtype]]:
+    """Returns the source under the keys that were written, and their dtypes."""
     parse_size(options.max_shard_size, "--max-shard-size")
     heads = {name: entry for name, entry in source.entries.items() if is_head_key(name)}
     backbone = {name: entry for name, entry in source.entries.items() if name not in heads}
-    dtypes = {entry.dtype for entry in backbone.values() if entry.dtype.is_floating_point}
+    dtypes = _dtypes_to_write(source, options.dtype, architecture.model)
     spec = ExportSpec(
         config=load_hf_config(str(assets), options.trust_remote_code),
         architecture=architecture.model.architecture,
         assets=read_assets(assets, options.trust_remote_code, options.follow_links),
         folder=assets,
-        dtype=options.dtype or (dtypes.pop() if len(dtypes) == 1 else torch.float32),
+        dtype=options.dtype or _dtype_of_model(backbone, architecture.model),
         heads=_head_arguments(source, heads, options) if heads else None,
         max_shard_size=options.max_shard_size,
         card=card_of_step(source.path),
     )
     stored = in_files(architecture.model, {name: traced(entry) for name, entry in backbone.items()})
     source = replace(source, entries={key: rearranged(tensor) for key, tensor in stored.items()} | heads)
-    described, read = _reader(source, options.dtype, progress)
+    # Again, of tensors in the dtypes to write.
+    cast = {name: TracedTensor.whole(entry.shape, dtypes[name], name) for name, entry in backbone.items()}
+    written = {key: tensor.dtype for key, tensor in in_files(architecture.model, cast).items()}
+    written |= {name: dtypes[name] for name in heads}
+    described, read = _reader(source, written, progress)
     head_tensors = {name: described.pop(name) for name in heads}
     write_hf(described, head_tensors, read, folder, spec)
-    return source
+    return source, written
 
 
-def _convert_to_dcp(source: Source, folder: Path, nested: bool, dtype: torch.dtype | None, progress: Progress) -> None:
-    described, read = _reader(source, dtype, progress)
+def _dtypes_to_write(
+    source: Source, dtype: torch.dtype | None, model: HFCausalLM | None = None
+) -> dict[str, torch.dtype]:
+    """Maps each name to its dtype in ``--dtype``: that of ``from_pretrained(dtype=…)`` where the model is known."""
+    held = {name: entry.dtype for name, entry in source.entries.items()}
+    if dtype is None:
+        return held
+    if model is not None:
+        return dtypes_in(model, dtype, held)
+    return {name: dtype if own.is_floating_point else own for name, own in held.items()}
+
+
+def _dtype_of_model(backbone: Mapping[str, TensorEntry], model: HFCausalLM) -> torch.dtype:
+    """Returns the dtype of a model for its ``config.json``: that of all tensors but those which the architecture keeps in
+    another one; float32 if there is no such dtype.
+    """
+    held = {name: entry.dtype for name, entry in backbone.items()}
+    floating = sorted({dtype for dtype in held.values() if dtype.is_floating_point}, key=str)
+    if len(floating) == 1:
+        return floating[0]
+    for dtype in floating:
+        kept = dtypes_in(model, dtype, held) if dtype in SOURCE_DTYPES else {}
+        if all(own in (dtype, kept.get(name)) for name, own in held.items()):
+            return dtype
+    return torch.float32
+
+
+def _convert_to_dcp(
+    source: Source, folder: Path, nested: bool, dtypes: Mapping[str, torch.dtype], progress: Progress
+) -> None:
+    described, read = _reader(source, dtypes, progress)
     write_dcp(described, read, folder, nested)
     written = open_source(folder).model_part()
 
     def same(name: str) -> bool:
-        return same_bits(read_tensor(written, name), cast(read_tensor(source, name), dtype))
+        return same_bits(read_tensor(written, name), read_tensor(source, name).to(dtypes[name]))
 
     require_written(folder, written.entries, described, same)
 
 
 def _reader(
-    source: Source, dtype: torch.dtype | None, progress: Progress
+    source: Source, dtypes: Mapping[str, torch.dtype], progress: Progress
 ) -> tuple[dict[str, Tensor], Callable[[str], Tensor]]:
-    """Returns a source's tensors on meta in the dtype to write, and a function that reads one of them."""
-    described, done = on_meta(source.entries, dtype), 0
+    """Returns a source's tensors on meta in the dtypes to write, and a function that reads one of them."""
+    described, done = on_meta(source.entries, dtypes), 0
     total = sum(tensor.nbytes for tensor in described.values())
 
     def read(name: str) -> Tensor:
         nonlocal done
-        tensor = cast(read_tensor(source, name), dtype).contiguous()
+        tensor = read_tensor(source, name).to(dtypes[name]).contiguous()
         done += tensor.nbytes
         progress(done, total)
         return tensor

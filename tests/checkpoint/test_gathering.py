@@ -36,8 +36,8 @@ def gather_all() -> dict[str, torch.Tensor]:
     gather = BoxGatherer(state, shapes, torch.device("cpu"))
     whole = {key: TracedTensor.whole(shape, torch.float32, key) for key, shape in shapes.items()}
     pieces = {f"{name}.{n}": whole[name].transpose(1, 2)[n] for name in ("experts", "along") for n in range(5)}
-    found = {key: gather(tensor, torch.float32) for key, tensor in (whole | pieces).items()}
-    found["half"] = gather(whole["experts"], torch.bfloat16)
+    found = {key: gather(tensor) for key, tensor in (whole | pieces).items()}
+    found["half"] = gather(TracedTensor.whole(EXPERTS.shape, torch.bfloat16, "experts"))
     with pytest.raises(CheckpointError, match=r"'absent' cannot be exported: the ranks hold \[\] of \[2\]"):
         BoxGatherer(state, {**shapes, "absent": (2,)}, torch.device("cpu"))
     dist.destroy_process_group()

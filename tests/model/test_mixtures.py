@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from flame_ext.seeding.sources.source import same_bits
 from tests.layouts import EP2
 from tests.model.test_seeded_architectures import LAYOUTS, TOKENS, digest, next_token_loss, seed_all
 from tests.ranks import DEBUG_TOML, run_ranks, train
@@ -52,10 +53,11 @@ def test_seeded_model_is_the_stock_model(tmp_path: Path, layout: str) -> None:
                 )
 
 
-@pytest.mark.parametrize("name", ["olmoe", "deepseek-v3"])
+@pytest.mark.parametrize(("name", "dtype"), [("olmoe", torch.float32), ("deepseek-v3", torch.bfloat16)])
 def test_an_export_has_the_keys_and_values_of_the_source_and_a_run_goes_on_from_a_step(
-    tmp_path: Path, name: str
+    tmp_path: Path, name: str, dtype: torch.dtype
 ) -> None:
+    """In bfloat16 an export is what transformers saves of the source, whose routers and their biases stay in float32."""
     source = save_tiny(name, tmp_path / name, max_shard_size="100KB")
     options = [f"--model.hf_assets_path={source}", f"--checkpoint.initial_load_path={source}", "--optimizer.lr=0"]
     options += ["--training.seq_len=32", "--training.local_batch_size=2", "--training.global_batch_size=4"]
@@ -64,15 +66,20 @@ def test_an_export_has_the_keys_and_values_of_the_source_and_a_run_goes_on_from_
         "--lr_scheduler.total_steps=60",
         "--checkpoint.allow_config_change=training.steps",
         "--export.max_shard_size=100KB",
+        f"--checkpoint.export_dtype={str(dtype).removeprefix('torch.')}",
     ]
     train(tmp_path / "run", *options, "--training.steps=1", "--seed.verify=parity", world_size=2)
     train(tmp_path / "run", *options, "--training.steps=2", "--export.interval=1")
-    held = {key: tensor for file in source.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    expected = source
+    if dtype != torch.float32:
+        expected = tmp_path / "expected"
+        AutoModelForCausalLM.from_pretrained(source, dtype=dtype).save_pretrained(expected)
+    held = {key: tensor for file in expected.glob("*.safetensors") for key, tensor in load_file(file).items()}
     for step in (1, 2):
         export = tmp_path / "run" / "hf" / f"step-{step}"
         written = {key: t for file in export.glob("*.safetensors") for key, t in load_file(file).items()}
         assert set(written) == set(held)
-        assert all(torch.equal(written[key], tensor) for key, tensor in held.items())
+        assert all(same_bits(written[key], tensor) for key, tensor in held.items())
         _, loading = AutoModelForCausalLM.from_pretrained(export, output_loading_info=True)
         assert not any(loading.values()), loading
 

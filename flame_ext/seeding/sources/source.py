@@ -171,11 +171,6 @@ def read_entry(source: Source, entry: TensorEntry) -> Tensor:
     return whole
 
 
-def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Convert a floating-point tensor; leave others, or all for None, as they are."""
-    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
-
-
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors have one shape, dtype and bits: 0.0 is not -0.0, and NaN equals itself."""
     # Views of mapped files can be strided.
