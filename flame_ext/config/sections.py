@@ -173,7 +173,8 @@ class Moe:
     subtract it for those with more (DeepSeek-V3: 0.001). 0 = the biases stay as they are."""
 
     freeze_router: bool = False
-    """Whether the routers' parameters stay as they are, without gradients and moments."""
+    """Whether the routers' parameters stay as they are, without gradients and moments; the log names them. Their
+    `e_score_correction_bias` is none of them."""
 
 
 @dataclass

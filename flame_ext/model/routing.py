@@ -150,6 +150,10 @@ class Routing:
     coefficient: float = 0.0  # of the balancing loss
     problem: str = ""  # why they are not observed
 
+    def parameters(self, model: nn.Module) -> list[str]:
+        """Returns the names of the routers' parameters in the whole ``model``."""
+        return [f"{name}.{key}" for name in self.routers for key, _ in model.get_submodule(name).named_parameters()]
+
 
 def prepare_routers(model: HFCausalLM, coefficient: float | None, freeze: bool) -> Routing:
     """Hooks the routers of a whole model on meta, in place, and returns what is known of them.
@@ -158,19 +162,25 @@ def prepare_routers(model: HFCausalLM, coefficient: float | None, freeze: bool) 
         coefficient: of the balancing loss; None = ``router_aux_loss_coef`` of the configuration.
         freeze: whether their parameters get no gradients.
 
-    Raises a ConfigError if the loss is asked for and cannot be what the architecture defines.
+    Raises a ConfigError if the loss is asked for and cannot be what the architecture defines, or if tokens go to more experts
+    than there are.
     """
     routers = find_routers(model)
     for config in (model.config, model.config.get_text_config()):
-        config.output_router_logits = (
-            False  # its forward would compute the loss as well, and of other masks than it knows
-        )
+        if hasattr(config, "output_router_logits"):
+            # Its forward would compute the loss as well, and of other masks than it knows.
+            config.output_router_logits = False
     if not routers:
         if coefficient or freeze:
             option = "moe.freeze_router" if freeze else "moe.aux_loss_coef"
             raise ConfigError(f"{option}: {model.architecture} is no mixture of experts with routers; leave it out")
         return Routing()
-    for number, router in enumerate(routers.values()):
+    for number, (name, router) in enumerate(routers.items()):
+        if (chosen := chosen_by(router, model)) is not None and not 0 < chosen <= experts_of(router):
+            raise ConfigError(
+                f"model.hf_assets_path {model.model_args.hf_assets_path!r}: config.json lets {name} send a token to {chosen} of "
+                f"{experts_of(router)} experts; correct num_experts_per_tok, or copy config.json again"
+            )
         router.router_number = number  # type: ignore[assignment]
         if freeze:
             router.requires_grad_(False)
@@ -215,6 +225,11 @@ def first_router(model: nn.Module) -> int:
 def experts_of(router: nn.Module) -> int:
     """The number of experts that a router chooses from: the rows of its weight."""
     return int(next(iter(router.parameters())).shape[0])
+
+
+def chosen_by(router: nn.Module, model: HFCausalLM) -> int | None:
+    """The number of experts that a router sends a token to; None if it does not say."""
+    return getattr(router, "top_k", getattr(model.config.get_text_config(), "num_experts_per_tok", None))
 
 
 def balancing_function(model: nn.Module) -> Callable[..., Any] | None:
@@ -281,6 +296,6 @@ def resting_parameters(model: HFCausalLM) -> int:
             if any(p.ndim == 3 and len(p) == model.routing.experts for p in module.parameters(recurse=False))
             for p in module.parameters(recurse=False)
         ]
-        chosen = getattr(router, "top_k", None) or model.config.get_text_config().num_experts_per_tok
-        resting += sum(sizes) // model.routing.experts * (model.routing.experts - chosen)
+        experts = model.routing.experts
+        resting += sum(sizes) // experts * (experts - (chosen_by(router, model) or experts))
     return resting

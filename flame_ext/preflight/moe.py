@@ -10,6 +10,7 @@ from flame_ext.config.sections import FlameJobConfig, Moe
 from flame_ext.errors import ConfigError
 from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
 from flame_ext.model.routing import CORRECTION_BIAS
+from flame_ext.preflight.parallelism import sharded
 
 _SIZES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -33,6 +34,20 @@ def check_mixture(config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterat
             yield f"{name}: its routers have no {CORRECTION_BIAS}; leave it out"
         elif model.routing.problem:
             yield f"{name}: {model.routing.problem}; leave it out"
+    compiled = config.compile.enable and "model" in config.compile.components
+    how = model.base_model.config.get_text_config()._experts_implementation
+    if compiled and model.routing.routers and how == "eager":
+        yield (
+            f"compile.enable with {model.architecture}: its experts are run by 'eager', a loop over those that have tokens, which cannot "
+            "be compiled: take moe.experts_implementation = 'auto' if that is another one here, or leave 'model' out of compile.components"
+        )
+    trained = {p.dtype: name for name, p in model.named_parameters() if p.requires_grad}
+    if len(trained) > 1 and sharded(config):
+        other = next(name for dtype, name in trained.items() if dtype != TORCH_DTYPE_MAP[config.training.dtype])
+        yield (
+            f"training.dtype = {config.training.dtype!r} with {model.architecture}: it keeps {other} in float32, and FSDP takes parameters "
+            "of one dtype: set training.dtype = 'float32', and take training.mixed_precision_param for the rest"
+        )
     if moe.balance_over == "micro_batch" and config.parallelism.pipeline_parallel_degree > 1:
         yield (
             "moe.balance_over = 'micro_batch' does not go with parallelism.pipeline_parallel_degree > 1, where backwards begin before "

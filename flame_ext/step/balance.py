@@ -16,6 +16,7 @@ from torchtitan.tools.logging import logger
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.model.routing import CORRECTION_BIAS, Routes, pull_of, set_pull
 from flame_ext.model.runner import ModelRunner
+from flame_ext.seeding.sources.safe_files import some
 from flame_ext.step.plan import MicroBatch, StepPlan
 
 
@@ -44,6 +45,9 @@ class Balance:
         self._microbatches = 1
         if self._routing.routers:
             logger.info(self._description(model.architecture))
+        if config.moe.freeze_router:
+            frozen = model.routing.parameters(model)
+            logger.info(f"moe.freeze_router: {len(frozen)} parameters stay as they are: {some(frozen)}")
 
     def begin(self, plan: StepPlan, count: Callable[[MicroBatch, Routes], None]) -> None:
         """Begin a step; ``count`` runs a forward without gradients, where the routes of all micro-batches have to be known
@@ -51,7 +55,8 @@ class Balance:
         """
         self._microbatches = len(plan.microbatches)
         self._counts = self._local = self._pull = None
-        self._share = torch.zeros((), dtype=torch.float32, device=self._device)
+        if self._coefficient:
+            self._share = torch.zeros((), dtype=torch.float32, device=self._device)
         if self.counts_first:
             routes = self._routes()
             for microbatch in plan.microbatches:
@@ -106,9 +111,12 @@ class Balance:
             self._counts = self._over_all(self._local)
         return self._counts
 
-    def weighted(self) -> Tensor:
-        """This rank's share of the balancing loss times its coefficient, as a summand of the loss. Collective for a pipeline."""
-        return self._coefficient * self._share_of_pipeline()
+    def weighted(self) -> list[Tensor]:
+        """This rank's share of the balancing loss times its coefficient, a summand of the loss; empty without such a loss.
+
+        Collective for a pipeline.
+        """
+        return [self._coefficient * self._share_of_pipeline()] if self._coefficient else []
 
     def parts(self) -> dict[str, Tensor]:
         """The figures of the step, as values that are summed over ranks. Collective."""

@@ -92,7 +92,7 @@ class Reported:
 
     def losses(self, losses: list[Tensor], plan: StepPlan) -> tuple[float, float]:
         """The mean loss of the step, and the largest of the ranks' own means, from those of this rank's micro-batches. Collective."""
-        loss = torch.stack([*losses, self._balance.weighted()]).sum()
+        loss = torch.stack([*losses, *self._balance.weighted()]).sum()
         if self._loss_mesh is None:
             mean = loss.item()
             return mean, mean

@@ -58,6 +58,7 @@ def test_a_step_on_the_way_is_exported_like_the_last(run: TrainRun) -> None:
         assert not info["missing_keys"] and not info["unexpected_keys"]
     beside = {p.name for p in (run.dump_folder / "hf" / "step-2").iterdir() if not p.name.startswith("model")}
     assert beside == {p.name for p in folder.iterdir() if not p.name.startswith("model")}, "the same files beside them"
+    assert "router" not in (folder / "config.json").read_text(), "no option of a mixture of experts"
 
 
 @pytest.mark.parametrize("step", [2, 4])

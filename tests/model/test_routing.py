@@ -96,7 +96,7 @@ def test_loss_and_gradients_are_those_of_transformers(
     balance = balance_of(model)
     loss = step(model, balance, tokens, microbatches)
     assert loss == pytest.approx(expected.aux_loss.item(), rel=1e-6)
-    assert float(balance.weighted()) == pytest.approx(COEFFICIENT * loss, rel=1e-6)
+    assert float(*balance.weighted()) == pytest.approx(COEFFICIENT * loss, rel=1e-6)
     assert_same_gradients(model, reference)
     chosen = torch.stack([logits.topk(2).indices for logits in expected.router_logits])
     naive = torch.stack([(chosen == expert).sum((1, 2)) for expert in range(balance.counts().shape[1])], dim=1)
@@ -150,6 +150,14 @@ def test_forwards_without_routes_count_nothing(tmp_path: Path, tokens: Tensor) -
     with torch.no_grad():
         model(tokens.flip(1), attention_mask=torch.ones(4, 1, 32, 32, dtype=torch.bool).triu(1), output="hidden_states")
     assert torch.equal(balance.counts(), counts) and float(balance.parts()["loss_router"]) == first
+
+
+def test_a_dense_model_has_neither_routes_nor_options_of_routers() -> None:
+    model = build_hf_causal_lm(HFModelArgs(hf_assets_path=str(TINY_OLMO)))
+    assert "router" not in model.config.to_json_string()
+    balance = balance_of(model)
+    balance.begin(plan_of(torch.zeros(2, 4), 2), lambda *_: pytest.fail("nothing is to be counted"))
+    assert balance.routes() is None and balance.weighted() == [] and balance.parts() == {}
 
 
 def test_figures_of_the_load_are_those_of_a_naive_count() -> None:
