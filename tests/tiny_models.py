@@ -93,10 +93,10 @@ CONFIGS["gemma3-multimodal"] = Gemma3Config(
 )
 
 _TWO_LAYERS = {**_SHAPE, "num_hidden_layers": 2, "num_key_value_heads": 2}
-_EIGHT = {"moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 2}
+_TWO_EACH = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
+_EIGHT = {**_TWO_EACH, "num_experts": 8}
 _FOUR = {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2}
-_ROUTED = {**_EIGHT, "n_routed_experts": 8, "n_shared_experts": 1, "topk_group": 1, "first_k_dense_replace": 1}
-del _ROUTED["num_experts"]
+_ROUTED = {**_TWO_EACH, "n_routed_experts": 8, "n_shared_experts": 1, "topk_group": 1, "first_k_dense_replace": 1}
 _LATENT = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 
 # Mixtures of experts; with shared experts, with biases of the router, with first layers that are dense.
