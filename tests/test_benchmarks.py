@@ -11,7 +11,7 @@ import pytest
 from tests.benchmarks import __main__ as runner
 from tests.benchmarks import startup
 from tests.benchmarks.common import Table, into_page, quartiles, ratios, spread, verdict
-from tests.benchmarks.jobs import Shape, give_host_the_shape
+from tests.benchmarks.jobs import MixtureShape, Shape, give_host_the_shape
 from tests.ranks import REPOSITORY
 
 PAGE = "# Title\n\n<!-- table: startup -->\nold\n<!-- end of table -->\n\nkept\n<!-- table: other -->\nas it was\n<!-- end of table -->\n"
@@ -51,7 +51,7 @@ def test_the_page_has_a_row_for_every_table() -> None:
     rows = re.findall(r"^\| ([a-z]+): `([a-z0-9-]+)` \|", page, re.MULTILINE)
     assert {topic for topic, _ in rows} == set(runner.TOPICS)
     assert {name for _, name in rows} == made - {"steps-device"}  # which has not been measured
-    assert len(rows) == 12
+    assert len(rows) == 16
 
 
 def test_numbers() -> None:
@@ -74,3 +74,30 @@ def test_the_host_gets_the_same_shape(hidden: int, intermediate: int) -> None:
     with torch.device("meta"):
         model = Transformer(llama3_args.pop("bench"))
     assert model.layers["0"].feed_forward.w1.weight.shape == (intermediate, hidden)
+
+
+def test_the_host_gets_the_same_mixture() -> None:
+    import torch
+    from torchtitan.models.qwen3 import Qwen3StateDictAdapter, qwen3_args
+    from torchtitan.models.qwen3.model.model import Qwen3Model
+    from transformers import AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+
+    shape = MixtureShape(2, 64, 48, 4, 264, 1, 32, kv_heads=2, head_dim=32, experts=8, chosen=3)
+    torch.manual_seed(0)
+    ours = AutoModelForCausalLM.from_config(shape.config())
+    before = torch.histc
+    try:
+        give_host_the_shape(shape, "unused")
+        args = qwen3_args.pop("bench")
+        with torch.device("meta"):
+            host = Qwen3Model(args)
+        with torch.no_grad():
+            host.to_empty(device="cpu").init_weights(torch.device("cpu"))
+        stored = revert_weight_conversion(ours, ours.state_dict())
+        host.load_state_dict(Qwen3StateDictAdapter(args, None).from_hf(stored))
+        tokens = torch.randint(264, (2, 32))
+        with torch.no_grad():
+            assert torch.allclose(host(tokens), ours(tokens).logits, atol=1e-5)
+    finally:
+        torch.histc = before

@@ -112,8 +112,9 @@ def _require_finite(piece: _Piece, values: Tensor, check_finite: bool) -> None:
         return
     if not check_finite and torch.finfo(values.dtype).max <= torch.finfo(local.dtype).max:
         return
-    # One cheap pass over good weights: a sum is finite only if every element is.
-    if math.isfinite(local.sum(dtype=torch.float32).item()) or bool(torch.isfinite(local).all()):
+    # One cheap pass over good weights: a sum is finite only if every element is. It is in the parameter's own dtype, because torch
+    # on CPU sums in another one by way of a copy.
+    if math.isfinite(local.sum().item()) or bool(torch.isfinite(local).all()):
         return
     if bool(torch.isfinite(values).all()):
         raise SeedError(f"{piece} ({values.dtype}) overflows {local.dtype}; set training.dtype to a wider type")

@@ -10,10 +10,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from flame_ext.host.device import prepare_host
 from tests.benchmarks.common import DEBUG_TOML, REPOSITORY, TINY_OLMO, cpu_seconds, peak_gib, rank_environment
@@ -35,6 +35,39 @@ class Shape:
     batch: int
     seq_len: int
 
+    peer: ClassVar[str] = "llama3"  # torchtitan's model of this kind
+
+    def config(self) -> Any:
+        """Of the Hugging Face model, untied as torchtitan's is."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(**self._of_both(), intermediate_size=self.intermediate)
+
+    def peer_args(self) -> Any:
+        """Of torchtitan's model."""
+        from torchtitan.models.llama3.model.args import TransformerModelArgs
+
+        return TransformerModelArgs(
+            dim=self.hidden,
+            n_layers=self.layers,
+            n_heads=self.heads,
+            vocab_size=self.vocabulary,
+            # Its width is rounded up, from a third of eight times the hidden size.
+            multiple_of=8,
+            ffn_dim_multiplier=(self.intermediate - 1) / (8 * self.hidden // 3),
+        )
+
+    def _of_both(self) -> dict[str, Any]:
+        return {
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "max_position_embeddings": max(512, self.seq_len),
+            "tie_word_embeddings": False,
+            **{"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1},
+        }
+
     @property
     def tokens(self) -> int:
         return self.batch * self.seq_len
@@ -42,6 +75,58 @@ class Shape:
     def __str__(self) -> str:
         model = f"{self.layers} layers of {self.hidden} ({self.heads} heads, {self.intermediate}), {self.vocabulary:,} tokens"
         return f"{model}, {self.batch} x {self.seq_len} a step"
+
+
+@dataclass(frozen=True)
+class MixtureShape(Shape):
+    """A Qwen3 mixture of experts, ``intermediate`` wide each, and a batch."""
+
+    kv_heads: int
+    head_dim: int
+    experts: int
+    chosen: int
+
+    peer: ClassVar[str] = "qwen3"
+
+    def config(self) -> Any:
+        from transformers import Qwen3MoeConfig
+
+        return Qwen3MoeConfig(
+            **self._of_both(),
+            **{
+                "num_key_value_heads": self.kv_heads,
+                "head_dim": self.head_dim,
+                "rope_theta": 1e6,
+                "rms_norm_eps": 1e-6,
+            },
+            **{"moe_intermediate_size": self.intermediate, "num_experts": self.experts},
+            **{"num_experts_per_tok": self.chosen, "norm_topk_prob": True},
+        )
+
+    def peer_args(self) -> Any:
+        """Of torchtitan's debug model, without biases of its routers and in the dtype of its weights, which ``grouped_mm`` is not."""
+        from torchtitan.models.qwen3 import qwen3_args
+
+        like = qwen3_args["debugmodel_moe"]
+        moe = replace(
+            like.moe_args,
+            **{"num_experts": self.experts, "top_k": self.chosen, "use_grouped_mm": False, "load_balance_coeff": None},
+        )
+        return replace(
+            like,
+            **{"dim": self.hidden, "n_layers": self.layers, "n_heads": self.heads, "n_kv_heads": self.kv_heads},
+            **{"head_dim": self.head_dim, "vocab_size": self.vocabulary, "moe_inter_dim": self.intermediate},
+            moe_args=moe,
+        )
+
+    def __str__(self) -> str:
+        model = (
+            f"{self.layers} layers of {self.hidden} ({self.heads} heads of {self.head_dim}, {self.kv_heads} for keys), "
+        )
+        model += (
+            f"{self.experts} experts of {self.intermediate}, {self.chosen} for each token, {self.vocabulary:,} tokens"
+        )
+        return f"{model}, {self.batch} x {self.seq_len} a micro-batch"
 
 
 @dataclass(frozen=True)
@@ -53,49 +138,42 @@ class Job:
 
 
 def save_backbone(folder: Path, shape: Shape) -> Path:
-    """A random Hugging Face Llama of that shape, untied as torchtitan's is, with the tiny OLMo's tokenizer."""
-    from transformers import LlamaConfig
-
+    """A random Hugging Face model of that shape, with the tiny OLMo's tokenizer."""
     from tests.benchmarks.seeding import make_checkpoint
 
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        max_position_embeddings=max(512, shape.seq_len),
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
-    make_checkpoint(folder, config)
+    make_checkpoint(folder, shape.config())
     return folder
 
 
 def give_host_the_shape(shape: Shape, text: str) -> None:
-    """torchtitan's llama3 in a flavor ``bench``, and ``text``, a folder of JSON lines, in the place of its test data."""
+    """torchtitan's model in a flavor ``bench``, and ``text``, a folder of JSON lines, in the place of its test data."""
     from torchtitan.hf_datasets.text_datasets import DATASETS
-    from torchtitan.models.llama3 import llama3_args
-    from torchtitan.models.llama3.model.args import TransformerModelArgs
+    from torchtitan.protocols.train_spec import get_train_spec
 
-    llama3_args["bench"] = TransformerModelArgs(
-        dim=shape.hidden,
-        n_layers=shape.layers,
-        n_heads=shape.heads,
-        vocab_size=shape.vocabulary,
-        # Its width is rounded up, from a third of eight times the hidden size.
-        multiple_of=8,
-        ffn_dim_multiplier=(shape.intermediate - 1) / (8 * shape.hidden // 3),
-    )
+    if isinstance(shape, MixtureShape):
+        count_integers_on_cpu()
+    get_train_spec(shape.peer).model_args["bench"] = shape.peer_args()  # type: ignore[index]
     DATASETS["c4_test"].path = text
+
+
+def count_integers_on_cpu() -> None:
+    """Let torchtitan's routers count tokens on a CPU: by ``bincount``, since torch has no histogram of integers there."""
+    import torch
+
+    histogram = torch.histc
+
+    def histc(values: torch.Tensor, bins: int, **limits: int) -> torch.Tensor:
+        if values.is_floating_point() or values.device.type != "cpu":
+            return histogram(values, bins=bins, **limits)
+        return torch.bincount(values, minlength=bins)
+
+    torch.histc = histc  # type: ignore[assignment]
 
 
 def host_options(shape: Shape, folder: str) -> list[str]:
     """The debug job's options, as far as torchtitan has them."""
     return [
-        *("--model.name=llama3", "--model.flavor=bench", f"--model.hf_assets_path={TINY_OLMO}"),
+        *(f"--model.name={shape.peer}", "--model.flavor=bench", f"--model.hf_assets_path={TINY_OLMO}"),
         *(f"--training.local_batch_size={shape.batch}", f"--training.seq_len={shape.seq_len}"),
         *("--training.dataset=c4_test", "--training.steps=60", "--training.mixed_precision_param=float32"),
         *("--optimizer.lr=1e-3", "--optimizer.implementation=foreach", "--activation_checkpoint.mode=none"),

@@ -29,7 +29,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +39,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, OlmoConfig, OlmoeConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, OlmoConfig, PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from tests.benchmarks.common import REPOSITORY, TINY_OLMO, Table, quartiles, ratios, spread, verdict
@@ -57,20 +56,6 @@ OLMO_1B = OlmoConfig(
     eos_token_id=50279,
     pad_token_id=1,
 )
-# As many bytes, nearly all of them in 1,536 matrices of experts and more, which the model stacks.
-MIXTURE_1B = OlmoeConfig(
-    vocab_size=50304,
-    hidden_size=1024,
-    intermediate_size=640,
-    num_hidden_layers=16,
-    num_attention_heads=16,
-    num_key_value_heads=16,
-    num_experts=32,
-    num_experts_per_tok=4,
-    eos_token_id=50279,
-    pad_token_id=1,
-)
-MIXTURE = "mixture"  # The label of its cases
 FILES = 4
 
 
@@ -87,7 +72,8 @@ def make_checkpoint(folder: Path, config: PreTrainedConfig = OLMO_1B) -> None:
         file = f"model-{number + 1:05d}-of-{FILES:05d}.safetensors"
         tensors = {}
         for name in names[number * len(names) // FILES : (number + 1) * len(names) // FILES]:
-            tensors[name] = torch.empty(shapes[name], dtype=torch.bfloat16).normal_(std=0.02)
+            tensor = torch.empty(shapes[name], dtype=torch.bfloat16)
+            tensors[name] = tensor.fill_(1) if tensor.ndim == 1 else tensor.normal_(std=0.02)  # those of norms
             weight_map[name] = file
         save_file(tensors, folder / file, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": weight_map}
@@ -184,16 +170,15 @@ def rank_main(folder: Path, dump_folder: str) -> None:
     dist.destroy_process_group()  # its threads, if they are still there, abort the process at its end
 
 
-def launch(processes: int, *command: str) -> Peak:
-    """Run under torchrun; returns the memory of its ranks."""
+def launch(processes: int, *command: str, watch: bool = True) -> Peak:
+    """Run under torchrun; returns the memory of its ranks, which takes a core to watch."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen([*torchrun, *command], cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
         peak = Peak()
-        watcher = threading.Thread(target=_watch_memory, args=(process, peak))
-        watcher.start()
+        if watch:
+            _watch_memory(process, peak)
         process.wait()
-        watcher.join()
         if process.returncode:
             log.seek(0)
             raise SystemExit(f"{command} failed:\n{log.read()[-3000:]}")
@@ -244,13 +229,11 @@ def with_layers(layers: int, **changes: int) -> OlmoConfig:
 
 
 def cases(quick: bool) -> list[Case]:
-    """OLMo-1B, and a half and a quarter of its layers, on 1, 2 and 4 ranks; and a mixture of experts of its size."""
+    """OLMo-1B, and a half and a quarter of its layers, on 1, 2 and 4 ranks."""
     if quick:
         tiny = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
-        mixture = OlmoeConfig(**tiny, vocab_size=512, num_hidden_layers=2, num_experts=4, num_experts_per_tok=2)
-        dense = [Case("tiny", with_layers(2, **tiny, vocab_size=512), processes) for processes in (1, 2)]
-        return [*dense, Case(MIXTURE, mixture, 1)]
-    models = {f"OLMo-1B, {layers} layers": with_layers(layers) for layers in (16, 8, 4)} | {MIXTURE: MIXTURE_1B}
+        return [Case("tiny", with_layers(2, **tiny, vocab_size=512), processes) for processes in (1, 2)]
+    models = {f"OLMo-1B, {layers} layers": with_layers(layers) for layers in (16, 8, 4)}
     return [Case(label, config, processes) for label, config in models.items() for processes in (1, 2, 4)]
 
 
@@ -311,13 +294,6 @@ def tables(found: list[dict[str, Any]], offline: list[dict[str, Any]]) -> list[T
         + " "
         + verdict("The offline way to seeding, one rank", faster, 20, at_most=False)
     )
-    per_byte = {
-        row["case"]: quartiles(row["seeding"])[1] / row["source_bytes"]
-        for row in reversed(found)
-        if row["processes"] == 1
-    }
-    ratio = per_byte[MIXTURE] / per_byte[first["case"]]
-    notes.append(verdict("The mixture to the dense model, a byte on one rank", ratio, 1.3))
     return [Table("seeding", columns, cells, notes, {"rows": found, "offline": offline})]
 
 

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate, product
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, OlmoeConfig
 
 from flame_ext.errors import SeedError
 from flame_ext.model.initialisation import Uniform
 from flame_ext.seeding.accounting import account
+from flame_ext.seeding.names import in_model_names
 from flame_ext.seeding.new_parameters import initialise
 from flame_ext.seeding.read import logged_progress, read_weights
 from flame_ext.seeding.sources.open import open_source
+from flame_ext.tools.architecture import load_architecture
 from tests.ranks import run_ranks
 from tests.sources import save_dcp
 
@@ -152,6 +159,74 @@ def test_reading_takes_no_memory_beside_the_shards(tmp_path: Path, layout: str) 
         added, nbytes = rank.value
         assert nbytes == 6 * 8 * MIB, "its own half of each tensor"
         assert added <= 2 * 32 * MIB, f"{added / MIB:.1f} MiB"
+
+
+EXPERT = 1024 * 256 * 2  # bytes of one matrix of an expert as stored, in bfloat16
+
+
+def save_mixture(folder: Path) -> Path:
+    """One layer of 8 experts, in bfloat16, one tensor for each expert and matrix; nothing else is as large."""
+    shape = {
+        "vocab_size": 264,
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_attention_heads": 4,
+        "eos_token_id": 0,
+    }
+    config = OlmoeConfig(**shape, num_hidden_layers=1, num_key_value_heads=4, num_experts=8, num_experts_per_tok=2)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def allocated(run: Callable[[], object], mapped: int) -> int:
+    """The most bytes of tensors that a function has allocated at one time, torch's own copies inside of operations included.
+
+    A file that is mapped counts as an allocation for the profiler; those of ``mapped`` bytes are left out.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
+    events = profiled.profiler.kineto_results.events()
+    changes = [event.nbytes() for event in events if event.name() == "[memory]" and abs(event.nbytes()) != mapped]
+    return max(accumulate(changes, initial=0))
+
+
+def allocated_by_reading(folder: str) -> dict[tuple[torch.dtype, int], tuple[int, bool]]:
+    """In a rank, for each dtype and sharded axis: bytes that reading allocates beside the shards, and whether the values are right."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo")
+    mesh, rank = init_device_mesh("cpu", (dist.get_world_size(),)), dist.get_rank()
+    architecture = load_architecture(Path(folder))
+    source = in_model_names(open_source(folder), architecture.names)
+    assert max(entry.nbytes for one in source.entries.values() for entry in one.stored_tensors) == EXPERT
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    found, mapped = {}, (Path(folder) / "model.safetensors").stat().st_size
+    for dtype, axis in product((torch.float32, torch.bfloat16), (0, 1)):
+        state = {
+            key: distribute_tensor(torch.full(shape, float("nan"), dtype=dtype), mesh, [Shard(axis)])
+            for key, shape in architecture.shapes.items()
+            if len(shape) > axis
+        }
+        most = allocated(partial(read_weights, source, state, {}, check_finite=True), mapped)
+        right = all(
+            torch.equal(tensor.to_local().float(), expected[key].chunk(2, axis)[rank]) for key, tensor in state.items()
+        )
+        found[dtype, axis] = most, right
+    dist.destroy_process_group()
+    return found
+
+
+def test_reading_experts_takes_less_than_one_of_their_tensors(tmp_path: Path) -> None:
+    """The claim is at most two beside the shards; a view of the file, cast into its place and summed there, takes none."""
+    folder = save_mixture(tmp_path / "source")
+    for rank in run_ranks(allocated_by_reading, 2, str(folder), folder=tmp_path / "ranks"):
+        assert rank.exit_code == 0, rank.output
+        for case, (most, right) in rank.value.items():
+            assert right, case
+            assert most < EXPERT, f"{case}: {most / EXPERT:.2f} tensors"
 
 
 class LargestTensor(TorchDispatchMode):

@@ -39,6 +39,9 @@ def inside(box: Box, outer: Box) -> tuple[slice, ...]:
 
 def tiles_exactly(box: Box, parts: Iterable[Box]) -> bool:
     """Return whether every element of ``box`` lies in exactly one of ``parts``, and nothing lies outside; in linear time."""
+    parts = [*parts]
+    if parts == [box]:
+        return True
     # The corners of a box, with the sign of their parity, are the differences along all dimensions of its indicator function,
     # and determine it: two sums of indicator functions are equal if the sums of their corners are.
     corners: Counter[tuple[int, ...]] = Counter()
