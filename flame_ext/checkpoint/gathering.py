@@ -1,5 +1,6 @@
 """Brings tensors, of which each rank holds boxes, to the main rank, one at a time."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -7,14 +8,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flame_ext.distributed import failing_together
+from flame_ext.distributed import failing_together, is_main_rank
 from flame_ext.errors import CheckpointError
+from flame_ext.objective.chunks import chunks
 from flame_ext.seeding.sources.boxes import Box, full_box, inside, intersection, local_part, tiles_exactly, volume
 from flame_ext.seeding.sources.traced import TracedTensor
 
+# Bytes that travel at a time, beside which only the main rank holds the tensor.
+_AT_ONCE = 2**26
+
 
 class BoxGatherer:
-    """Gathers the elements that make up a tensor of a file; no rank holds more than that tensor beside its own state.
+    """Gathers the elements that make up a tensor of a file, which the main rank alone holds whole.
 
     Building it is a collective over all ranks, and so is each call, with the same tensor on all of them.
 
@@ -34,21 +39,32 @@ class BoxGatherer:
 
     @torch.no_grad()
     def __call__(self, tensor: TracedTensor) -> Tensor:
-        """Returns a tensor that is made of the state's, cast to its own dtype, on the main rank; on the others, the result is to
-        be dropped.
-        """
-        full = torch.zeros(tensor.shape, dtype=tensor.dtype, device=self._device)
+        """Returns a tensor that is made of the state's, cast to its own dtype, on the main rank; others are to drop the result."""
+        shape = tuple(tensor.shape)
+        whole = torch.empty(shape if is_main_rank() else 0, dtype=tensor.dtype, device=self._device)
+        if not shape:
+            return self._gathered(tensor, ())
+        row = max(1, math.prod(shape[1:]) * tensor.dtype.itemsize)
+        for rows in chunks(shape[0], max(1, _AT_ONCE // row)):
+            values = self._gathered(tensor, ((rows.start, rows.stop), *full_box(shape[1:])))
+            if is_main_rank():
+                whole[rows] = values
+        return whole
+
+    def _gathered(self, tensor: TracedTensor, window: Box) -> Tensor:
+        """The elements of a box of the tensor, on the main rank. Collective."""
+        found = torch.zeros([end - begin for begin, end in window], dtype=tensor.dtype, device=self._device)
         for part in tensor.parts:
-            if part.of not in self._given:
+            if part.of not in self._given or (inner := part.within(window)) is None:
                 continue
             local, box = self._given[part.of]
-            if (common := intersection(box, part.box_of)) is not None:
-                values = part.arranged(local[inside(common, box)]).to(tensor.dtype)
-                full[inside(part.placed(common), full_box(full.shape))] = values.to(self._device)
+            if (common := intersection(box, inner.box_of)) is not None:
+                values = inner.arranged(local[inside(common, box)]).to(tensor.dtype)
+                found[inside(inner.placed(common), window)] = values.to(self._device)
         if dist.is_initialized() and dist.get_world_size() > 1:
             # Every byte comes from one rank and is zero on the others, so that the sum is that rank's, whatever it means.
-            dist.reduce(full.view(-1).view(torch.uint8), dst=0)
-        return full
+            dist.reduce(found.view(-1).view(torch.uint8), dst=0)
+        return found
 
 
 def _shared_out(boxes: Mapping[str, Box], shapes: Mapping[str, Sequence[int]]) -> list[str]:

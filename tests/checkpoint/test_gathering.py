@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from flame_ext.checkpoint import gathering
 from flame_ext.checkpoint.gathering import BoxGatherer
 from flame_ext.errors import CheckpointError
 from flame_ext.seeding.sources.traced import TracedTensor
 from tests.ranks import run_ranks
+from tests.seeding.test_read import LargestTensor
 
 EXPERTS = torch.randn(5, 6, 3, generator=torch.Generator().manual_seed(0))
 EXPERTS[2, 1, 0], EXPERTS[4, 0, 0] = -0.0, float("nan")
@@ -36,7 +39,9 @@ def gather_all() -> dict[str, torch.Tensor]:
     gather = BoxGatherer(state, shapes, torch.device("cpu"))
     whole = {key: TracedTensor.whole(shape, torch.float32, key) for key, shape in shapes.items()}
     pieces = {f"{name}.{n}": whole[name].transpose(1, 2)[n] for name in ("experts", "along") for n in range(5)}
-    found = {key: gather(tensor) for key, tensor in (whole | pieces).items()}
+    with mock.patch.object(gathering, "_AT_ONCE", 100), LargestTensor() as largest:  # less than two experts
+        found = {key: gather(tensor) for key, tensor in (whole | pieces).items()}
+    assert rank == 0 or largest.nbytes <= 100
     found["half"] = gather(TracedTensor.whole(EXPERTS.shape, torch.bfloat16, "experts"))
     with pytest.raises(CheckpointError, match=r"'absent' cannot be exported: the ranks hold \[\] of \[2\]"):
         BoxGatherer(state, {**shapes, "absent": (2,)}, torch.device("cpu"))

@@ -236,7 +236,7 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result._base is None:
+        if isinstance(result, torch.Tensor) and not func.is_view:
             self.nbytes = max(self.nbytes, result.untyped_storage().nbytes())
         return result
 
