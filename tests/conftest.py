@@ -17,9 +17,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
 
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 import flame_ext  # noqa: E402, F401  (before torchtitan)
 from tests.ranks import TrainRun, train  # noqa: E402
+
+# How long an example takes depends on what else the machine does.
+settings.register_profile("flame_ext", deadline=None)
+settings.load_profile("flame_ext")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
