@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,21 +24,18 @@ from flame_ext.model.local_parameters import with_local_parameters
 
 _STACKED = "grouped_gemm"  # the word of transformers' plans for a parameter whose first axis counts experts
 
-# What activation checkpointing and compilation put into the names of modules.
-_WRAPPER = re.compile(r"(_checkpoint_wrapped_module|_orig_mod)\.|\.(_checkpoint_wrapped_module|_orig_mod)$")
-
 
 def stacked_experts(model: HFCausalLM) -> dict[str, Any]:
     """Returns the modules that hold a layer's experts stacked, by name: those of transformers' plan (``base_model_ep_plan``).
 
-    Without a plan they are the modules with parameters of three axes, of which all have ``num_experts`` rows.
+    The model is one before parallelisms are applied. Without a plan they are the modules with parameters of three axes, of which
+    all have ``num_experts`` rows.
     """
     plan = getattr(model, "_ep_plan", None) or {}
     planned = {name.rpartition(".")[0] for name, word in plan.items() if word == _STACKED}
-    modules = {_WRAPPER.sub("", name): module for name, module in model.named_modules()}
     if planned:
-        return {n: m for n, m in modules.items() if replace_layer_number_by_wildcard(n) in planned}
-    return {name: module for name, module in modules.items() if _is_stacked(module)}
+        return {n: m for n, m in model.named_modules() if replace_layer_number_by_wildcard(n) in planned}
+    return {name: module for name, module in model.named_modules() if _is_stacked(module)}
 
 
 def expert_parallel_problems(model: HFCausalLM, degree: int, shards: int) -> list[str]:
@@ -79,13 +75,13 @@ def apply_expert_parallel(model: HFCausalLM, mesh: DeviceMesh, tp_mesh: DeviceMe
     """
     for module in stacked_experts(model).values():
         module.num_experts = module.num_experts // mesh.size()  # its code is that of the experts which it holds
-        for name, parameter in list(module.named_parameters(recurse=False)):
+        parameters = dict(module.named_parameters(recurse=False))
+        for name, parameter in parameters.items():
             sharded = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
             module.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
-        names = tuple(name for name, _ in module.named_parameters(recurse=False))
         module_class: Any = type(module)
         dispatched: Any = _with_dispatch(module_class)
-        module.__class__ = with_local_parameters(dispatched, names, gradient_is_partial=False)
+        module.__class__ = with_local_parameters(dispatched, tuple(parameters), gradient_is_partial=False)
         module.group, module.tp_mesh = mesh.get_group(), tp_mesh
     logger.info(f"Applied Expert Parallel to the model ({mesh.size()} ranks)")
 
@@ -149,14 +145,15 @@ class DispatchedExperts(nn.Module):
         ranks, local = dist.get_world_size(self.group), self.num_experts
         choices = top_k_index.reshape(-1)
         order = torch.argsort(choices, stable=True)  # pairs of token and choice by expert, so by the rank that holds it
-        # Number `ranks * local` is no expert: architectures skip a choice by it.
-        counts = torch.bincount(choices, minlength=ranks * local + 1)[
-            : ranks * local
-        ]  # by expert, of this rank's pairs
-        arriving = _exchange(counts, [local] * ranks, [local] * ranks, self.group).view(
-            ranks, local
-        )  # by rank and own expert
-        sent, received = torch.stack([counts.view(ranks, local).sum(1), arriving.sum(1)]).tolist()  # pairs by rank
+        counts = torch.bincount(choices, minlength=ranks * local + 1)
+        if len(counts) > ranks * local + 1:
+            raise ValueError(f"expert {len(counts) - 1} was chosen, of {ranks * local}")
+        # This rank's pairs by rank and expert. The number after the last expert's is none: architectures skip a choice by it.
+        counts = counts[:-1].view(ranks, local)
+        arriving = _exchange(
+            counts, [1] * ranks, [1] * ranks, self.group
+        )  # pairs by the rank they come from and expert
+        sent, received = torch.stack([counts.sum(1), arriving.sum(1)]).tolist()
         order = order[: sum(sent)]
         tokens = _Exchange.apply(hidden_states[order // top_k_index.shape[1]], received, sent, self.group)
         experts = torch.arange(local, device=choices.device).repeat(ranks)
@@ -184,8 +181,6 @@ def _with_dispatch(cls: Any) -> type[nn.Module]:
 
 def _is_stacked(module: nn.Module) -> bool:
     count, parameters = getattr(module, "num_experts", None), list(module.parameters(recurse=False))
-    if isinstance(module, DispatchedExperts):
-        count = module.num_experts * dist.get_world_size(module.group)
     return any(p.dim() > 2 for p in parameters) and all(p.dim() > 1 and len(p) == count for p in parameters)
 
 

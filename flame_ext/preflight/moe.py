@@ -10,7 +10,7 @@ from flame_ext.config.sections import FlameJobConfig, Moe
 from flame_ext.errors import ConfigError
 from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
 from flame_ext.model.routing import CORRECTION_BIAS
-from flame_ext.preflight.parallelism import sharded
+from flame_ext.preflight.parallelism import sharding_ranks
 
 _SIZES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -42,7 +42,7 @@ def check_mixture(config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterat
             "be compiled: take moe.experts_implementation = 'auto' if that is another one here, or leave 'model' out of compile.components"
         )
     trained = {p.dtype: name for name, p in model.named_parameters() if p.requires_grad}
-    if len(trained) > 1 and sharded(config):
+    if len(trained) > 1 and sharding_ranks(config) > 1:
         other = next(name for dtype, name in trained.items() if dtype != TORCH_DTYPE_MAP[config.training.dtype])
         yield (
             f"training.dtype = {config.training.dtype!r} with {model.architecture}: it keeps {other} in float32, and FSDP takes parameters "

@@ -111,12 +111,6 @@ def sharding_ranks(config: FlameJobConfig) -> int:
     return (ranks // replicas if shards == -1 else shards) * max(1, options.context_parallel_degree)
 
 
-def sharded(config: FlameJobConfig) -> bool:
-    """Returns whether FSDP shards the model."""
-    ranks = data_parallel_ranks(config) or 1
-    return ranks * config.parallelism.context_parallel_degree > 1 and not replicated_alone(config)
-
-
 def _check_tensor(config: FlameJobConfig, degree: int) -> Iterator[str]:
     options, ranks = config.parallelism, data_parallel_ranks(config)
     replicas, shards = options.data_parallel_replicate_degree, options.data_parallel_shard_degree
