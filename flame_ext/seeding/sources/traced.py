@@ -203,8 +203,9 @@ def _unsqueeze(tensor: TracedTensor, dim: int) -> TracedTensor:
     return _insert(tensor, dim % (tensor.dim() + 1))
 
 
-def _squeeze(tensor: TracedTensor, dim: int | Sequence[int]) -> TracedTensor:
-    for d in sorted({d % tensor.dim() for d in ([dim] if isinstance(dim, int) else dim)}, reverse=True):
+def _squeeze(tensor: TracedTensor, dim: int | Sequence[int] | None = None) -> TracedTensor:
+    dims = range(tensor.dim()) if dim is None else [dim] if isinstance(dim, int) else dim
+    for d in sorted({d % tensor.dim() for d in dims}, reverse=True):
         tensor = _drop(tensor, d) if tensor.shape[d] == 1 else tensor
     return tensor
 
