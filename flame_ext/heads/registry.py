@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from flame_ext.config.head_options import at_least
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import CheckpointError, ConfigError
-from flame_ext.heads import action_layer, future_encoder, future_predictor
+from flame_ext.heads import action_layer, future_encoder, future_predictor, token_order
 from flame_ext.heads.names import HEAD_NAMES
 from flame_ext.heads.spec import LOSS_WEIGHT, HeadSection, HeadSpec
 from flame_ext.model.hf_causal_lm import AttachedHead, HFCausalLM
@@ -29,6 +29,7 @@ _heads: dict[str, HeadSpec] = {
     "future_encoder": future_encoder.HEAD,
     "future_predictor": future_predictor.HEAD,
     "action_layer": action_layer.HEAD,
+    "token_order": token_order.HEAD,
 }
 
 

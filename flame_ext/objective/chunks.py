@@ -5,6 +5,11 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_ELEMENTS = 1 << 24
+"""Elements of a chunk of logits: 64 MiB in float32."""
 
 
 def chunks(length: int, size: int) -> list[slice]:
@@ -16,3 +21,12 @@ def chunks(length: int, size: int) -> list[slice]:
 def compiled(function: Callable[..., Any], backend: str | None) -> Callable[..., Any]:
     """Compiles ``function`` for dynamic shapes, since the last chunk is smaller; returns it as it is if ``backend`` is None."""
     return function if backend is None else torch.compile(function, backend=backend, dynamic=True)
+
+
+def sum_over_chunks(function: Callable[[slice], Tensor], length: int, size: int) -> Tensor:
+    """Sums ``function`` of the chunks of ``length`` rows, each of which is computed again in the backward.
+
+    So what it makes of a chunk, such as logits in float32, is never in memory for two chunks at once.
+    """
+    parts = [checkpoint(function, rows, use_reentrant=False, preserve_rng_state=False) for rows in chunks(length, size)]
+    return torch.stack(parts).sum(0)

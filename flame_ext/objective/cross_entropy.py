@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from flame_ext.objective.chunks import chunks, compiled
+from flame_ext.objective.chunks import CHUNK_ELEMENTS, chunks, compiled
 
 IGNORE_INDEX = -100  # the label of a position that does not count, as in torch and torchtitan
-_CHUNK_ELEMENTS = 1 << 24  # of a chunk of rows in float32: 64 MiB
 
 
 class TokenLogProbs(NamedTuple):
@@ -174,4 +173,4 @@ def _spread(logits: Tensor, token_ids: Tensor, grad: Tensor) -> Tensor:
 
 
 def _chunks(logits: Tensor) -> list[slice]:
-    return chunks(logits.shape[0], max(1, _CHUNK_ELEMENTS // logits.shape[1]))
+    return chunks(logits.shape[0], max(1, CHUNK_ELEMENTS // logits.shape[1]))

@@ -1,4 +1,4 @@
-"""Sums and maxima over the positions that follow, without a loop over positions, documents or the batch."""
+"""What follows each position in its document, without a loop over positions, documents or the batch."""
 
 from collections.abc import Callable
 
@@ -32,6 +32,15 @@ def reduce_following(
             reduced = combine(reduced, _ahead(reduced, doc_ids, span, empty))
             span *= 2
     return result
+
+
+def upcoming_tokens(input_ids: Tensor, doc_ids: Tensor, window: int) -> Tensor:
+    """Returns the (B, T, W) tokens at t + 1 .. t + W of (B, T) ``input_ids``; -1 where the document of t has ended."""
+    steps = torch.arange(1, window + 1, device=input_ids.device)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[:, None] + steps
+    ahead = positions.clamp_max(input_ids.shape[1] - 1)
+    same = (positions < input_ids.shape[1]) & (doc_ids[:, ahead] == doc_ids[:, :, None])
+    return torch.where(same, input_ids[:, ahead], -1)
 
 
 def _ahead(values: Tensor, doc_ids: Tensor, steps: int, empty: float) -> Tensor:
