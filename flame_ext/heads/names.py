@@ -4,4 +4,4 @@ from flame_ext.config.head_options import HEAD_NAMES, is_head_key
 
 __all__ = ["HEAD_NAMES", "is_head_key"]
 
-HEAD_NAMES += ["future_encoder", "future_predictor", "action_layer", "token_order"]
+HEAD_NAMES += ["future_encoder", "future_predictor", "action_layer", "mtp", "token_order", "future_bag", "next_latent"]

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import field, fields, make_dataclass
 from typing import Any, get_type_hints
 
-import torch
 from torch import nn
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools.logging import logger
@@ -17,10 +16,10 @@ from transformers import PreTrainedConfig
 from flame_ext.config.head_options import at_least
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import CheckpointError, ConfigError
-from flame_ext.heads import action_layer, future_encoder, future_predictor, token_order
+from flame_ext.heads import action_layer, future_bag, future_encoder, future_predictor, mtp, next_latent, token_order
 from flame_ext.heads.names import HEAD_NAMES
 from flame_ext.heads.spec import LOSS_WEIGHT, HeadSection, HeadSpec
-from flame_ext.model.hf_causal_lm import AttachedHead, HFCausalLM
+from flame_ext.model.hf_causal_lm import AttachedHead, HFCausalLM, parameters_on_meta
 
 CONVERTER_NAME = "future_prediction"
 """The model converter that attaches the enabled heads."""
@@ -29,7 +28,10 @@ _heads: dict[str, HeadSpec] = {
     "future_encoder": future_encoder.HEAD,
     "future_predictor": future_predictor.HEAD,
     "action_layer": action_layer.HEAD,
+    "mtp": mtp.HEAD,
     "token_order": token_order.HEAD,
+    "future_bag": future_bag.HEAD,
+    "next_latent": next_latent.HEAD,
 }
 
 
@@ -100,7 +102,7 @@ def attach_heads(model: HFCausalLM, config: FlameJobConfig) -> None:
     if freezing_heads(config):
         model.requires_grad_(False)
     enabled, trained = enabled_heads(config), trained_heads(config)
-    with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
+    with parameters_on_meta(), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
         heads = {name: build_head(name, values) for name, values in head_arguments(config, model).items()}
     for name, head in heads.items():
         spec = enabled[name]

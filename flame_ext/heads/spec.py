@@ -109,6 +109,9 @@ class HeadBatch(NamedTuple):
     config: Any = None  # The job's configuration, with the section of every head
     embed: Callable[[Tensor], Tensor] | None = None
     """The backbone's input embedding, token ids (…) to vectors (…, D); None unless the spec ``uses_embedding``."""
+    unembed: Callable[[Tensor], Tensor] | None = None
+    """States after a final norm, (B, T, D), to logits (B, T, V), a DTensor under loss parallelism, by the backbone's own code; None
+    unless the spec ``uses_unembedding``."""
     future: FutureBatch | None = None  # None on a step without a teacher, on which heads that ``needs_future`` rest
     compile_backend: str | None = None  # The backend of ``torch.compile`` for a loss's arithmetic; None = not compiled
 
@@ -167,6 +170,9 @@ class HeadSpec:
 
     uses_embedding: bool = False
     """Whether the loss looks tokens up in the input embedding, which a pipeline's last stage then holds as well."""
+
+    uses_unembedding: bool = False
+    """Whether the loss makes logits of states of its own with the backbone's output embedding."""
 
     uses_logits: bool = True
     """Whether the loss reads ``batch.logits``. Tensor parallelism then gathers them instead of leaving them sharded."""

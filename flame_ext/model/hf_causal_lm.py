@@ -8,9 +8,11 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from torchtitan.protocols import BaseModelArgs
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightTransform
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from flame_ext.config.head_options import HeadOptimization
 from flame_ext.errors import ConfigError
@@ -280,6 +283,12 @@ class HFCausalLM(nn.Module):
             hook.remove()
         return compute(logits, captured.pop())
 
+    def logits_of(self, hidden_states: Tensor) -> Tensor:
+        """Maps (B, T, D) states to (B, T, V) logits by the architecture's own code after the final norm; within a forward."""
+        given = MoeModelOutputWithPast(last_hidden_state=hidden_states)
+        with mock.patch.object(self.base_model, "forward", return_value=given):
+            return super().forward(inputs_embeds=hidden_states, use_cache=False).logits
+
     def _attention_for(self, mask: Any) -> str:
         """Returns the name of the attention that takes ``mask``: the backbone's own for None."""
         masks = mask.values() if isinstance(mask, dict) else [mask]
@@ -296,9 +305,8 @@ def build_hf_causal_lm(model_args: HFModelArgs) -> HFCausalLM:
     Raises a ConfigError if the configuration is not that of a causal LM.
     """
     config = model_args.load()
-    handle = register_module_parameter_registration_hook(_to_meta)
     try:
-        with torch.device("cpu"):
+        with parameters_on_meta():
             model: Any = AutoModelForCausalLM.from_config(
                 config,
                 dtype=torch.get_default_dtype(),
@@ -314,8 +322,6 @@ def build_hf_causal_lm(model_args: HFModelArgs) -> HFCausalLM:
         raise ConfigError(
             f"model.hf_assets_path {model_args.hf_assets_path!r}: no causal LM can be built from config.json: {reason}"
         ) from e
-    finally:
-        handle.remove()
     # Read before the class changes, since transformers knows no conversions for a class from outside.
     model.weight_transforms = tuple(get_model_conversion_mapping(model))
     # The transforms that save_pretrained reverts: without renamings of old files, and without prefixes.
@@ -329,6 +335,17 @@ def build_hf_causal_lm(model_args: HFModelArgs) -> HFCausalLM:
     model.routing = prepare_routers(model, model_args.aux_loss_coef, model_args.freeze_router)
     model.remember_state()
     return model
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Lets modules be built with their parameters on meta, and their buffers, which may be in no state dict, real on the CPU."""
+    handle = register_module_parameter_registration_hook(_to_meta)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        handle.remove()
 
 
 def _freeze_beside_text(model: HFCausalLM) -> tuple[str, ...]:

@@ -73,7 +73,7 @@ class StudentLosses:
         parts = {"loss_ce": loss}
         tensors = (hidden_states, logits, self.inputs, self.labels, self.doc_ids)
         future = self._future(hidden_states, log_probs)
-        batch = HeadBatch(*tensors, self.plan.tokens, run.config, None, future, run.compile_backend)
+        batch = HeadBatch(*tensors, self.plan.tokens, run.config, future=future, compile_backend=run.compile_backend)
         for name, spec in run.heads.items():
             if spec.needs_future and batch.future is None:
                 continue
@@ -108,6 +108,8 @@ class StudentLosses:
         model = self.run.model
         if spec.uses_embedding:
             batch = batch._replace(embed=model.get_input_embeddings())
+        if spec.uses_unembedding:
+            batch = batch._replace(unembed=model.logits_of)
         values = spec.loss(model.get_submodule(name), batch)
         if not isinstance(values, dict):
             if values.ndim != 0:
