@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 # No hub and no surprises from the user's environment; before transformers is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,6 +21,7 @@ import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 import flame_ext  # noqa: E402, F401  (before torchtitan)
+from tests.layouts import steps  # noqa: E402
 from tests.ranks import TrainRun, train  # noqa: E402
 
 # How long an example takes depends on what else the machine does.
@@ -66,3 +68,17 @@ TEN_STEPS = ("--training.steps=10", "--lr_scheduler.total_steps=60", "--checkpoi
 def dump_folder(tmp_path: Path) -> Path:
     """A dump folder that does not exist yet."""
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for them, filled as they are asked for (:func:`tests.layouts.steps`)."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def single(
+    request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """The step of each of the module's ``JOBS`` in a single process, which has no use for what some of them ask for."""
+    return steps(models, tmp_path_factory.mktemp("single"), "single", request.module.JOBS)[0]
