@@ -116,8 +116,9 @@ def mtp_loss(head: Mtp, batch: HeadBatch) -> dict[str, Tensor]:
     embeddings = None
     if head.kind == "sequential":
         assert batch.embed is not None
-        with torch.no_grad():
-            embeddings = batch.embed(upcoming[:-1].clamp_min(0)).to(batch.hidden_states.dtype)
+        read = upcoming_tokens(batch.input_ids, torch.zeros_like(batch.doc_ids), len(head.blocks)).movedim(-1, 0)
+        with torch.no_grad():  # what is read after the end of the sequence is read for nothing
+            embeddings = batch.embed(read.clamp_min(0)).to(batch.hidden_states.dtype)
     states = head(batch.hidden_states, embeddings, _mask(batch))
     losses = [
         checkpoint(partial(_cross_entropy, batch), state, tokens, use_reentrant=False, preserve_rng_state=False)

@@ -23,7 +23,6 @@ from torchtitan.protocols import BaseModelArgs
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightTransform
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from flame_ext.config.head_options import HeadOptimization
 from flame_ext.errors import ConfigError
@@ -133,6 +132,7 @@ class HFCausalLM(nn.Module):
     computed_buffers: list[str]  # names of the buffers that are in no state dict (RoPE frequencies and the like)
     own_attention: str  # transformers' name of the attention that the backbone uses with its own masks
     context: ContextParallel | None = None  # splits sequences over ranks; None = they are whole
+    _result_class: type  # of what the backbone returns
     routing: Routing = Routing()  # the routers of the whole model; none in a dense one
     stage: Stage = Stage(0, 1)  # the whole model is the only stage
     of_whole: tuple[HFCausalLM, ...] = ()  # the whole model; in a tuple, so that it does not become a child
@@ -275,17 +275,19 @@ class HFCausalLM(nn.Module):
         if compute is None:
             return super().forward(**inputs).logits
         # The architecture's own forward may do more than lm_head(hidden), e.g. soft-capping: run it, and capture the hidden.
-        captured: list[Tensor] = []
-        hook = self.base_model.register_forward_hook(lambda _m, _i, result: captured.append(result.last_hidden_state))
+        captured: list[Any] = []
+        hook = self.base_model.register_forward_hook(lambda _m, _i, result: captured.append(result))
         try:
             logits = super().forward(**inputs).logits
         finally:
             hook.remove()
-        return compute(logits, captured.pop())
+        result = captured.pop()
+        self._result_class = type(result)
+        return compute(logits, result.last_hidden_state)
 
     def logits_of(self, hidden_states: Tensor) -> Tensor:
-        """Maps (B, T, D) states to (B, T, V) logits by the architecture's own code after the final norm; within a forward."""
-        given = MoeModelOutputWithPast(last_hidden_state=hidden_states)
+        """Maps (B, T, D) states to (B, T, V) logits by the architecture's own code after the final norm; for ``compute``."""
+        given = self._result_class(last_hidden_state=hidden_states)
         with mock.patch.object(self.base_model, "forward", return_value=given):
             return super().forward(inputs_embeds=hidden_states, use_cache=False).logits
 
