@@ -119,7 +119,7 @@ def mtp_loss(head: Mtp, batch: HeadBatch) -> dict[str, Tensor]:
         read = upcoming_tokens(batch.input_ids, torch.zeros_like(batch.doc_ids), len(head.blocks)).movedim(-1, 0)
         with torch.no_grad():  # what is read after the end of the sequence is read for nothing
             embeddings = batch.embed(read.clamp_min(0)).to(batch.hidden_states.dtype)
-    states = head(batch.hidden_states, embeddings, _mask(batch))
+    states = head(batch.hidden_states, embeddings, _mask(head, batch))
     losses = [
         checkpoint(partial(_cross_entropy, batch), state, tokens, use_reentrant=False, preserve_rng_state=False)
         for state, tokens in zip(states, upcoming[1:], strict=True)
@@ -133,11 +133,12 @@ def _cross_entropy(batch: HeadBatch, states: Tensor, tokens: Tensor) -> Tensor:
     return cross_entropy_loss(batch.unembed(states), labels, batch.compile_backend)
 
 
-def _mask(batch: HeadBatch) -> Tensor | None:
+def _mask(head: Mtp, batch: HeadBatch) -> Tensor | None:
     if not batch.config.data.document_attention:
         return None
     positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
-    return causal_mask(batch.doc_ids, 0, positions, positions)
+    (window,) = attention_windows(cast(MtpBlock, head.blocks[0]).decoder.config).values()
+    return causal_mask(batch.doc_ids, window, positions, positions)
 
 
 def _arguments(section: MtpSection, backbone: Any) -> dict[str, Any]:

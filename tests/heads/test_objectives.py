@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from flame_ext.analysis import load_future_heads
+from tests.faults.test_resume import saved
 from tests.layouts import assert_same_step, steps
+from tests.ranks import train
 
 HEADS = ("mtp", "token_order", "future_bag", "next_latent")
 ENABLED = [*(f"--{name}.enable" for name in HEADS), "--next_latent.steps=2", "--mtp.depth=2"]
@@ -41,3 +45,37 @@ def test_every_architecture_under_every_layout(models: Path, tmp_path: Path, lay
     for rank in steps(models, tmp_path, "single" if more else layout, jobs, *more):
         for name in jobs:
             assert_same_step(rank[name], expected[name])
+
+
+SHORT = ("--training.steps=2", "--lr_scheduler.total_steps=60")
+
+
+def test_they_are_exported_and_loaded_again(tmp_path: Path) -> None:
+    run = train(tmp_path / "run", *SHORT, *SEQUENTIAL, "--training.local_batch_size=4", world_size=2)
+    heads = load_future_heads(run.dump_folder / "hf" / "step-2")
+    weights = saved(run.dump_folder / "checkpoint" / "step-2")
+    assert set(heads) == {"future_encoder", "future_predictor", *HEADS}
+    for key, tensor in heads.state_dict().items():
+        assert torch.equal(tensor, weights[key].to(tensor.dtype)), key
+    states = torch.randn(1, 5, heads["token_order"].proj.in_features)
+    assert heads["token_order"](states).shape == (1, 5, heads["token_order"].proj.out_features)
+    assert heads["mtp"](states, torch.randn(2, *states.shape)).shape == (2, *states.shape)
+
+
+def test_at_weight_0_a_run_is_bit_for_bit_a_plain_one(tmp_path: Path) -> None:
+    plain = train(tmp_path / "plain", *SHORT)
+    resting = train(tmp_path / "resting", *SHORT, *ENABLED, *(f"--{name}.loss_weight=0" for name in HEADS))
+    for name in ("loss", "loss_ce", "loss_future", "grad_norm"):
+        assert resting.values(name) == plain.values(name), name
+    assert not {f"loss_{name}" for name in HEADS} & resting.metrics[-1].keys()
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("options", [ENABLED, SEQUENTIAL], ids=["parallel", "sequential"])
+def test_the_last_stage_of_a_pipeline_has_them(tmp_path: Path, options: list[str]) -> None:
+    single = train(tmp_path / "single", *SHORT, *options)
+    pipeline = ["--parallelism.pipeline_parallel_degree=2", "--parallelism.pipeline_parallel_schedule=1F1B"]
+    staged = train(tmp_path / "staged", *SHORT, *options, *pipeline, world_size=2)
+    for name in ("loss_ce", *(f"loss_{head}" for head in HEADS), "grad_norm"):
+        # Adam divides small gradients by themselves: a step on, roundings of 1e-7 are 1e-6.
+        assert staged.values(name) == pytest.approx(single.values(name), rel=1e-5), name
