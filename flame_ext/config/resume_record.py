@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from flame_ext.config.head_options import HEAD_NAMES
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError
 
@@ -67,6 +68,8 @@ def check_unchanged(then: dict[str, Any], now: dict[str, Any], allowed: list[str
     Raises ConfigError if an option has changed that is not allowed to, or if ``allowed`` names no recorded option.
     """
     then = _as_of_this_version(then, now)
+    absent = [head for head in HEAD_NAMES if not (then.get(f"{head}.enable") or now.get(f"{head}.enable"))]
+    then, now = _without_absent_heads(then, absent), _without_absent_heads(now, absent)
     names = sorted(name for name in {*then, *now} if not _is_harmless(name))
     allowed = list(filter(None, allowed))  # torchtitan parses "--checkpoint.allow_config_change=" as one empty name
     if problems := [_not_a_field(name, names) for name in allowed if name not in names]:
@@ -94,6 +97,14 @@ def _as_of_this_version(then: dict[str, Any], now: dict[str, Any]) -> dict[str, 
     files = {name for name in files if name.rpartition("/")[2] not in _FIRST_ASSETS and not name.endswith(".py")}
     headers = {name for name, value in then.items() if name.endswith(".tokens_dtype") and value == "uint16"}
     return then | {name: now[name] for name in files | {name for name in headers if now.get(name, 0) is None}}
+
+
+def _without_absent_heads(record: dict[str, Any], absent: list[str]) -> dict[str, Any]:
+    """Returns a record without the options of heads that are not attached, which have no effect, and their parameters' patterns."""
+    kept = {name: value for name, value in record.items() if name.partition(".")[0] not in absent}
+    if isinstance(patterns := kept.get("seed.new_parameters"), list):
+        kept["seed.new_parameters"] = [p for p in patterns if str(p).partition(".")[0] not in absent]
+    return kept
 
 
 def flat(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

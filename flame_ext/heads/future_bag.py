@@ -22,7 +22,7 @@ class FutureBagSection(WeightedHeadSection):
     """The head that predicts which tokens the next window holds (future summary prediction with a bag of tokens)."""
 
     window: int = 32
-    """How many following positions the bag is of."""
+    """How far ahead the bag reaches: it is of the tokens at t+2 .. t+window, since the language model predicts t+1 itself."""
 
 
 def bag_loss(scores: Tensor, upcoming: Tensor) -> Tensor:
@@ -42,8 +42,8 @@ def bag_loss(scores: Tensor, upcoming: Tensor) -> Tensor:
     of_tokens = scores.gather(1, upcoming.clamp_min(0)) * held
     counted = held.any(-1)
     loss = (F.softplus(scores).sum(-1) * counted).sum() - of_tokens.sum()
-    recall = (of_tokens.sigmoid() * held).sum(-1) / held.sum(-1).clamp_min(1)
-    return torch.stack([loss, recall.sum()])
+    probability = (of_tokens.sigmoid() * held).sum(-1) / held.sum(-1).clamp_min(1)
+    return torch.stack([loss, probability.sum()])
 
 
 class FutureBag(UpcomingTokensHead):
@@ -56,18 +56,18 @@ class FutureBag(UpcomingTokensHead):
         self.window = window
 
     def parameter_inits(self) -> dict[str, ParameterInit]:
-        """As of every head, but for the bias: every token has the probability of one of W out of V."""
-        probability = min(0.5, self.window / self.proj.out_features)
+        """As of every head, but for the bias: every token has the probability of one of W - 1 out of V."""
+        probability = min(0.5, (self.window - 1) / self.proj.out_features)
         return super().parameter_inits() | {"proj.bias": Constant(math.log(probability / (1 - probability)))}
 
 
 def future_bag_loss(head: FutureBag, batch: HeadBatch) -> dict[str, Tensor]:
-    """The loss of this micro-batch's positions, for each token of a window, over the labelled tokens of the step."""
-    upcoming = upcoming_tokens(batch.input_ids, batch.doc_ids, head.window)
-    loss, recall = head(batch.hidden_states, upcoming, batch.compile_backend).unbind()
+    """The loss of this micro-batch's positions, for each place in the bag, over the labelled tokens of the step."""
+    upcoming = upcoming_tokens(batch.input_ids, batch.doc_ids, head.window)[..., 1:]
+    loss, probability = head(batch.hidden_states, upcoming, batch.compile_backend).unbind()
     return {
-        "loss_future_bag": loss / (head.window * batch.tokens_in_step),
-        "future_bag_recall": recall / batch.tokens_in_step,
+        "loss_future_bag": loss / ((head.window - 1) * batch.tokens_in_step),
+        "future_bag_probability": probability / batch.tokens_in_step,
     }
 
 
@@ -77,7 +77,7 @@ def _arguments(section: FutureBagSection, backbone: Any) -> dict[str, Any]:
 
 def _check(config: FlameJobConfig) -> Iterator[str]:
     yield from at_least(
-        "future_bag", config.future_bag, {"window": (1, "the next token"), "loss_weight": (0, "0 = not computed")}
+        "future_bag", config.future_bag, {"window": (2, "t+2 alone"), "loss_weight": (0, "0 = not computed")}
     )
 
 
@@ -88,7 +88,7 @@ HEAD = HeadSpec(
     loss=future_bag_loss,
     uses_logits=False,
     check=_check,
-    shown=("future_bag_recall",),
+    shown=("future_bag_probability",),
     card_metrics=("loss_future_bag",),
     card_options=("loss_weight", "window"),
 )

@@ -39,7 +39,10 @@ class UpcomingTokensHead(Head):
             with torch.autocast(scores.device.type, enabled=False):
                 return loss(scores.float(), tokens[rows])
 
-        return sum_over_chunks(of_rows, len(tokens), max(1, CHUNK_ELEMENTS // self.proj.out_features))
+        width = max(
+            self.proj.out_features, 8 * tokens.shape[1]
+        )  # new_tokens takes a few numbers for each token to come
+        return sum_over_chunks(of_rows, len(tokens), max(1, CHUNK_ELEMENTS // width))
 
 
 def vocabulary_arguments(backbone: Any) -> dict[str, Any]:
@@ -50,5 +53,7 @@ def vocabulary_arguments(backbone: Any) -> dict[str, Any]:
 
 def new_tokens(upcoming: Tensor) -> Tensor:
     """Returns which of the (N, W) tokens to come are the first of their kind in their row; (N, W) bool."""
-    again = (upcoming[:, :, None] == upcoming[:, None, :]).tril(-1).any(-1)
-    return (upcoming >= 0) & ~again
+    ordered, places = upcoming.sort(dim=1, stable=True)
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return torch.zeros_like(first).scatter(1, places, first) & (upcoming >= 0)

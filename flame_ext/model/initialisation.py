@@ -30,6 +30,6 @@ def linear_inits(module: nn.Module) -> dict[str, ParameterInit]:
     """
     inits: dict[str, ParameterInit] = {}
     for key, parameter in module.named_parameters():
-        is_linear, other = parameter.ndim >= 2, Constant(1.0 if key.rpartition(".")[2] == "weight" else 0.0)
-        inits[key] = Uniform(math.sqrt(3.0 / parameter.shape[-1])) if is_linear else other
+        is_linear, other = parameter.ndim == 2, Constant(1.0 if key.rpartition(".")[2] == "weight" else 0.0)
+        inits[key] = Uniform(math.sqrt(3.0 / parameter.shape[1])) if is_linear else other
     return inits

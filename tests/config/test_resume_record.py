@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flame_ext.config.head_options import HEAD_NAMES
 from flame_ext.config.resume_record import asset_digests, check_unchanged, config_digest, config_record
 from flame_ext.config.sections import DataSource, FlameJobConfig
 from flame_ext.errors import ConfigError
@@ -59,6 +60,8 @@ def change(config: FlameJobConfig, name: str, value: Any = None) -> None:
 
 def record(*changed: str, degree: int = 4, assets: dict[str, str] | None = None, **values: Any) -> dict[str, Any]:
     config = CONFIG_CLASS()
+    for head in HEAD_NAMES:  # the options of others have no effect
+        getattr(config, head).enable = True
     for name in changed:
         change(config, name)
     for name, value in values.items():
@@ -259,3 +262,15 @@ def test_a_step_from_before_mixtures_goes_on() -> None:
     with pytest.raises(ConfigError, match=r"moe\.aux_loss_coef: then null, now 0\.1"):
         check_unchanged(now, now | {"moe.aux_loss_coef": 0.1}, [], "step-1")
     assert "moe.experts_implementation" not in now, "rounding only"
+
+
+def test_a_step_from_before_a_head_goes_on_without_it() -> None:
+    rest = {"token_order__enable": False}
+    now = record(**rest)
+    then = {name: value for name, value in now.items() if not name.startswith("token_order.")}
+    then["seed.new_parameters"] = [p for p in then["seed.new_parameters"] if p != "token_order.*"]
+    assert check_unchanged(then, now, [], "step-1") == []
+    assert check_unchanged(now, record("token_order.window", **rest), [], "step-1") == []
+    added = refusal(then, record())
+    assert "token_order.enable: then absent, now true" in added and "seed.new_parameters: then" in added
+    assert "token_order.enable: then true, now false" in refusal(record(), now)
