@@ -1,21 +1,25 @@
 """``[mtp]``: heads that predict the tokens after the next one, each by a decoder layer of the backbone's own kind."""
 
+import math
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from flame_ext.config.head_options import at_least
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.heads.spec import Head, HeadBatch, HeadSpec, WeightedHeadSection
+from flame_ext.hf_config import is_part_of_transformers
 from flame_ext.model.attention import BOOLEAN_ATTENTION, attention_options, attention_windows
-from flame_ext.model.initialisation import Constant, ParameterInit
+from flame_ext.model.hf_causal_lm import parameters_on_meta
+from flame_ext.model.initialisation import Constant, ParameterInit, Uniform
 from flame_ext.objective.cross_entropy import IGNORE_INDEX, cross_entropy_loss
 from flame_ext.objective.masks import causal_mask
 from flame_ext.objective.windows import upcoming_tokens
@@ -33,6 +37,13 @@ class MtpSection(WeightedHeadSection):
 
     depth: int = 1
     """The number k of heads: they predict the tokens at t+2 .. t+k+1."""
+
+
+class Within(NamedTuple):
+    """What keeps a layer within documents."""
+
+    mask: Tensor  # (B, 1, T, T) bool
+    positions: Tensor  # (B, T), from 0 in each document
 
 
 class MtpBlock(Head):
@@ -53,26 +64,39 @@ class MtpBlock(Head):
         self.decoder.set_input_embeddings(nn.Identity())
         self.own_attention = self.decoder.config._attn_implementation
 
-    def forward(self, hidden_states: Tensor, embeddings: Tensor | None, mask: Tensor | None) -> Tensor:
-        """(B, T, D) states and, if sequential, embeddings to (B, T, D); the mask is (B, 1, T, T) bool, None = causal."""
+    def forward(self, hidden_states: Tensor, embeddings: Tensor | None, within: Within | None) -> Tensor:
+        """(B, T, D) states and, if sequential, embeddings to (B, T, D); attention is causal, and ``within`` documents."""
         if self.sequential:
             assert embeddings is not None
             hidden_states = self.proj(torch.cat([self.state_norm(hidden_states), self.token_norm(embeddings)], dim=-1))
-        self.decoder.config._attn_implementation = self.own_attention if mask is None else BOOLEAN_ATTENTION
-        return self.decoder(inputs_embeds=hidden_states, attention_mask=mask, use_cache=False).last_hidden_state
+        self.decoder.config._attn_implementation = self.own_attention if within is None else BOOLEAN_ATTENTION
+        given = {} if within is None else {"attention_mask": within.mask, "position_ids": within.positions}
+        return self.decoder(inputs_embeds=hidden_states, use_cache=False, **given).last_hidden_state
 
     def parameter_inits(self) -> dict[str, ParameterInit]:
         """As of every head, with norms as their architecture begins them: some have weights around 0 rather than 1."""
         inits = super().parameter_inits()
         for name, module in self.decoder.named_modules():
             own = dict(module.named_parameters(recurse=False))
-            if not own or any(parameter.ndim != 1 for parameter in own.values()):
-                continue
-            fresh = deepcopy(module).to_empty(device="cpu")
-            self.decoder._init_weights(fresh)
-            for key, parameter in fresh.named_parameters(recurse=False):
-                inits[f"decoder.{name}.{key}"] = Constant(parameter.flatten()[0].item())
+            if isinstance(module, Conv1D):  # it has a column for each output
+                inits[f"decoder.{name}.weight"] = Uniform(math.sqrt(3.0 / module.weight.shape[0]))
+            elif own and all(parameter.ndim == 1 for parameter in own.values()):
+                inits |= {f"decoder.{name}.{key}": init for key, init in self._constants(module).items()}
+            else:
+                experts = {key: parameter for key, parameter in own.items() if parameter.ndim > 2}
+                axis = -2 if getattr(module, "is_transposed", False) else -1
+                inits |= {f"decoder.{name}.{k}": Uniform(math.sqrt(3.0 / p.shape[axis])) for k, p in experts.items()}
         return inits
+
+    def _constants(self, module: nn.Module) -> dict[str, ParameterInit]:
+        """The values with which the architecture begins a module of vectors; without those that are none."""
+        fresh = deepcopy(module).to_empty(device="cpu")
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            for parameter in fresh.parameters():
+                parameter.fill_(float("nan"))  # what stays so is not known to the architecture's code
+            self.decoder._init_weights(fresh)
+        found = {key: parameter.unique() for key, parameter in fresh.named_parameters(recurse=False)}
+        return {key: Constant(values.item()) for key, values in found.items() if len(values) == 1 and values.isfinite()}
 
 
 class Mtp(Head):
@@ -83,14 +107,14 @@ class Mtp(Head):
         self.kind = kind
         self.blocks = nn.ModuleList([MtpBlock(decoder, kind == "sequential") for _ in range(depth)])
 
-    def forward(self, hidden_states: Tensor, embeddings: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, embeddings: Tensor | None = None, within: Within | None = None) -> Tensor:
         """(B, T, D) states and, if sequential, (k, B, T, D) embeddings of the tokens at t+1 .. t+k to (k, B, T, D) states.
 
         The output embedding makes of the i-th the logits of the token at t+1+i.
         """
         states = []
         for number, block in enumerate(self.blocks):
-            state = block(hidden_states, None if embeddings is None else embeddings[number], mask)
+            state = block(hidden_states, None if embeddings is None else embeddings[number], within)
             states.append(state)
             if self.kind == "sequential":
                 hidden_states = state
@@ -119,7 +143,7 @@ def mtp_loss(head: Mtp, batch: HeadBatch) -> dict[str, Tensor]:
         read = upcoming_tokens(batch.input_ids, torch.zeros_like(batch.doc_ids), len(head.blocks)).movedim(-1, 0)
         with torch.no_grad():  # what is read after the end of the sequence is read for nothing
             embeddings = batch.embed(read.clamp_min(0)).to(batch.hidden_states.dtype)
-    states = head(batch.hidden_states, embeddings, _mask(head, batch))
+    states = head(batch.hidden_states, embeddings, _documents(head, batch))
     losses = [
         checkpoint(partial(_cross_entropy, batch), state, tokens, use_reentrant=False, preserve_rng_state=False)
         for state, tokens in zip(states, upcoming[1:], strict=True)
@@ -133,20 +157,30 @@ def _cross_entropy(batch: HeadBatch, states: Tensor, tokens: Tensor) -> Tensor:
     return cross_entropy_loss(batch.unembed(states), labels, batch.compile_backend)
 
 
-def _mask(head: Mtp, batch: HeadBatch) -> Tensor | None:
+def _documents(head: Mtp, batch: HeadBatch) -> Within | None:
     if not batch.config.data.document_attention:
         return None
     positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
     (window,) = attention_windows(cast(MtpBlock, head.blocks[0]).decoder.config).values()
-    return causal_mask(batch.doc_ids, window, positions, positions)
+    begins = torch.ones_like(batch.doc_ids, dtype=torch.bool)
+    begins[:, 1:] = batch.doc_ids[:, 1:] != batch.doc_ids[:, :-1]
+    first = torch.where(begins, positions, 0).cummax(dim=1).values
+    return Within(causal_mask(batch.doc_ids, window, positions, positions), positions - first)
 
 
 def _arguments(section: MtpSection, backbone: Any) -> dict[str, Any]:
-    config: PreTrainedConfig = deepcopy(backbone.config.get_text_config())
+    decoder = _one_layer(backbone.config.get_text_config())
+    return {"decoder": decoder, "kind": section.kind, "depth": section.depth}
+
+
+def _one_layer(config: PreTrainedConfig) -> dict[str, Any]:
+    config = deepcopy(config)
     config.num_hidden_layers = 1
     if kinds := getattr(config, "layer_types", None):
         config.layer_types = kinds[-1:]
-    return {"decoder": config.to_dict(), "kind": section.kind, "depth": section.depth}
+    if hasattr(config, "embedding_multiplier"):  # of embeddings, which the input is not
+        config.embedding_multiplier = 1.0
+    return config.to_dict()
 
 
 def _check(config: FlameJobConfig) -> Iterator[str]:
@@ -156,10 +190,33 @@ def _check(config: FlameJobConfig) -> Iterator[str]:
 
 
 def _check_model(_config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterator[str]:
+    text = hf_config.get_text_config()
+    if (problem := _problem(text)) is not None:
+        yield f"mtp.enable with {text.model_type!r}: its heads are decoder layers of the backbone's class, and {problem}; take token_order"
+
+
+def _problem(config: PreTrainedConfig) -> str | None:
+    """Says why a model of one layer of an architecture is no head; None if it is one. Builds it with parameters on meta."""
+    if not is_part_of_transformers(config):
+        return "its code is not part of transformers"
     try:
-        attention_windows(hf_config)
-    except ValueError as e:
-        yield f"mtp.enable with {hf_config.model_type!r}: its heads are decoder layers of attention, and {e}; take token_order"
+        attention_windows(config)
+        with parameters_on_meta():
+            block = MtpBlock(_one_layer(config), sequential=False)
+    except Exception as e:  # what an architecture makes of one layer may be anything
+        return f"a model of one layer cannot be built ({type(e).__name__}: {str(e)[:100]})"
+    layers = [module for module in block.decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == 1]
+    if not layers:
+        return "a model of one layer has another number of them"
+    inside = {id(parameter) for parameter in layers[0].parameters()}
+    positions = {
+        id(p) for module in block.decoder.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
+    }
+    for key, parameter in block.decoder.named_parameters():
+        if parameter.ndim > 1 and id(parameter) not in inside | positions:
+            return f"a model of one layer also has {key!r}"
+    kept = set(block.decoder.state_dict()) - {key for key, _ in block.decoder.named_parameters()}
+    return f"a layer has buffers that no source holds ({', '.join(sorted(kept))})" if kept else None
 
 
 HEAD = HeadSpec(

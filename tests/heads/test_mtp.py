@@ -9,11 +9,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import (
+    ApertusConfig,
+    AutoConfig,
+    AutoModel,
+    BertConfig,
+    GPTNeoConfig,
+    MambaConfig,
+    PreTrainedConfig,
+)
 
 from flame_ext.heads.mtp import HEAD, Mtp, mtp_loss
 from flame_ext.heads.spec import HeadBatch
-from tests.tiny_models import CONFIGS
+from tests.tiny_models import CONFIGS, MIXTURES
 
 
 def arguments(name: str, kind: str, depth: int) -> dict[str, Any]:
@@ -62,7 +70,7 @@ def naive(
 
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("kind", ["parallel", "sequential"])
-@pytest.mark.parametrize("name", ["olmo2", "qwen3-qk-norm"])
+@pytest.mark.parametrize("name", ["olmo2", "qwen3-qk-norm", "gpt2-learned-positions"])
 def test_loss_and_gradients_are_the_naive_ones(name: str, kind: str, documents: bool) -> None:
     torch.manual_seed(0)
     head, width, vocab_size = Mtp(**arguments(name, kind, 2)), CONFIGS[name].hidden_size, 11
@@ -101,9 +109,31 @@ def test_new_layers_begin_as_their_architecture_begins_norms(name: str) -> None:
         if "norm" in key.lower() or "ln_" in key:
             assert inits[f"blocks.0.decoder.{key}"].value == parameter.unique().item(), key
         elif parameter.ndim == 2 and f"blocks.0.decoder.{key}" in inits:
-            assert math.isclose(inits[f"blocks.0.decoder.{key}"].bound, math.sqrt(3 / parameter.shape[1]))
+            inputs = parameter.shape[0 if "c_" in key else 1]  # GPT-2's have a column for each output
+            assert math.isclose(inits[f"blocks.0.decoder.{key}"].bound, math.sqrt(3 / inputs)), key
 
 
 def test_the_backbone_has_no_part_in_the_head() -> None:
     head = Mtp(**arguments("olmo2", "parallel", 1))
     assert not any(parameter.shape[0] == CONFIGS["olmo2"].vocab_size for parameter in head.parameters())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (GPTNeoConfig(num_layers=2, attention_types=[[["global", "local"], 1]]), "cannot be built"),
+        (MambaConfig(num_hidden_layers=2, hidden_size=32), "cannot be built"),
+        (ApertusConfig(num_hidden_layers=2, hidden_size=32), "buffers that no source holds"),
+        (BertConfig(num_hidden_layers=2, is_decoder=True), "also has 'pooler.dense.weight'"),
+    ],
+)
+def test_an_architecture_whose_layer_is_no_head_is_refused(config: PreTrainedConfig, message: str) -> None:
+    (problem,) = HEAD.check_model(None, config)
+    assert (
+        message in problem and problem.startswith(f"mtp.enable with {config.model_type!r}") and "token_order" in problem
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS | MIXTURES)
+def test_the_architectures_that_are_tested_are_not(name: str) -> None:
+    assert not list(HEAD.check_model(None, (CONFIGS | MIXTURES)[name]))
