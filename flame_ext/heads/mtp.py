@@ -32,7 +32,7 @@ class MtpSection(WeightedHeadSection):
     kind: Literal["parallel", "sequential"] = "parallel"
     """
     'parallel' (Gloeckle et al. 2024): each head is a decoder layer on the last hidden state. 'sequential' (DeepSeek-V3):
-    each head's layer reads the state of the head before it and the embedding of the token that this one has predicted.
+    the i-th head's layer reads the state of the head before it and the embedding of the token at t+i.
     """
 
     depth: int = 1

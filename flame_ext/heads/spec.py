@@ -124,7 +124,10 @@ class HeadSpec:
     """
 
     build: Callable[..., nn.Module]
-    """The head (a :class:`Head`) from its arguments. Called on meta when training, and when an export is loaded."""
+    """
+    The head (a :class:`Head`) from its arguments. Called when training, with parameters on meta and buffers on the CPU, and when
+    an export is loaded.
+    """
 
     arguments: Callable[[Any, Any], dict[str, Any]]
     """
