@@ -76,7 +76,7 @@ class FutureTrainer(torchtitan.train.Trainer):
         self.reported = Reported(
             self.runner, config, dims, self.dataloader, self.gradients, self.balance, self.stopwatch, device
         )
-        self.metrics_processor.step_metrics, self.metrics_processor.shown = self.reported.metrics, shown_metrics()
+        self.metrics_processor.shown = shown_metrics()
         if config.validation.enable:
             self.validator.evaluate, self.validator.reduce = self._evaluate, self.reported.reduced
             self.validator.count_all(self.planner.count, self.planner.over_ranks)
@@ -140,9 +140,9 @@ class FutureTrainer(torchtitan.train.Trainer):
         self.balance.end(updated=math.isfinite(grad_norm))
         self.lr_schedulers.step()
         if self.metrics_processor.should_log(self.step):
-            mean, largest = self.reported.losses(losses, plan)
-            extra = {"n_tokens_seen": self.reported.tokens_seen(self.ntokens_seen), "lr": lr}
-            self.metrics_processor.log(self.step, mean, largest, grad_norm, extra_metrics=extra)
+            found = self.reported.figures(losses, plan, self.ntokens_seen, grad_norm)
+            extra = {"n_tokens_seen": found.tokens_seen, "lr": lr, **found.metrics}
+            self.metrics_processor.log(self.step, found.loss, found.largest_loss, grad_norm, extra_metrics=extra)
         self.gradients.require_progress(self.step)
 
     def forward_backward_step(

@@ -16,11 +16,9 @@ from flame_ext.heads.future_encoder import interval_factor, weight_in_step
 from flame_ext.heads.future_predictor import GatedMLP
 from flame_ext.heads.spec import LOSS_WEIGHT, Head, HeadBatch, HeadSection, HeadSpec
 from flame_ext.objective.action import action_losses, candidate_mask
+from flame_ext.objective.chunks import chunk_elements
 from flame_ext.objective.contrastive import info_nce
 from flame_ext.objective.cross_entropy import IGNORE_INDEX
-
-# Candidates that are predicted at a time: at most this many elements of the widest activation (64 MiB in float32).
-_CHUNK_ELEMENTS = 1 << 24
 
 
 @dataclass
@@ -95,7 +93,7 @@ class ActionLayer(Head):
         unit length. Returns (N, C) float32 cosines of predictions and summaries, and the (N, D) predictions for the true token.
         """
         width = embeddings.shape[1] * max(self.ffn_hidden_size, hidden_states.shape[1])
-        rows = max(1, _CHUNK_ELEMENTS // width)
+        rows = max(1, chunk_elements(embeddings.device) // width)
         chunks = zip(hidden_states.split(rows), embeddings.split(rows), summaries.split(rows), strict=True)
         parts = [
             checkpoint(self._score, *chunk, use_reentrant=False, preserve_rng_state=False)

@@ -91,8 +91,8 @@ class FutureBatch(NamedTuple):
     bank: KeyBank
     first_key: int  # Row of the bank where the b * T summaries of these sequences begin
     shift: int  # The prediction at t is compared with the summary at t + shift
-    pairs_in_step: float  # Number of pairs in the whole step, over all ranks and micro-batches
-    positions_in_step: float  # Number of positions with a future and a next token in the whole step
+    pairs_in_step: Tensor | float  # () number of pairs in the whole step, over all ranks and micro-batches
+    positions_in_step: Tensor | float  # () number of positions with a future and a next token in the whole step
 
 
 class HeadBatch(NamedTuple):
@@ -105,7 +105,7 @@ class HeadBatch(NamedTuple):
     doc_ids: (
         Tensor  # (B, T): equal where tokens are of one document; all 0 where neither dataloader nor EOS tokens tell
     )
-    tokens_in_step: float  # Number of labelled tokens in the whole step, over all ranks and micro-batches
+    tokens_in_step: Tensor  # () number of labelled tokens in the whole step, over all ranks and micro-batches
     config: Any = None  # The job's configuration, with the section of every head
     embed: Callable[[Tensor], Tensor] | None = None
     """The backbone's input embedding, token ids (…) to vectors (…, D); None unless the spec ``uses_embedding``."""

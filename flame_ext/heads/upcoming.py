@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flame_ext.heads.spec import Head
-from flame_ext.objective.chunks import CHUNK_ELEMENTS, compiled, sum_over_chunks
+from flame_ext.objective.chunks import chunk_elements, compiled, sum_over_chunks
 
 
 class UpcomingTokensHead(Head):
@@ -42,7 +42,7 @@ class UpcomingTokensHead(Head):
         width = max(
             self.proj.out_features, 8 * tokens.shape[1]
         )  # new_tokens takes a few numbers for each token to come
-        return sum_over_chunks(of_rows, len(tokens), max(1, CHUNK_ELEMENTS // width))
+        return sum_over_chunks(of_rows, len(tokens), max(1, chunk_elements(states.device) // width))
 
 
 def vocabulary_arguments(backbone: Any) -> dict[str, Any]:

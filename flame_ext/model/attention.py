@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, masking_utils
 
 from flame_ext.objective.masks import causal_block_mask, causal_mask
 
@@ -103,6 +106,13 @@ def causal_attention(
     masks = {kind: make(doc_ids, window, queries, keys) for kind, window in attention_windows(model.config).items()}
     mask = masks if len(masks) > 1 else next(iter(masks.values()))
     return {"attention_mask": mask, "position_ids": positions, "part_of_sequence": context is not None}
+
+
+@contextmanager
+def positions_in_order() -> Iterator[None]:
+    """Keeps transformers from looking for packed sequences in the positions of a batch without a mask, which waits for the device."""
+    with mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None):
+        yield
 
 
 def _known_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:

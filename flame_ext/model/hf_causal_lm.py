@@ -9,7 +9,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 from unittest import mock
@@ -27,7 +27,7 @@ from transformers.core_model_loading import PrefixChange, WeightTransform
 from flame_ext.config.head_options import HeadOptimization
 from flame_ext.errors import ConfigError
 from flame_ext.hf_config import load_hf_config
-from flame_ext.model.attention import BOOLEAN_ATTENTION, attention_options
+from flame_ext.model.attention import BOOLEAN_ATTENTION, attention_options, positions_in_order
 from flame_ext.model.context_parallel import ContextParallel
 from flame_ext.model.initialisation import ParameterInit
 from flame_ext.model.routing import RouteListener, Routing, first_router, prepare_routers, resting_parameters
@@ -258,9 +258,22 @@ class HFCausalLM(nn.Module):
                 ``attention_mask`` are in the order of :meth:`ContextParallel.order`, and the call is collective.
             routes: what the routers of a mixture report to; None = nothing.
         """
-        if routes is not None:
-            with routes.heard(first_router(self)):
-                return self.forward(input_ids, attention_mask, position_ids, output, compute, part_of_sequence)
+        with ExitStack() as entered:
+            if routes is not None:
+                entered.enter_context(routes.heard(first_router(self)))
+            if attention_mask is None:
+                entered.enter_context(positions_in_order())
+            return self._run(input_ids, attention_mask, position_ids, output, compute, part_of_sequence)
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        output: str,
+        compute: Callable[[Tensor, Tensor], Any] | None,
+        part_of_sequence: bool,
+    ) -> Any:
         inputs = {
             "input_ids" if self.stage.is_first else "inputs_embeds": input_ids,
             "attention_mask": attention_mask,

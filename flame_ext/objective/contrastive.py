@@ -12,8 +12,10 @@ from torch import Tensor
 
 from flame_ext.objective.chunks import chunks, compiled
 
-# A tile of logits has at most 16 MiB: large enough for a matrix product at full speed, small enough to stay in a cache.
-_TILE_QUERIES, _TILE_KEYS = 1024, 4096
+
+def _tile(device: torch.device) -> tuple[int, int]:
+    """Queries and keys of a tile of logits: 16 MiB on a CPU, which stay in a cache; else 128 MiB, which take few launches."""
+    return (1024, 4096) if device.type == "cpu" else (4096, 8192)
 
 
 class ContrastiveOutput(NamedTuple):
@@ -89,23 +91,26 @@ class _InfoNCE(torch.autograd.Function):
         compile_backend: str | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_query_grad, wants_key_grad = ctx.needs_input_grad[:2]
-        accumulate = compiled(_accumulate, compile_backend)
+        accumulate, spread = compiled(_accumulate, compile_backend), compiled(_spread, compile_backend)
+        tile_queries, tile_keys = _tile(queries.device)
+        # Products are in the dtype of the keys on an accelerator, else in float32.
+        dtype = keys.dtype if keys.is_cuda else torch.float32
         bias = torch.zeros(keys.shape[0], device=keys.device).masked_fill_(~key_mask, float("-inf"))
         query_grad = torch.empty_like(queries) if wants_query_grad else None
         key_grad = torch.zeros(keys.shape, device=keys.device) if wants_key_grad else None
         sums = torch.zeros(3, device=queries.device)  # loss, top-1, cosine of the positive
         # All tiles share a buffer: on a CPU, fresh memory costs as much time as the product that is written to it.
-        buffer = torch.empty(min(queries.shape[0], _TILE_QUERIES), min(keys.shape[0], _TILE_KEYS), device=keys.device)
-        for rows in chunks(queries.shape[0], _TILE_QUERIES):
+        buffer = torch.empty(min(queries.shape[0], tile_queries), min(keys.shape[0], tile_keys), device=keys.device)
+        for rows in chunks(queries.shape[0], tile_queries):
             tile, valid, target = queries[rows], query_mask[rows], targets[rows]
-            scaled = tile.float() * (1.0 / temperature)
+            scaled = (tile.float() * (1.0 / temperature)).to(dtype)
             nothing = torch.zeros(tile.shape[0], device=tile.device)
             least = torch.full_like(nothing, torch.finfo(torch.float32).min)
-            softmax = _Softmax(maximum=least, total=nothing, positive=least, rival=least)
+            softmax = _Softmax(maximum=least, total=nothing, positive=least.clone(), rival=least.clone())
             expected = torch.zeros(tile.shape, device=tile.device) if wants_query_grad else None
-            for columns in chunks(keys.shape[0], _TILE_KEYS):
+            for columns in chunks(keys.shape[0], tile_keys):
                 logits = _products(scaled, keys[columns], buffer)
-                weights, rescale, softmax = accumulate(logits, bias[columns], target - columns.start, softmax)
+                weights, rescale, softmax = accumulate(logits, bias[columns], target - columns.start, softmax, dtype)
                 if expected is not None:
                     _add_products(expected.mul_(rescale[:, None]), weights, keys[columns])
             # An invalid row may have no valid key and a masked target: drop it before inf - inf can arise.
@@ -120,9 +125,9 @@ class _InfoNCE(torch.autograd.Function):
                 own = keys[target].float().mul_(per_row[:, None])
                 query_grad[rows] = expected.mul_(share[:, None]).sub_(own)
             if key_grad is not None:
-                for columns in chunks(keys.shape[0], _TILE_KEYS):
-                    logits = _products(scaled, keys[columns], buffer).add_(bias[columns])
-                    weights = logits.sub_(softmax.maximum[:, None]).exp_().mul_(share[:, None])
+                for columns in chunks(keys.shape[0], tile_keys):
+                    logits = _products(scaled, keys[columns], buffer)
+                    weights = spread(logits, bias[columns], softmax.maximum, share, dtype)
                     _add_products(key_grad[columns], weights.T, tile)
                 key_grad.index_add_(0, target, tile.float() * per_row[:, None], alpha=-1.0)
         ctx.save_for_backward(query_grad, None if key_grad is None else key_grad.to(keys.dtype))
@@ -137,41 +142,46 @@ class _InfoNCE(torch.autograd.Function):
         return *grads, None, None, None, None, None
 
 
-def _accumulate(logits: Tensor, bias: Tensor, target: Tensor, so_far: _Softmax) -> tuple[Tensor, Tensor, _Softmax]:
+def _accumulate(
+    logits: Tensor, bias: Tensor, target: Tensor, so_far: _Softmax, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, _Softmax]:
     """Adds a tile of K keys to the softmax over the keys before.
 
-    Takes (Q, K) logits, which it overwrites, a (K,) bias of 0, or -inf for keys that are not valid, and (Q,) indices of the
-    queries' own keys, counted from the tile's first. Returns (Q, K) exp(logit - maximum), the (Q,) factor that rescales
-    earlier sums, and the softmax with these keys.
+    Takes (Q, K) logits, a (K,) bias of 0, or -inf for keys that are not valid, and (Q,) indices of the queries' own keys,
+    counted from the tile's first. Returns (Q, K) exp(logit - maximum) in ``dtype``, the (Q,) factor that rescales earlier sums,
+    and the softmax with these keys. Compiled, it reads the logits twice and writes the result: no other tile is made.
     """
-    logits = logits.add_(bias)
-    inside = ((target >= 0) & (target < logits.shape[1]))[:, None]
+    logits = logits + bias
+    inside = (target >= 0) & (target < logits.shape[1])
     column = target.clamp(0, logits.shape[1] - 1)[:, None]
-    own = logits.gather(1, column)
-    positive = torch.where(inside, own, so_far.positive[:, None]).squeeze(1)
+    positive = torch.where(inside, logits.gather(1, column).squeeze(1), so_far.positive)
     # The largest of the others takes a tenth of the time of an argmax, and does not count a tie as a hit.
-    logits = logits.scatter_(1, column, own.masked_fill(inside, float("-inf")))
-    rival = torch.maximum(so_far.rival, logits.amax(dim=1))
-    logits = logits.scatter_(1, column, own)
+    own = target[:, None] == torch.arange(logits.shape[1], device=logits.device)
+    rival = torch.maximum(so_far.rival, logits.masked_fill(own, float("-inf")).amax(dim=1))
     # Without a valid key so far, the maximum is the least finite number, so that exp(-inf - maximum) is 0.
     maximum = torch.maximum(so_far.maximum, torch.maximum(rival, positive))
-    weights = logits.sub_(maximum[:, None]).exp_()
+    weights = (logits - maximum[:, None]).exp_()
     rescale = torch.exp(so_far.maximum - maximum)
     total = so_far.total * rescale + weights.sum(dim=1)
-    return weights, rescale, _Softmax(maximum, total, positive, rival)
+    return weights.to(dtype), rescale, _Softmax(maximum, total, positive, rival)
+
+
+def _spread(logits: Tensor, bias: Tensor, maximum: Tensor, share: Tensor, dtype: torch.dtype) -> Tensor:
+    """The (Q, K) softmax in ``dtype``, given its (Q,) maximum; each row times ``share``, which includes its total."""
+    return (logits + bias).sub_(maximum[:, None]).exp_().mul_(share[:, None]).to(dtype)
 
 
 def _products(left: Tensor, right: Tensor, buffer: Tensor) -> Tensor:
-    """Computes left @ right.T in float32, (Q, D) and (K, D) to (Q, K); in ``buffer`` if the operands are float32."""
-    if right.dtype == torch.float32 or not right.is_cuda:
-        out = buffer.flatten()[: left.shape[0] * right.shape[0]].view(left.shape[0], right.shape[0])
-        return torch.mm(left.float(), right.float().T, out=out)
-    return torch.mm(left.to(right.dtype), right.T, out_dtype=torch.float32)
+    """Computes left @ right.T in float32, (Q, D) and (K, D) to (Q, K), in ``buffer``."""
+    out = buffer.flatten()[: left.shape[0] * right.shape[0]].view(left.shape[0], right.shape[0])
+    if left.dtype == torch.float32:
+        return torch.mm(left, right.float().T, out=out)
+    return torch.mm(left, right.T, out_dtype=torch.float32, out=out)
 
 
 def _add_products(result: Tensor, weights: Tensor, right: Tensor) -> None:
     """Adds weights @ right in float32, (Q, K) and (K, D) to (Q, D), to ``result``."""
-    if right.dtype == torch.float32 or not right.is_cuda:
+    if weights.dtype == torch.float32:
         result.addmm_(weights, right.float())
     else:
-        result.add_(torch.mm(weights.to(right.dtype), right, out_dtype=torch.float32))
+        result.add_(torch.mm(weights, right.to(weights.dtype), out_dtype=torch.float32))

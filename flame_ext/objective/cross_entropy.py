@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from flame_ext.objective.chunks import CHUNK_ELEMENTS, chunks, compiled
+from flame_ext.objective.chunks import chunk_elements, chunks, compiled
 
 IGNORE_INDEX = -100  # the label of a position that does not count, as in torch and torchtitan
 
@@ -64,7 +64,7 @@ class _TokenLogProbs(torch.autograd.Function):
         values = torch.empty(logits.shape[0], 1 + top_k, device=logits.device)
         token_ids = torch.empty(logits.shape[0], 1 + top_k, device=logits.device, dtype=torch.int64)
         look_up = compiled(_look_up, compile_backend)
-        for rows in _chunks(logits):
+        for rows in _chunks(logits, compile_backend):
             values[rows], token_ids[rows] = look_up(logits[rows], own[rows], top_k)
         ctx.save_for_backward(logits, token_ids)
         ctx.compile_backend = compile_backend
@@ -74,9 +74,11 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _no_grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, token_ids = ctx.saved_tensors
-        logits_grad = torch.empty_like(logits)
         spread = compiled(_spread, ctx.compile_backend)
-        for rows in _chunks(logits):
+        if len(parts := _chunks(logits, ctx.compile_backend)) == 1:
+            return spread(logits, token_ids, grad), None, None, None
+        logits_grad = torch.empty_like(logits)
+        for rows in parts:
             logits_grad[rows] = spread(logits[rows], token_ids[rows], grad[rows])
         return logits_grad, None, None, None
 
@@ -98,13 +100,13 @@ class _ShardedTokenLogProbs(torch.autograd.Function):
         column, inside = _columns(own, logits, first)
         maximum = torch.empty(logits.shape[0], device=logits.device)
         of_own = torch.empty(logits.shape[0], 1, device=logits.device)
-        for rows in _chunks(logits):
+        for rows in _chunks(logits, compile_backend):
             maximum[rows] = logits[rows].amax(dim=1).float()
             of_own[rows] = logits[rows].gather(1, column[rows]).float().masked_fill(~inside[rows], 0.0)
         dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
         total = torch.empty_like(maximum)
         sum_up = compiled(_sum_of_exponentials, compile_backend)
-        for rows in _chunks(logits):
+        for rows in _chunks(logits, compile_backend):
             total[rows] = sum_up(logits[rows], maximum[rows])
         for summed in (total, of_own):
             dist.all_reduce(summed, group=group)
@@ -129,7 +131,7 @@ class _ShardedTokenLogProbs(torch.autograd.Function):
         of_tokens, of_row = grad.masked_fill(~inside, 0.0), grad.sum(dim=1, keepdim=True)
         logits_grad = torch.empty_like(logits)
         spread = compiled(_spread_shard, ctx.compile_backend)
-        for rows in _chunks(logits):
+        for rows in _chunks(logits, ctx.compile_backend):
             logits_grad[rows] = spread(logits[rows], column[rows], of_tokens[rows], of_row[rows], log_total[rows])
         return logits_grad, None, None, None, None
 
@@ -154,23 +156,33 @@ def _columns(token_ids: Tensor, logits: Tensor, first: int) -> tuple[Tensor, Ten
 def _spread_shard(logits: Tensor, column: Tensor, of_tokens: Tensor, of_row: Tensor, log_total: Tensor) -> Tensor:
     """Computes the gradient of the logits: that of the tokens, less each column's probability times the row's sum."""
     probabilities = (logits.float() - log_total).exp()
-    return (-probabilities * of_row).scatter_add(1, column, of_tokens).to(logits.dtype)
+    return _added(-probabilities * of_row, column, of_tokens).to(logits.dtype)
 
 
 def _look_up(logits: Tensor, own: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    log_probs = torch.log_softmax(logits.float(), dim=-1)
-    if top_k == 0:
-        return log_probs.gather(1, own), own
-    values, token_ids = log_probs.topk(top_k, dim=-1)
-    return torch.cat([log_probs.gather(1, own), values], dim=1), torch.cat([own, token_ids], dim=1)
+    token_ids = own if top_k == 0 else torch.cat([own, logits.topk(top_k, dim=-1).indices], dim=1)
+    return torch.log_softmax(logits.float(), dim=-1).gather(1, token_ids), token_ids
 
 
 def _spread(logits: Tensor, token_ids: Tensor, grad: Tensor) -> Tensor:
     """Computes the gradient of the logits by the operation of torch's own backward, whose last bits another exp would miss."""
     log_probs = torch.log_softmax(logits.float(), dim=-1)
-    spread = torch.zeros_like(log_probs).scatter_add(1, token_ids, grad)
+    spread = _added(torch.zeros_like(log_probs), token_ids, grad)
     return torch.ops.aten._log_softmax_backward_data(spread, log_probs, -1, torch.float32).to(logits.dtype)
 
 
-def _chunks(logits: Tensor) -> list[slice]:
-    return chunks(logits.shape[0], max(1, CHUNK_ELEMENTS // logits.shape[1]))
+def _added(matrix: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    """Adds (N, K) values to the (N, V) matrix at their (N, K) columns."""
+    if not torch.compiler.is_compiling():
+        return matrix.scatter_add(1, columns, values)
+    # Comparisons fuse with what makes the matrix and what is made of it; a scatter needs it in memory.
+    every = torch.arange(matrix.shape[1], device=matrix.device)
+    for column, value in zip(columns.unbind(1), values.unbind(1), strict=True):
+        matrix = matrix + torch.where(every == column[:, None], value[:, None], 0.0)
+    return matrix
+
+
+def _chunks(logits: Tensor, compile_backend: str | None) -> list[slice]:
+    """Inductor makes nothing of the size of the logits in float32, so that chunks need only be small enough for 32-bit indices."""
+    elements = 1 << 30 if compile_backend == "inductor" else chunk_elements(logits.device)
+    return chunks(logits.shape[0], max(1, elements // logits.shape[1]))

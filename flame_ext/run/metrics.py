@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,8 @@ VALIDATION_NAME = "validation.jsonl"
 
 
 class FutureMetricsProcessor(MetricsProcessor):
-    """Logs what torchtitan logs, and ``step_metrics``. Its arguments are those of the TrainSpec's builder."""
+    """Logs what torchtitan logs, and the parts of the objective. Its arguments are those of the TrainSpec's builder."""
 
-    step_metrics: Callable[[float], dict[str, float | None]]
-    """Maps the norm of all gradients to the parts of the objective, summed over ranks and micro-batches, and other figures of
-    the step (None = not computed in it). The trainer sets it. Collective."""
     shown: tuple[str, ...] = ()
     """Metrics that are printed beside the losses; the file has all of them. The trainer sets it."""
 
@@ -72,12 +68,15 @@ class FutureMetricsProcessor(MetricsProcessor):
         grad_norm: float,
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
-        """Logs as torchtitan does, and writes a line to ``metrics.jsonl``. Collective."""
-        parts = self.step_metrics(grad_norm)
+        """Logs as torchtitan does, and writes a line to ``metrics.jsonl``.
+
+        ``extra_metrics`` has torchtitan's n_tokens_seen and lr, and the step's other figures; None = not computed in this step.
+        """
+        extra = {"n_tokens_seen": 0, "lr": None, **(extra_metrics or {})}
+        parts = {name: value for name, value in extra.items() if name not in ("n_tokens_seen", "lr")}
         known = {name: value for name, value in parts.items() if value is not None}
-        extra = {**(extra_metrics or {}), **known}
         # torchtitan sums over ranks, as if none had only a part of its sequences.
-        extra["n_tokens_seen"] = extra.get("n_tokens_seen", 0) / self.parallel_dims.cp
+        extra["n_tokens_seen"] /= self.parallel_dims.cp
         global_max_loss *= self.parallel_dims.cp
         seconds = time.perf_counter() - self.time_last_log
         # Every rank counts its own tokens; ranks that share a batch (TP, PP) count the same ones.
@@ -86,13 +85,14 @@ class FutureMetricsProcessor(MetricsProcessor):
             "step": step,
             "loss": float(global_avg_loss),
             **parts,
-            "lr": extra.get("lr"),
+            "lr": extra["lr"],
             "grad_norm": grad_norm,
             "tokens_seen": int(extra["n_tokens_seen"]),
             "tokens_per_second": self.ntokens_since_last_log * ranks / seconds,
         }
         self._append(METRICS_NAME, record)
-        super().log(step, global_avg_loss, global_max_loss, grad_norm, extra)
+        logged = {name: value for name, value in extra.items() if value is not None}
+        super().log(step, global_avg_loss, global_max_loss, grad_norm, logged)
         shown = (f"{k}: {v:8.5f}" for k, v in known.items() if k.startswith("loss_") or k in self.shown)
         logger.info("  ".join([f"step: {step:2}", *shown]))
 

@@ -62,12 +62,14 @@ class StepPlan:
     """One step: its micro-batches, and what all ranks have agreed on for it."""
 
     microbatches: list[MicroBatch]
-    tokens: float  # Labelled tokens of the step, over all ranks, which the cross-entropy is divided by; at least 1
+    tokens: Tensor  # () labelled tokens of the step, over all ranks, which the cross-entropy is divided by; at least 1
     local_tokens: int  # Those of this rank
     weights: dict[str, float]  # Name of each loss beside the cross-entropy to its weight
     shift: int = 1  # Predictions at t are compared with summaries at t + shift
-    pairs: float = 1.0  # Pairs of the step, over all ranks; at least 1
-    positions: float = 1.0  # Positions of the step with a future and a next token, over all ranks; at least 1
+    pairs: Tensor | float = 1.0  # () pairs of the step, over all ranks; at least 1
+    positions: Tensor | float = (
+        1.0  # () positions of the step with a future and a next token, over all ranks; at least 1
+    )
     has_future: bool = False  # Whether the losses that need summaries of the future are computed
 
 
@@ -138,7 +140,8 @@ class Planner:
         local_tokens = sum(_labelled(labels) for _, labels in batches)
         if counts is None:
             counts = self.over_ranks(torch.stack(own).sum(0))
-        tokens, pairs, positions = counts.clamp_min(1.0).tolist()
+        # They stay on the device, so that no step has to wait for them.
+        tokens, pairs, positions = counts.clamp_min(1.0).float().unbind()
         return StepPlan(microbatches, tokens, local_tokens, weights, shift, pairs, positions, has_future)
 
     def _microbatch(
@@ -147,9 +150,9 @@ class Planner:
         """A batch on the device, and its (3,) numbers of tokens with a label, pairs and positions."""
         inputs, labels = batch
         counts = torch.zeros(3, dtype=torch.float64, device=self._device)
-        counts[0] = _labelled(labels)
-        inputs = {name: values.to(self._device) for name, values in inputs.items()}
-        microbatch = MicroBatch(inputs, labels.to(self._device), self._documents(inputs))
+        counts[0].fill_(_labelled(labels))
+        inputs = {name: self._moved(values) for name, values in inputs.items()}
+        microbatch = MicroBatch(inputs, self._moved(labels), self._documents(inputs))
         if has_future:
             microbatch.future, counts[1], counts[2] = self._future(microbatch, shift, selection)
         return microbatch, counts
@@ -165,9 +168,14 @@ class Planner:
         share = 1.0 if selection is None else len(selection) / len(labels)
         numbers = pairs.sum() * share, (valid & (labels != IGNORE_INDEX)).sum() * share
         if selection is not None:
-            selection = selection.to(self._device)
+            selection = self._moved(selection)
             doc_ids, pairs = doc_ids[selection], pairs[selection]
         return FutureRows(selection, doc_ids, pairs), *numbers
+
+    def _moved(self, values: Tensor) -> Tensor:
+        """A tensor of the dataloader on the device. From pinned memory, so that no step waits for the copy."""
+        pinned = values.pin_memory() if self._device.type != "cpu" and values.device.type == "cpu" else values
+        return pinned.to(self._device, non_blocking=True)
 
     def _documents(self, inputs: dict[str, Tensor]) -> Tensor:
         if "doc_ids" in inputs:

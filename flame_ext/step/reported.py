@@ -4,14 +4,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchtitan.distributed import ParallelDims
-from torchtitan.distributed import utils as dist_utils
 
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.data.sources import sources_of
@@ -43,10 +42,11 @@ class Stopwatch:
         self._laps[name].append((begin, self._now()))
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each part since :meth:`restart`. Waits for the device."""
+        """Seconds of each part since :meth:`restart`. Waits for the end of the last one."""
         if self._device.type == "cpu":
             return {name: sum(end - begin for begin, end in laps) for name, laps in self._laps.items()}
-        torch.accelerator.synchronize()
+        for laps in self._laps.values():
+            laps[-1][1].synchronize()
         return {name: sum(b.elapsed_time(e) for b, e in laps) / 1e3 for name, laps in self._laps.items()}
 
     def _now(self) -> float | torch.Event:
@@ -55,6 +55,15 @@ class Stopwatch:
         event = torch.Event(device=self._device, enable_timing=True)
         event.record()
         return event
+
+
+class Figures(NamedTuple):
+    """What is reported of a step."""
+
+    loss: float  # the mean over the tokens of all ranks
+    largest_loss: float  # of the ranks' own means
+    tokens_seen: float  # in the run so far, by all ranks
+    metrics: dict[str, float | None]  # everything else; None if this step has no such value
 
 
 class Reported:
@@ -90,40 +99,43 @@ class Reported:
         for name, value in parts.items():
             self.parts[name] = self.parts[name] + value if name in self.parts else value
 
-    def losses(self, losses: list[Tensor], plan: StepPlan) -> tuple[float, float]:
-        """The mean loss of the step, and the largest of the ranks' own means, from those of this rank's micro-batches. Collective."""
-        loss = torch.stack([*losses, *self._balance.weighted()]).sum()
-        if self._loss_mesh is None:
-            mean = loss.item()
-            return mean, mean
-        own_mean = loss * plan.tokens / plan.local_tokens
-        return dist_utils.dist_sum(loss, self._loss_mesh), dist_utils.dist_max(own_mean, self._loss_mesh)
+    def figures(self, losses: list[Tensor], plan: StepPlan, tokens: int, grad_norm: float) -> Figures:
+        """The figures of the step. Collective; waits for the device once.
 
-    def tokens_seen(self, tokens: int) -> float:
-        """The sum over ranks of their counts. Collective."""
-        if self._loss_mesh is None:
-            return tokens
-        return dist_utils.dist_sum(torch.tensor(tokens, dtype=torch.int64, device=self._device), self._loss_mesh)
-
-    def metrics(self, grad_norm: float) -> dict[str, float | None]:
-        """Name to value of everything beside the total loss; None if this step has no such value. Collective.
-
-        ``grad_norm`` is that by which all gradients have been clipped.
+        Args:
+            losses: the losses of this rank's micro-batches.
+            tokens: that this rank has seen in the run so far.
+            grad_norm: by which all gradients have been clipped.
         """
+        loss = torch.stack([*losses, *self._balance.weighted()]).sum()
         ranks = 1 if self._loss_mesh is None else self._loss_mesh.size()  # that are summed over
         epochs = dict(zip(self._sources, self._dataloader.epochs(), strict=True))
-        shares = {f"epochs/{name}": torch.tensor(n / ranks, device=self._device) for name, n in epochs.items()}
-        parts = self.reduced(self.parts | self._balance.parts() | shares)
-        self._names = list(dict.fromkeys([*self._names, *parts]))
-        metrics = {**dict.fromkeys(self._names), **parts, "skipped_steps": self._gradients.skipped_steps}
-        if self._has_losses:
-            # All gradients have been clipped by one factor.
-            unclipped = max(1.0, (grad_norm + 1e-6) / self._max_norm)
-            for name, parameters in self._backbone_and_heads().items():
-                metrics[f"grad_norm_{name}"] = self._norm_of_gradients(parameters) * unclipped
+        shares = {f"epochs/{name}": self._filled(value / ranks) for name, value in epochs.items()}
+        parts = self.parts | self._balance.parts() | shares
+        if not self._runner.has_last:
+            parts = {}
+        summed = torch.stack([value.double() for value in (self._filled(tokens), loss, *parts.values())])
+        largest, norms = loss, self._norms_of_gradients()
+        if self._loss_mesh is not None:
+            largest = loss * plan.tokens / plan.local_tokens
+            dist.all_reduce(summed, group=self._loss_mesh.get_group())
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._loss_mesh.get_group())
+        of_this_rank = torch.stack([largest, *norms.values()])
+        tokens_seen, mean, *values = torch.cat([summed, of_this_rank.double()]).tolist()
+        found = self._runner.from_last(dict(zip(parts, values, strict=False)))
+        self._names = list(dict.fromkeys([*self._names, *found]))
+        metrics = {**dict.fromkeys(self._names), **found, "skipped_steps": self._gradients.skipped_steps}
+        largest_loss, *clipped = values[len(parts) :]
+        # All gradients have been clipped by one factor.
+        unclipped = max(1.0, (grad_norm + 1e-6) / self._max_norm)
+        metrics |= {name: norm * unclipped for name, norm in zip(norms, clipped, strict=True)}
         if self._has_teacher or self._balance.counts_first:
             metrics |= {f"time_{name}": value for name, value in self._stopwatch.seconds().items()}
-        return metrics
+        return Figures(mean, largest_loss, tokens_seen, metrics)
+
+    def _filled(self, value: float) -> Tensor:
+        """A () float64 on the device, made there."""
+        return torch.full((), value, dtype=torch.float64, device=self._device)
 
     def reduced(self, parts: dict[str, Tensor]) -> dict[str, float]:
         """Sums over data-parallel ranks, on all ranks of a pipeline. Collective: one all-reduce."""
@@ -135,6 +147,12 @@ class Reported:
             summed = dict(zip(parts, values.tolist(), strict=True))
         return self._runner.from_last(summed)
 
+    def _norms_of_gradients(self) -> dict[str, Tensor]:
+        """() norms of the gradients of the backbone and of the heads, if heads are trained. Collective."""
+        if not self._has_losses:
+            return {}
+        return {f"grad_norm_{name}": self._norm(parameters) for name, parameters in self._backbone_and_heads().items()}
+
     def _backbone_and_heads(self) -> dict[str, list[nn.Parameter]]:
         model = self._runner.model
         heads = [p for name in model.heads for p in model.get_submodule(name).parameters()]
@@ -142,7 +160,7 @@ class Reported:
         parameters = [p for part in self._runner.parts for p in part.parameters()]
         return {"backbone": [p for p in parameters if id(p) not in owned], "heads": heads}
 
-    def _norm_of_gradients(self, parameters: list[nn.Parameter]) -> float:
+    def _norm(self, parameters: list[nn.Parameter]) -> Tensor:
         """L2 norm of the gradients that there are. Collective."""
         by_mesh: dict[Any, list[Tensor]] = defaultdict(list)  # under expert parallelism experts have one of their own
         for p in parameters:
@@ -151,4 +169,4 @@ class Reported:
         norms = [torch.nn.utils.get_total_norm(grads, foreach=True) for grads in by_mesh.values()]
         whole = [(norm.full_tensor() if isinstance(norm, DTensor) else norm).to(self._device) for norm in norms]
         norm = whole[0] if len(whole) == 1 else torch.nn.utils.get_total_norm(whole).to(self._device)
-        return self._runner.norm_over_stages(norm).item()
+        return self._runner.norm_over_stages(norm)

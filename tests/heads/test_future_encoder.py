@@ -176,7 +176,7 @@ def test_chunks_change_nothing(
 ) -> None:
     results = []
     for chunk in (1 << 24, elements):
-        monkeypatch.setattr(action_layer, "_CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr(action_layer, "chunk_elements", lambda _device, chunk=chunk: chunk)
         layer, inputs = layer_and_inputs(head_type, use_rms_norm)
         scored = 0
 

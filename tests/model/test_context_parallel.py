@@ -106,7 +106,6 @@ def test_figures_of_the_host_are_of_whole_sequences() -> None:
     """It divides the loss of a part by the labels of the whole, and adds up the tokens of all ranks."""
     processor = FutureMetricsProcessor.__new__(FutureMetricsProcessor)
     processor.parallel_dims = SimpleNamespace(cp=2, world_size=2, non_data_parallel_size=2)
-    processor.step_metrics = lambda _grad_norm: {}
     processor.ntokens_since_last_log, processor.time_last_log, processor._writes = 256, 0.0, False
     with mock.patch.object(MetricsProcessor, "log") as log:
         processor.log(1, 3.0, 1.5, 0.1, {"n_tokens_seen": 512})

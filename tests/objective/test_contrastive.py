@@ -70,8 +70,7 @@ def with_gradients(batch: Batch, dtype: torch.dtype) -> Batch:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles of queries and of keys, the last ones not full."""
-    monkeypatch.setattr(contrastive, "_TILE_QUERIES", 5)
-    monkeypatch.setattr(contrastive, "_TILE_KEYS", 7)
+    monkeypatch.setattr(contrastive, "_tile", lambda _device: (5, 7))
 
 
 @given(
@@ -91,8 +90,7 @@ def test_sums_and_gradients_are_the_naive_ones(
     reference, single = with_gradients(batch, torch.float64), with_gradients(batch, torch.float32)
     expected = naive(reference, temperature)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contrastive, "_TILE_QUERIES", 5)
-        patch.setattr(contrastive, "_TILE_KEYS", 7)
+        patch.setattr(contrastive, "_tile", lambda _device: (5, 7))
         result = info_nce(*single, temperature)
     # A cosine of up to 24 float32 products is known to a few 1e-7, a logit to that over the temperature; the loss is the
     # sum of a difference of two of them for each query. A cosine itself is averaged over, not divided.

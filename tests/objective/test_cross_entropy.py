@@ -18,7 +18,7 @@ from flame_ext.objective.cross_entropy import IGNORE_INDEX, cross_entropy_loss, 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, the last one not full."""
-    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(cross_entropy, "chunk_elements", lambda _device: 1000)
 
 
 def random_logits(

@@ -50,7 +50,7 @@ def test_loss_and_gradients_are_the_naive_ones(
     for parameter in head.parameters():
         parameter.detach().copy_(torch.randn(parameter.shape, generator=generator))
     states = torch.randn(batch, length, 6, generator=generator).requires_grad_()
-    with mock.patch.object(upcoming, "CHUNK_ELEMENTS", chunk):
+    with mock.patch.object(upcoming, "chunk_elements", return_value=chunk):
         loss, recall = head(states, upcoming_tokens(input_ids, doc_ids, window)).unbind()
     loss.backward()
 

@@ -54,7 +54,7 @@ def test_loss_and_gradients_are_the_naive_ones(
     with torch.no_grad():
         head.proj.weight.copy_(torch.randn(vocab_size, 6, generator=generator))
     states = torch.randn(batch, length, 6, generator=generator).requires_grad_()
-    with mock.patch.object(upcoming, "CHUNK_ELEMENTS", chunk):
+    with mock.patch.object(upcoming, "chunk_elements", return_value=chunk):
         loss, hits = head(states, upcoming_tokens(input_ids, doc_ids, window)).unbind()
     loss.backward()
 
@@ -86,7 +86,7 @@ def test_logits_exist_for_one_chunk_at_a_time() -> None:
     head, states = TokenOrder(4, 50), torch.randn(1, 64, 4, requires_grad=True)
     shapes: list[int] = []
     head.proj.register_forward_hook(lambda _module, _args, scores: shapes.append(scores.shape[0]))
-    with mock.patch.object(upcoming, "CHUNK_ELEMENTS", 50 * 8):
+    with mock.patch.object(upcoming, "chunk_elements", return_value=50 * 8):
         loss = head(states, upcoming_tokens(torch.arange(64)[None] % 50, torch.zeros(1, 64).long(), 4))
         assert shapes == [8] * 8
         loss[0].backward()

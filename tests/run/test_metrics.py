@@ -34,7 +34,6 @@ def processor(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     rank: int = 0,
-    parts: dict[str, float | None] | None = None,
     **dims: Any,
 ) -> FutureMetricsProcessor:
     monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: rank)
@@ -43,11 +42,10 @@ def processor(
     config.metrics.enable_tensorboard = False
     made = FutureMetricsProcessor(config, SimpleNamespace(**{**ONE, **dims}))
     made.logger, made.num_flops_per_token = Logged(), 1
-    made.step_metrics = lambda grad_norm: parts or {}
     return made
 
 
-def log(made: FutureMetricsProcessor, step: int = 1, loss: float = 2.0, **extra: float) -> None:
+def log(made: FutureMetricsProcessor, step: int = 1, loss: float = 2.0, **extra: float | None) -> None:
     made.data_loading_times.append(0.1)
     made.log(step, loss, 3.0, 0.5, extra)
 
@@ -57,15 +55,8 @@ def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 
 def test_a_line_has_the_parts_and_what_torchtitan_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    norms = []
-
-    def step_metrics(grad_norm: float) -> dict[str, float | None]:
-        norms.append(grad_norm)
-        return {"loss_ce": 1.5, "loss_future": None}
-
     made = processor(tmp_path / "new", monkeypatch)
-    made.step_metrics = step_metrics
-    log(made, step=7, lr=0.25, n_tokens_seen=100)
+    log(made, step=7, lr=0.25, n_tokens_seen=100, loss_ce=1.5, loss_future=None)
     (line,) = lines(tmp_path / "new")
     assert line.pop("tokens_per_second") >= 0
     expected = {
@@ -77,7 +68,7 @@ def test_a_line_has_the_parts_and_what_torchtitan_logs(tmp_path: Path, monkeypat
         "grad_norm": 0.5,
         "tokens_seen": 100,
     }
-    assert line == expected and norms == [0.5]
+    assert line == expected
     ((step, logged),) = made.logger.values
     assert step == 7 and logged["loss_ce"] == 1.5 and "loss_future" not in logged and logged["lr"] == 0.25
 
@@ -87,9 +78,9 @@ def test_the_console_shows_losses_and_a_few_more(
 ) -> None:
     parts = {"loss_ce": 1.5, "loss_future": None, "future_top1": 0.25, "time_teacher": 3.0}
     with caplog.at_level(logging.INFO):
-        made = processor(tmp_path, monkeypatch, parts=parts)
+        made = processor(tmp_path, monkeypatch)
         made.shown = ("future_top1",)
-        log(made)
+        log(made, **parts)
     shown = caplog.messages[-1]
     assert "loss_ce:  1.50000" in shown and "future_top1:  0.25000" in shown
     assert "loss_future" not in shown and "time_teacher" not in shown
@@ -97,8 +88,8 @@ def test_the_console_shows_losses_and_a_few_more(
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
-    made = processor(tmp_path, monkeypatch, parts={"loss_ce": value})
-    log(made, loss=value)
+    made = processor(tmp_path, monkeypatch)
+    log(made, loss=value, loss_ce=value)
     made.log_validation(value, 1, {"validation_metrics/loss_future": value})
     assert lines(tmp_path)[0]["loss"] is None and lines(tmp_path)[0]["loss_ce"] is None
     assert lines(tmp_path, "validation.jsonl") == [{"step": 1, "loss_ce": None, "loss_future": None}]

@@ -1,0 +1,59 @@
+"""How often a step waits for the device: for the gradient norm, and once for all figures that are logged."""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from tests.ranks import DEBUG_TOML, run_ranks
+
+# What reads a tensor's values on the host.
+READS = {getattr(Tensor, n) for n in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__")}
+HEADS = "--mtp.enable", "--token_order.enable", "--future_bag.enable", "--next_latent.enable", "--action_layer.enable"
+
+
+class Waits(TorchFunctionMode):
+    """Counts reads by the function of this package, or of transformers, that asks for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in READS:
+            frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and f.filename != __file__]
+            self.by[f"{Path(frames[-1].filename).stem}.{frames[-1].name}"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def waits_of_a_step(dump_folder: str, *options: str) -> dict[str, int]:
+    """In a rank: the reads of the second step."""
+    from flame_ext.preflight.parse import parse
+    from flame_ext.trainer import FutureTrainer
+
+    arguments = [f"--job.config_file={DEBUG_TOML}", f"--job.dump_folder={dump_folder}", "--seed.verify=none"]
+    trainer = FutureTrainer(parse([*arguments, "--training.global_batch_size=16", *options]))
+    trainer.checkpointer.load()
+    batches = trainer.batch_generator(trainer.dataloader)
+    trainer.step = 1
+    trainer.train_step(batches)
+    trainer.step = 2
+    with Waits() as waits:
+        trainer.train_step(batches)
+    trainer.close()
+    return dict(waits.by)
+
+
+@pytest.mark.parametrize("options", [(), ("--data.document_attention", *HEADS)], ids=["default", "heads and documents"])
+def test_a_step_of_two_micro_batches_waits_twice(tmp_path: Path, options: tuple[str, ...]) -> None:
+    (rank,) = run_ranks(waits_of_a_step, 1, str(tmp_path / "run"), *options, folder=tmp_path / "ranks")
+    waits = rank.value
+    # On the CPU wherever the model is: the dataloader's tensors, a random number, and the optimizers' counts of their steps.
+    assert all(waits.pop(name) > 0 for name in ("plan._labelled", "plan.plan", "optimizer.step"))
+    assert waits == {"backward.clip": 1, "reported.figures": 1}
