@@ -1,6 +1,5 @@
 """Reads each rank's part of the files into its parameters, and checks that nothing was left out."""
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -79,11 +78,20 @@ def read_weights(
     pieces.sort(key=lambda piece: (piece.again, piece.chunk.file, piece.chunk.position))
     for (_, file), group in groupby(pieces, key=lambda piece: (piece.again, piece.chunk.file)):
         with source.open(file) as read_box:
+            finite: list[tuple[_Piece, Tensor]] = []
             for piece in group:
-                _put(piece, read_piece(read_box, piece.entry, piece.chunk, piece.box), check_finite)
+                _put(piece, read_piece(read_box, piece.entry, piece.chunk, piece.box))
+                if not piece.again and _may_be_refused(piece, check_finite):
+                    # A sum is finite only if every element is: one cheap pass over good weights. It is in the parameter's own
+                    # dtype, because torch on CPU sums in another one by way of a copy.
+                    finite.append((piece, piece.local.sum().isfinite()))
                 written[piece.key] += [] if piece.again else [piece.box]
                 done += piece.nbytes
                 progress(done, total)
+            # Asked once a file, since every answer waits for the device.
+            if finite and not torch.stack([sum_is for _, sum_is in finite]).all():
+                for piece, _ in finite:
+                    _require_finite(piece, read_piece(read_box, piece.entry, piece.chunk, piece.box), check_finite)
     for key, box in sorted(boxes.items()):
         if volume(box) > 0 and not tiles_exactly(box, written[key]):
             raise SeedError(
@@ -92,29 +100,32 @@ def read_weights(
     return done
 
 
-def _put(piece: _Piece, values: Tensor, check_finite: bool) -> None:
+def _put(piece: _Piece, values: Tensor) -> None:
     """Write the piece, or compare it if it is written already."""
     local = piece.local
     if values.shape != local.shape or values.dtype != piece.stored.dtype:
         raise SeedError(f"{piece} is {list(values.shape)} {values.dtype} now: the file has changed")
+    values = values.to(local.device)  # before the cast: the file's dtype is often the smaller one
     if not piece.again:
         local.copy_(values)
-        _require_finite(piece, values, check_finite)
-    elif not torch.equal(local, values.to(device=local.device, dtype=local.dtype)):
+    elif not torch.equal(local, values.to(local.dtype)):
         raise SeedError(
             f"{piece} differs from {piece.key!r}, but the model ties them; set tie_word_embeddings = false in config.json, or remove one"
         )
 
 
+def _may_be_refused(piece: _Piece, check_finite: bool) -> bool:
+    """Whether values that are not finite are looked for: where they are refused, and where a cast may have made them."""
+    stored, dtype = piece.stored.dtype, piece.local.dtype
+    if not (stored.is_floating_point and dtype.is_floating_point):
+        return False
+    return check_finite or torch.finfo(stored).max > torch.finfo(dtype).max
+
+
 def _require_finite(piece: _Piece, values: Tensor, check_finite: bool) -> None:
+    """Raises a SeedError if not all of what was written is finite; ``values`` are the file's."""
     local = piece.local
-    if not (local.is_floating_point() and values.is_floating_point()):
-        return
-    if not check_finite and torch.finfo(values.dtype).max <= torch.finfo(local.dtype).max:
-        return
-    # One cheap pass over good weights: a sum is finite only if every element is. It is in the parameter's own dtype, because torch
-    # on CPU sums in another one by way of a copy.
-    if math.isfinite(local.sum().item()) or bool(torch.isfinite(local).all()):
+    if bool(torch.isfinite(local).all()):
         return
     if bool(torch.isfinite(values).all()):
         raise SeedError(f"{piece} ({values.dtype}) overflows {local.dtype}; set training.dtype to a wider type")

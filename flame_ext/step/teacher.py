@@ -165,7 +165,10 @@ class Teacher:
         masks = torch.stack([bank.pair_mask, bank.valid_mask], dim=1).to(torch.uint8)
         pair, valid = funcol.all_gather_tensor(masks, 0, group).bool().unbind(dim=1)
         first = self._mesh.get_local_rank() * len(bank.keys)
-        return KeyBank(gather(bank.keys, 0, group), pair, valid), first
+        keys: Any = gather(bank.keys, 0, group)
+        if isinstance(keys, funcol.AsyncCollectiveTensor) and not keys.requires_grad:
+            keys = keys.wait()  # else every operation on a tile would ask whether the collective has ended
+        return KeyBank(keys, pair, valid), first
 
     @contextmanager
     def _without_dropout(self) -> Iterator[None]:
