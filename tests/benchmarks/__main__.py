@@ -17,7 +17,7 @@ from typing import Any
 
 from tests.benchmarks.common import Table, as_json, facts, facts_line, into_page
 
-TOPICS = ("startup", "seeding", "steps", "memory", "mixtures", "objective", "data")
+TOPICS = ("startup", "seeding", "steps", "memory", "mixtures", "objective", "data", "accelerator")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,6 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, single runs: to see that it works")
     parser.add_argument("--json", type=Path, help="facts and every figure go there")
     parser.add_argument("--markdown", type=Path, help="a file for the tables, or one that has places for them")
+    parser.add_argument("--budget", type=float, default=560.0, help="seconds for the topic accelerator")
+    parser.add_argument("--parts", default="", help="of the topic accelerator, by their beginnings: debug,steps future")
     options = parser.parse_args(arguments)
     topics = options.only.split(",")
     if unknown := [topic for topic in topics if topic not in TOPICS]:
@@ -37,7 +39,12 @@ def main(arguments: list[str] | None = None) -> None:
     environment = dict(os.environ)
     for topic in topics:
         begin = time.monotonic()
-        tables = importlib.import_module(f"tests.benchmarks.{topic}").measure(quick=options.quick)
+        more = (
+            {"budget": options.budget, "only": [*filter(None, options.parts.split(","))]}
+            if topic == "accelerator"
+            else {}
+        )
+        tables = importlib.import_module(f"tests.benchmarks.{topic}").measure(quick=options.quick, **more)
         os.environ.clear()
         os.environ.update(environment)
         results["seconds"][topic] = round(time.monotonic() - begin, 1)

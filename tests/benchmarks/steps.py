@@ -1,8 +1,8 @@
 """A step against torchtitan's own model of the same shape, and what each addition costs: ``python -m tests.benchmarks --only steps``.
 
 The peer is torchtitan's ``llama3`` with random weights; ours is a Hugging Face Llama of the same shape, seeded from random
-weights, on the same text. On a CPU all jobs live at once and take turns step by step. On an accelerator the shape is OLMo-1B's
-(as a Llama), in bfloat16, compiled, at 2048 and 4096 tokens, and each row is a process that has the device for itself.
+weights, on the same text. All jobs live at once, on the CPU, and take turns step by step; :mod:`tests.benchmarks.accelerator` has
+the rows of an accelerator.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.common import NOT_MEASURED, Table, in_fresh_process, quartiles, ratios, spread, verdict
-from tests.benchmarks.jobs import PLAIN, Job, Shape, column, in_turns, one_by_one, save_backbone, write_text
+from tests.benchmarks.common import Table, in_fresh_process, quartiles, ratios, spread, verdict
+from tests.benchmarks.jobs import PLAIN, Job, Shape, column, in_turns, save_backbone, write_text
 
 LINEAR = "--future_predictor.head_type=linear"  # the default; the debug job has an MLP
 NATIVE, CE, FUTURE = (
@@ -35,9 +35,6 @@ JOBS: dict[str, Job] = {
 }
 QUICK = Shape(layers=2, hidden=64, intermediate=176, heads=4, vocabulary=512, batch=4, seq_len=128)
 ON_CPU = Shape(layers=4, hidden=256, intermediate=688, heads=8, vocabulary=4096, batch=4, seq_len=256)
-ON_DEVICE = {
-    seq_len: Shape(16, 2048, 8192, 16, 50304, batch=32768 // seq_len, seq_len=seq_len) for seq_len in (2048, 4096)
-}
 DEVICE_OPTIONS = (
     *("--training.mixed_precision_param=bfloat16", "--compile.enable"),
     *("--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"),
@@ -55,7 +52,7 @@ def jobs_of(shape: Shape, scratch: Path, options: Sequence[str] = ()) -> dict[st
 
 
 def measure(quick: bool = False) -> list[Table]:
-    """The tables ``steps``, ``steps-compiled`` and ``steps-device``."""
+    """The tables ``steps`` and ``steps-compiled``."""
     shape, steps = (QUICK, 3) if quick else (ON_CPU, 40)
     warm_up = 1 if quick else 5
     with tempfile.TemporaryDirectory() as scratch:
@@ -63,7 +60,7 @@ def measure(quick: bool = False) -> list[Table]:
     with tempfile.TemporaryDirectory() as scratch:
         jobs = jobs_of(shape, Path(scratch), ("--compile.enable",))
         compiled = in_turns({name: jobs[name] for name in COMPILED}, steps, warm_up)
-    return [table_of(shape, found), compiled_table(shape, compiled), device_table(quick)]
+    return [table_of(shape, found), compiled_table(shape, compiled)]
 
 
 def compiled_table(shape: Shape, found: dict[str, list[dict[str, Any]]]) -> Table:
@@ -158,57 +155,6 @@ def ratio_to(found: dict[str, list[dict[str, Any]]], name: str, base: str, unit:
     return sum(values) / sum(peers) if "interval" in name else quartiles(ratios(values, peers))[1]
 
 
-def device_table(quick: bool) -> Table:
-    """Tokens a second, MFU and peak memory; a row says that it was not measured where there is no accelerator."""
-    import torch
-
-    columns = ["", "tokens", "tokens/s", "to native", "to cross-entropy", "MFU", "MFU with the teacher", "peak GiB"]
-    there = torch.accelerator.is_available()
-    rows, notes, figures = [], [], {}
-    for seq_len, shape in ON_DEVICE.items():
-        if not there:
-            rows += [[name, str(seq_len), *[NOT_MEASURED] * 6] for name in JOBS]
-            continue
-        with tempfile.TemporaryDirectory() as scratch:
-            jobs = jobs_of(shape, Path(scratch), DEVICE_OPTIONS)
-            found = one_by_one(jobs, steps=5 if quick else 20, rounds=1 if quick else 3)
-        figures[str(seq_len)] = found
-        rows += [_device_row(name, seq_len, shape, found) for name in found]
-        notes += [f"{seq_len}: {line}" for line in _device_notes(shape, found)]
-    if not there:
-        notes = [
-            f"There is no accelerator here. Where there is one: {ON_DEVICE[2048]} and {ON_DEVICE[4096]}, bfloat16, compiled. Goals "
-            "on one H200: cross-entropy at least 0.95x the native model's speed; future predictor at most 1.40x a plain step "
-            "and at least 50 % MFU with the teacher counted; document boundaries at most 1.05x; contrastive loss at most 4 % "
-            "of the step at 32k positions."
-        ]
-    return Table("steps-device", columns, rows, notes, figures)
-
-
-def _device_row(name: str, seq_len: int, shape: Shape, found: dict[str, list[dict[str, Any]]]) -> list[str]:
-    import torch
-    from torchtitan.tools.utils import get_peak_flops
-
-    taken = found[name]
-    rate = shape.tokens / quartiles(column(taken, "wall"))[1]
-    share = rate * taken[0]["flops_per_token"] / get_peak_flops(torch.cuda.get_device_name())
-    teacher = with_teacher(shape, taken[0]["flops_per_token"]) / taken[0]["flops_per_token"]
-    taught = f"{share * teacher:.1%}" if name == FUTURE else "-"
-    to = [f"{ratio_to(found, name, base, 'wall'):.2f}x" for base in (NATIVE, CE)]
-    peak = max(column(taken, "peak_gib"))
-    return [name, str(seq_len), f"{rate:,.0f}", *to, f"{share:.1%}", taught, f"{peak:.1f}"]
-
-
 def with_teacher(shape: Shape, flops_per_token: float) -> float:
     """Operations a token with the teacher's forward: a third of the step's, without the output embedding."""
     return flops_per_token + flops_per_token / 3 - 2 * shape.vocabulary * shape.hidden
-
-
-def _device_notes(shape: Shape, found: dict[str, list[dict[str, Any]]]) -> list[str]:
-    return [
-        verdict("speed of cross-entropy to the native model's", 1 / ratio_to(found, CE, NATIVE, "wall"), 0.95, False),
-        verdict("future predictor to cross-entropy", ratio_to(found, FUTURE, CE, "wall"), 1.4),
-        verdict("document boundaries", ratio_to(found, DOCUMENTS, CE, "wall"), 1.05),
-        profile_line(found),
-        contrastive_line(shape, found),
-    ]
