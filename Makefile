@@ -1,6 +1,6 @@
 # The checks that a change has to pass, without installing anything: .ci/run does the same in a fresh environment.
 SHELL := bash
-.PHONY: quick check fuzz soak matrix matrix-quarter style types imports test
+.PHONY: quick check fuzz soak matrix matrix-quarter lowest lowest-versions style types imports test
 
 quick: style types imports # after each edit
 	python -m pytest -q -m "not matrix and not slow"
@@ -14,6 +14,16 @@ QUARTER ?= $(shell echo $$((0x$$(git rev-parse --short=8 HEAD) % 4)))
 matrix-quarter: # that of the commit, unless QUARTER says which
 	@echo "quarter $(QUARTER) of the matrix; to repeat it: make matrix-quarter QUARTER=$(QUARTER)"
 	python -m pytest -v -m matrix --quarter $(QUARTER)
+
+LOWEST ?= .venv/lowest
+lowest: # the default suite with the lowest versions that pyproject.toml allows
+	python3 -m venv $(LOWEST)
+	$(MAKE) --silent lowest-versions > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/pip install --quiet --constraint $(LOWEST)/constraints.txt --editable '.[dev]'
+	PATH="$(abspath $(LOWEST))/bin:$$PATH" python -m pytest -q
+
+lowest-versions:
+	sed -nE 's/^    "([a-z_]+)>=([0-9.]+).*/\1==\2/p' pyproject.toml
 
 style:
 	ruff check .

@@ -24,6 +24,8 @@ NO_HEADS = ["--model.converters=", "--future_encoder.no-enable", "--future_predi
 COMPILE = ["--compile.enable", "--compile.backend=aot_eager", "--compile.components=model,loss"]
 PER_OP = ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"]
 LENGTH, BATCH = 64, 4
+# As preflight refuses it there.
+spreads_experts = pytest.mark.skipif(torch.__version__ < "2.12", reason="expert parallelism needs torch 2.12")
 
 # Name to number of processes and options.
 LAYOUTS: dict[str, tuple[int, list[str]]] = {

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -139,6 +141,20 @@ def test_the_map_of_the_house_names_files_that_are_there() -> None:
     assert not [n for n in named if not any((base / n).exists() for base in (REPOSITORY, REPOSITORY / "flame_ext"))]
     folders = {f.name for f in (REPOSITORY / "flame_ext").iterdir() if f.is_dir() and f.name != "__pycache__"}
     assert {f"{folder}/" for folder in folders} <= named, "every folder has a row"
+
+
+def test_the_lowest_versions_are_those_that_are_tested() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    needed = [Requirement(text) for text in project["dependencies"]]
+    lowest = {n.name: s.version for n in needed for s in n.specifier if s.operator == ">="}
+    installed = subprocess.run(
+        ["make", "-s", "lowest-versions"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert dict(line.split("==") for line in installed.stdout.split()) == lowest
+    _, _, table = prose(REPOSITORY / "docs" / "running.md").partition("\n## Versions\n")
+    row = next(line for line in table.splitlines() if "make lowest" in line)
+    versions = [Version(cell.strip()) for cell in row.split("|")[1:4]]
+    assert versions == [Version(lowest[name]) for name in ("torch", "torchtitan", "transformers")]
 
 
 def anchors(document: Path) -> set[str]:

@@ -19,23 +19,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torchtitan.tools.logging import logger
 from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard
 
+from flame_ext.model.experts import is_stacked, stacked_experts
 from flame_ext.model.hf_causal_lm import HFCausalLM
 from flame_ext.model.local_parameters import with_local_parameters
-
-_STACKED = "grouped_gemm"  # the word of transformers' plans for a parameter whose first axis counts experts
-
-
-def stacked_experts(model: HFCausalLM) -> dict[str, Any]:
-    """Returns the modules that hold a layer's experts stacked, by name: those of transformers' plan (``base_model_ep_plan``).
-
-    The model is one before parallelisms are applied. Without a plan they are the modules with parameters of three axes, of which
-    all have ``num_experts`` rows.
-    """
-    plan = getattr(model, "_ep_plan", None) or {}
-    planned = {name.rpartition(".")[0] for name, word in plan.items() if word == _STACKED}
-    if planned:
-        return {n: m for n, m in model.named_modules() if replace_layer_number_by_wildcard(n) in planned}
-    return {name: module for name, module in model.named_modules() if _is_stacked(module)}
 
 
 def expert_parallel_problems(model: HFCausalLM, degree: int, shards: int) -> list[str]:
@@ -50,7 +36,7 @@ def _problems(model: HFCausalLM, degree: int, shards: int) -> Iterator[str]:
     if not experts:
         yield "no layer holds experts as stacked parameters; set it to 1, and scale with data_parallel_shard_degree (FSDP)"
     for name, module in experts.items():
-        if not _is_stacked(module) or len(inspect.signature(module.forward).parameters) != 3:
+        if not is_stacked(module) or len(inspect.signature(module.forward).parameters) != 3:
             yield (
                 f"{name!r} ({type(module).__name__}) does not hold each expert as a row of its parameters, to be called with tokens, "
                 "indices and weights; set it to 1, and scale with data_parallel_shard_degree (FSDP)"
@@ -177,11 +163,6 @@ class DispatchedExperts(nn.Module):
 @functools.cache  # one class for all layers
 def _with_dispatch(cls: Any) -> type[nn.Module]:
     return type(cls.__name__, (DispatchedExperts, cls), {})
-
-
-def _is_stacked(module: nn.Module) -> bool:
-    count, parameters = getattr(module, "num_experts", None), list(module.parameters(recurse=False))
-    return any(p.dim() > 2 for p in parameters) and all(p.dim() > 1 and len(p) == count for p in parameters)
 
 
 def _sharded_dim(shape: torch.Size, degree: int, shards: int) -> int | None:

@@ -7,8 +7,6 @@ layer and no other stage of a pipeline, and compiled or recomputed layers contai
 
 from __future__ import annotations
 
-import copy
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flame_ext.errors import ConfigError
+from flame_ext.model.experts import experts_of, find_routers, in_order
 
 if TYPE_CHECKING:
     from flame_ext.model.hf_causal_lm import HFCausalLM
@@ -150,6 +149,11 @@ class Routing:
     coefficient: float = 0.0  # of the balancing loss
     problem: str = ""  # why they are not observed
 
+    @property
+    def of_mixture(self) -> bool:
+        """Whether the model is a mixture, observed or not."""
+        return bool(self.routers or self.problem)
+
     def parameters(self, model: nn.Module) -> list[str]:
         """Returns the names of the routers' parameters in the whole ``model``."""
         return [f"{name}.{key}" for name in self.routers for key, _ in model.get_submodule(name).named_parameters()]
@@ -165,7 +169,7 @@ def prepare_routers(model: HFCausalLM, coefficient: float | None, freeze: bool) 
     Raises a ConfigError if the loss is asked for and cannot be what the architecture defines, or if tokens go to more experts
     than there are.
     """
-    routers = find_routers(model)
+    routers, problem = find_routers(model)
     for config in (model.config, model.config.get_text_config()):
         if hasattr(config, "output_router_logits"):
             # Its forward would compute the loss as well, and of other masks than it knows.
@@ -173,8 +177,9 @@ def prepare_routers(model: HFCausalLM, coefficient: float | None, freeze: bool) 
     if not routers:
         if coefficient or freeze:
             option = "moe.freeze_router" if freeze else "moe.aux_loss_coef"
-            raise ConfigError(f"{option}: {model.architecture} is no mixture of experts with routers; leave it out")
-        return Routing()
+            reason = problem or "it is no mixture of experts"
+            raise ConfigError(f"{option} with {model.architecture}: {reason}; leave it out")
+        return Routing(problem=problem)
     for number, (name, router) in enumerate(routers.items()):
         if (chosen := chosen_by(router, model)) is not None and not 0 < chosen <= experts_of(router):
             raise ConfigError(
@@ -184,7 +189,7 @@ def prepare_routers(model: HFCausalLM, coefficient: float | None, freeze: bool) 
         router.router_number = number  # type: ignore[assignment]
         if freeze:
             router.requires_grad_(False)
-    problem, function = _not_observed(model, routers), balancing_function(model)
+    function = balancing_function(model)
     defined = function is not None and not any(hasattr(router, CORRECTION_BIAS) for router in routers.values())
     if defined and coefficient is None:
         coefficient = float(getattr(model.config.get_text_config(), "router_aux_loss_coef", None) or 0.0)
@@ -205,26 +210,10 @@ def prepare_routers(model: HFCausalLM, coefficient: float | None, freeze: bool) 
     return Routing(tuple(routers), experts, coefficient or 0.0, problem)
 
 
-def find_routers(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the modules that the architecture names as its routers (``_can_record_outputs`` of transformers)."""
-    kinds = []
-    for part in model.modules():
-        recorders = (getattr(part, "_can_record_outputs", None) or {}).get("router_logits")
-        for recorder in recorders if isinstance(recorders, list) else [recorders]:
-            target = recorder if inspect.isclass(recorder) else getattr(recorder, "target_class", None)
-            kinds += [target] if inspect.isclass(target) else []
-    return {name: module for name, module in model.named_modules() if isinstance(module, tuple(kinds))}  # type: ignore[misc]
-
-
 def first_router(model: nn.Module) -> int:
     """The number of the first router of a model, or of a stage of one."""
     numbers: Any = (module.router_number for module in model.modules() if hasattr(module, "router_number"))
     return next(numbers, 0)
-
-
-def experts_of(router: nn.Module) -> int:
-    """The number of experts that a router chooses from: the rows of its weight."""
-    return int(next(iter(router.parameters())).shape[0])
 
 
 def chosen_by(router: nn.Module, model: HFCausalLM) -> int | None:
@@ -251,25 +240,10 @@ def pull_of(counts: Tensor, chosen: int) -> Tensor:
     return (len(total) * total / rows / rows).float()
 
 
-def _pass_on(_router: nn.Module, _args: Any, output: tuple[Tensor, Tensor, Tensor], *, balanced: bool) -> Any:
-    logits, weights, experts = output
-    return logits, *routed(weights, logits if balanced else logits.detach(), experts)
-
-
-def _not_observed(model: HFCausalLM, routers: dict[str, nn.Module]) -> str:
-    """Says why the routers cannot be observed; empty if they can."""
-    if len({experts_of(router) for router in routers.values()}) > 1:
-        return "its routers choose from different numbers of experts"
-    router = next(iter(routers.values()))
-    kind = type(router).__name__
-    states = torch.zeros(1, 2, model.config.get_text_config().hidden_size, device="meta")
-    try:
-        output = copy.deepcopy(router).to("meta")(states)
-    except Exception as e:  # the architecture's code may want anything
-        return f"{kind} does not take hidden states alone ({type(e).__name__}: {str(e)[:100]})"
-    if not isinstance(output, tuple) or [t.is_floating_point() for t in output] != [True, True, False]:
-        return f"{kind} does not return logits, weights and experts"
-    return ""
+def _pass_on(_router: nn.Module, _args: Any, output: tuple[Tensor, ...], *, balanced: bool) -> Any:
+    logits, weights, experts = in_order(output)
+    passed = (logits, *routed(weights, logits if balanced else logits.detach(), experts))
+    return passed if output[0] is logits else passed[::-1]
 
 
 def _is_known(function: Callable[..., Any]) -> bool:

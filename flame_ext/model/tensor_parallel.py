@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from torchtitan.tools.logging import logger
 from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard
 
-from flame_ext.model.expert_parallel import stacked_experts
+from flame_ext.model.experts import stacked_experts
 from flame_ext.model.hf_causal_lm import HFCausalLM
 from flame_ext.model.local_parameters import with_local_parameters
 

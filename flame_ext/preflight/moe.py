@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+import torch
+import transformers
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools.utils import set_default_dtype
 from transformers import PreTrainedConfig
@@ -36,10 +38,18 @@ def check_mixture(config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterat
             yield f"{name}: {model.routing.problem}; leave it out"
     compiled = config.compile.enable and "model" in config.compile.components
     how = model.base_model.config.get_text_config()._experts_implementation
-    if compiled and model.routing.routers and how == "eager":
+    if compiled and model.routing.of_mixture and how == "eager":
         yield (
             f"compile.enable with {model.architecture}: its experts are run by 'eager', a loop over those that have tokens, which cannot "
             "be compiled: take moe.experts_implementation = 'auto' if that is another one here, or leave 'model' out of compile.components"
+        )
+    options = config.training
+    weights = options.mixed_precision_param if sharding_ranks(config) > 1 else options.dtype
+    if compiled and how == "grouped_mm" and weights != "bfloat16" and not _compiles_grouped_mm():
+        yield (
+            f"compile.enable with {model.architecture}: transformers {transformers.__version__} cannot compile the backward of "
+            f"'grouped_mm' with weights in {weights}: take moe.experts_implementation = 'batched_mm', update transformers, or leave "
+            "'model' out of compile.components"
         )
     trained = {p.dtype: name for name, p in model.named_parameters() if p.requires_grad}
     if len(trained) > 1 and sharding_ranks(config) > 1:
@@ -53,3 +63,8 @@ def check_mixture(config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterat
             "moe.balance_over = 'micro_batch' does not go with parallelism.pipeline_parallel_degree > 1, where backwards begin before "
             "a micro-batch's last forward: take 'step'"
         )
+
+
+def _compiles_grouped_mm() -> bool:
+    """Whether the backward that stands in for grouped_mm's, of other weights than bfloat16, is an operator as its forward is."""
+    return hasattr(torch.ops.transformers, "grouped_mm_fallback_backward")

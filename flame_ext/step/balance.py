@@ -43,7 +43,7 @@ class Balance:
         self._ranks = 1 if mesh is None else mesh.size()
         self._groups = [group for group in (mesh and mesh.get_group(), runner.group) if group is not None]
         self._microbatches = 1
-        if self._routing.routers:
+        if self._routing.of_mixture:
             logger.info(self._description(model.architecture))
         if config.moe.freeze_router:
             frozen = model.routing.parameters(model)
@@ -151,6 +151,8 @@ class Balance:
     def _description(self, architecture: str) -> str:
         how = self._runner.parts[0].config.get_text_config()._experts_implementation
         routers = f"{len(self._routing.routers)} routers, each to {self._routing.experts} experts, run by {how!r}"
+        if not self._routing.routers:
+            routers = f"{architecture} is a mixture of experts, run by {how!r}"
         if self._routing.problem:
             return f"{routers}: their load is not reported, {self._routing.problem}"
         loss = "no auxiliary loss"

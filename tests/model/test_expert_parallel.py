@@ -14,14 +14,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.torch_version import TorchVersion
 from transformers import AutoModelForCausalLM, PhimoeConfig, PreTrainedConfig
 
 from flame_ext.errors import ConfigError
-from flame_ext.model.expert_parallel import apply_expert_parallel, stacked_experts
+from flame_ext.model.expert_parallel import apply_expert_parallel
+from flame_ext.model.experts import stacked_experts
 from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
 from flame_ext.train import parse
 from tests.faults.test_resume import assert_resumed_exactly, resumed_from, saved, train
-from tests.layouts import BATCH, COMPILE, EP2, NO_HEADS, PER_OP, assert_same_step, steps
+from tests.layouts import BATCH, COMPILE, EP2, NO_HEADS, PER_OP, assert_same_step, spreads_experts, steps
 from tests.ranks import DEBUG_TOML, TINY_OLMO, TrainRun, run_ranks
 from tests.tiny_models import CONFIGS, MIXTURES, load_stock, save_tiny
 
@@ -110,6 +112,7 @@ def test_without_a_plan_they_are_known_by_their_shape() -> None:
 JOBS: dict[str, list[str]] = {"deepseek-v3+heads": []}
 
 
+@spreads_experts
 def test_one_step_is_that_of_a_single_process(models: Path, single: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     for rank in steps(models, tmp_path, "ep2", JOBS):
         for name, result in rank.items():
@@ -133,6 +136,7 @@ VARIANTS: dict[str, list[str]] = {
 }
 
 
+@spreads_experts
 @pytest.mark.matrix
 @pytest.mark.parametrize(
     ("layout", "kind"),
@@ -168,6 +172,7 @@ RESUMED = {
 }
 
 
+@spreads_experts
 @pytest.mark.parametrize(
     ("name", "lr", "layouts"),
     [
@@ -204,6 +209,7 @@ def test_a_run_goes_on_and_is_exported_under_another_layout(
 # -- beside a pipeline -------------------------------------------------------------------------------------------
 
 
+@spreads_experts
 @pytest.mark.matrix
 @pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B"])
 @pytest.mark.parametrize("name", ["qwen3-moe", "deepseek-v3"])
@@ -254,4 +260,12 @@ def test_what_cannot_be_right_is_refused(
     tmp_path: Path, name: str, world_size: int, options: list[str], message: str
 ) -> None:
     config = {**CONFIGS, **MIXTURES}[name]
-    assert message in refusal(tmp_path, config, *options, world_size=world_size)
+    with mock.patch("torch.__version__", TorchVersion("2.12.0")):  # what comes first in older ones is below
+        assert message in refusal(tmp_path, config, *options, world_size=world_size)
+
+
+def test_an_older_torch_is_refused_in_one_line(tmp_path: Path) -> None:
+    with mock.patch("torch.__version__", TorchVersion("2.11.0+cu130")):
+        message = refusal(tmp_path, MIXTURES["olmoe"])
+    assert message.startswith("parallelism.expert_parallel_degree > 1 needs torch 2.12 or newer, ")
+    assert message.endswith("and this is 2.11.0+cu130; set it to 1, or update torch") and "\n" not in message

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from flame_ext.seeding.sources.source import same_bits
-from tests.layouts import EP2
+from tests.layouts import EP2, spreads_experts
 from tests.model.test_seeded_architectures import LAYOUTS, TOKENS, digest, next_token_loss, seed_all
 from tests.ranks import DEBUG_TOML, run_ranks, train
 from tests.tiny_models import MIXTURES, load_stock, save_tiny
@@ -21,15 +21,17 @@ from tests.tiny_models import MIXTURES, load_stock, save_tiny
 MORE_RANKS = {
     "fsdp4": (4, []),
     "hsdp4": (4, ["--parallelism.data_parallel_replicate_degree=2"]),
-    "ep2": (2, [EP2]),
-    "fsdp4-ep2": (4, [EP2]),
 }
+OF_EXPERTS = {"ep2": (2, [EP2]), "fsdp4-ep2": (4, [EP2])}
+ALL_LAYOUTS = LAYOUTS | MORE_RANKS | OF_EXPERTS
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("layout", LAYOUTS | MORE_RANKS)
+@pytest.mark.parametrize(
+    "layout", [*LAYOUTS, *MORE_RANKS, *(pytest.param(layout, marks=spreads_experts) for layout in OF_EXPERTS)]
+)
 def test_seeded_model_is_the_stock_model(tmp_path: Path, layout: str) -> None:
-    world_size, options = (LAYOUTS | MORE_RANKS)[layout]
+    world_size, options = ALL_LAYOUTS[layout]
     for name in MIXTURES:
         save_tiny(name, tmp_path / name, max_shard_size="50KB")
     ranks = run_ranks(seed_all, world_size, str(tmp_path), options, [*MIXTURES], folder=tmp_path / "ranks", timeout=600)

@@ -92,7 +92,9 @@ class TracedTensor(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if (rule := _RULES.get(func.overloadpacket)) is None:
             raise UnknownRearrangement(f"{func.overloadpacket} is no rearrangement of elements that is known here")
-        return rule(*args, **(kwargs or {}))
+        result = rule(*args, **(kwargs or {}))
+        # torch refuses a view that is the very object which was viewed.
+        return _like(result, result.shape, result.parts) if result is args[0] else result
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"TracedTensor({tuple(self.shape)}, {self.dtype}, {len(self.parts)} parts)"
