@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterator
+from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +56,17 @@ class FutureTrainer(torchtitan.train.Trainer):
         self.runner = getattr(self, "pp_schedule", None) or ModelRunner(self.model_parts, dims)
         self.model = self.runner.model
         eos_id, batch_mesh = getattr(self.tokenizer, "eos_id", None), dims.get_optional_mesh("batch")
+        # A new object for each use: one that is entered twice, one inside the other, is left on for good.
+        autocast = self.autocast = partial(copy, self.maybe_enable_amp)
         self.stopwatch = Stopwatch(device)
         self.planner = Planner(config, eos_id, batch_mesh, device)
         self.teacher: Teacher | None = None
         if teacher_of(config) is not None:
-            self.teacher = Teacher(
-                self.runner, config, eos_id, batch_mesh, self.maybe_enable_amp, device, self.stopwatch
-            )
+            self.teacher = Teacher(self.runner, config, eos_id, batch_mesh, autocast, device, self.stopwatch)
         self.losses = Losses(self.runner, config, self.teacher)
+        prepared = self.post_dataloading_process
         self.student = Student(
-            self.runner,
-            config,
-            self.teacher,
-            self.losses,
-            self.post_dataloading_process,
-            self.maybe_enable_amp,
-            device,
-            self.stopwatch,
+            self.runner, config, self.teacher, self.losses, prepared, autocast, device, self.stopwatch
         )
         self.gradients, self.balance = Gradients(self.runner, config, dims), Balance(self.runner, config, dims, device)
         self.reported = Reported(

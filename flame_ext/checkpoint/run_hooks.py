@@ -200,7 +200,7 @@ class RunHooks(CheckpointHooks):
         return Probe(
             tokens=probe_tokens(self._trainer.tokenizer.encode, training.seq_len, dims.seq_len_divisor),
             forward=self._logits,
-            context=self._trainer.maybe_enable_amp,
+            autocast=self._trainer.autocast,
             # FSDP gives the layers parameters in the mixed-precision dtype; autocast leaves parameters as they are.
             dtype=param_dtype if dims.fsdp_enabled else dtype,
             compute_dtype=compute_dtype,
@@ -231,7 +231,7 @@ class RunHooks(CheckpointHooks):
         for part in self._runner.parts:
             part.eval()
         try:
-            with self._trainer.maybe_enable_amp, in_high_precision(self._runner.parts, self._config):
+            with self._trainer.autocast(), in_high_precision(self._runner.parts, self._config):
                 return self._runner.forward(tokens, inputs_of)
         finally:
             for part in self._runner.parts:

@@ -1,6 +1,6 @@
 """The teacher of a step: summaries of the future, and the keys that predictions are compared with."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -38,11 +38,12 @@ class Teacher:
         config: FlameJobConfig,
         eos_id: int | None,
         mesh: DeviceMesh | None,
-        amp: AbstractContextManager[None],
+        autocast: Callable[[], AbstractContextManager[None]],
         device: torch.device,
         stopwatch: Stopwatch,
     ) -> None:
-        self._runner, self._mesh, self._amp, self._device, self._stopwatch = runner, mesh, amp, device, stopwatch
+        self._runner, self._mesh, self._autocast = runner, mesh, autocast
+        self._device, self._stopwatch = device, stopwatch
         name = teacher_of(config)
         assert name is not None
         self._name, self._options = name, getattr(config, name)
@@ -108,7 +109,7 @@ class Teacher:
             mask = encoder.attention_mask(input_ids[rows], documents, self._mask_form)
             return {"attention_mask": mask, "output": "hidden_states", "routes": routes}
 
-        with self._amp, self._without_dropout():
+        with self._autocast(), self._without_dropout():
             states = self._runner.forward(input_ids, inputs_of)
         if states is None:
             return None
@@ -139,7 +140,7 @@ class Teacher:
 
             return {**attention_of(rows), "compute": pool}
 
-        with self._amp, self._without_dropout(), self._stopwatch.measure("teacher"):
+        with self._autocast(), self._without_dropout(), self._stopwatch.measure("teacher"):
             parts = self._runner.forward(microbatch.inputs["input"], inputs_of)
         future.bank = _NO_KEYS
         if parts is not None:
