@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig
 
@@ -22,6 +23,9 @@ from flame_ext.objective.masks import (
     window_is_short,
 )
 from flame_ext.objective.windows import reduce_following
+
+# All but cuDNN, see choose_kernels; of these, flash takes masks on CPUs only.
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.OVERRIDEABLE]
 
 
 @dataclass
@@ -170,7 +174,8 @@ class PooledEncoder(Head):
             return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
         query, key, value = (split(proj(hidden_states)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        states = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
+        with sdpa_kernel(_KERNELS):
+            states = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
         return states.roll(-1, dims=1)
 
 

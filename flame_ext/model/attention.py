@@ -105,6 +105,22 @@ def causal_attention(
     return {"attention_mask": mask, "position_ids": positions, "part_of_sequence": context is not None}
 
 
+def choose_kernels(config: PreTrainedConfig, attention_mask: Any, seq_len: int) -> None:
+    """Keeps SDPA from cuDNN, in this process, if a forward of ``seq_len`` positions gives it ``attention_mask`` or one of its own.
+
+    Backbones make masks for windows, and those with attention code of their own may for anything.
+
+    cuDNN's kernels do not promise zeros for rows that attend to nothing, and their backward by a mask has given NaN
+    (https://github.com/pytorch/pytorch/issues/196678). Without masks it is the fastest there is, and allowed again.
+    """
+    masked = attention_mask is not None or not supports("attention_backend", config)
+    try:
+        masked = masked or any(0 < window <= seq_len for window in attention_windows(config).values())
+    except ValueError:  # layers of a kind that is not known here
+        masked = True
+    torch.backends.cuda.enable_cudnn_sdp(not masked)
+
+
 def _known_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     mapping: Any = AutoModelForCausalLM._model_mapping
     return mapping.get(type(config), None)
