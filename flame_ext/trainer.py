@@ -18,7 +18,7 @@ from flame_ext.checkpoint.manager import SeedingCheckpointManager
 from flame_ext.checkpoint.run_hooks import RunHooks
 from flame_ext.checkpoint.steps import CompleteStep
 from flame_ext.config.sections import FlameJobConfig
-from flame_ext.distributed import failing_together, is_main_rank
+from flame_ext.distributed import failing_together, is_main_rank, make_object_group
 from flame_ext.errors import CheckpointError, ConfigError, UserError
 from flame_ext.heads.registry import shown_metrics, teacher_of
 from flame_ext.host.patches import profiling_any_device, trainer_built_with
@@ -91,6 +91,7 @@ class FutureTrainer(torchtitan.train.Trainer):
             raise CheckpointError(f"job.dump_folder {self.job_config.job.dump_folder!r} cannot be written: {e}") from e
         finally:
             training.enable_cpu_offload = offload
+        make_object_group()
         # Here, since from here on ranks can fail together, and nothing has been written yet.
         with failing_together(CheckpointError):
             if is_main_rank():
