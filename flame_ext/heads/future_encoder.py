@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from flame_ext.config.head_options import at_least
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.heads.spec import LOSS_WEIGHT, BackboneTeacher, FutureSummaries, Head, HeadSection, HeadSpec
-from flame_ext.model.attention import MaskForm, attention_windows, mask_problem, supports
+from flame_ext.model.attention import MaskForm, attention_windows, flex_problem, mask_problem
 from flame_ext.objective.masks import (
     anticausal_block_mask,
     anticausal_mask,
@@ -91,7 +91,8 @@ class FutureEncoderSection(HeadSection):
     teacher_attention: Literal["auto", "sdpa", "flex"] = "auto"
     """
     Attention of the anticausal forward: 'flex' (FlexAttention with a BlockMask), 'sdpa' (a boolean mask of all pairs of
-    positions), 'auto': flex on CUDA where the backbone supports it, else sdpa, block by block where the window is short.
+    positions), 'auto': flex on CUDA where the backbone supports it and its heads have 16 elements or more, else sdpa, block by
+    block where the window is short.
     """
 
 
@@ -291,11 +292,9 @@ def _check_model(config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterato
             f"future_encoder.summary_method = 'anticausal' cannot be right for {model_type!r}: {reason}; take "
             "'mean', 'max' or 'attention'"
         )
-    if encoder.teacher_attention == "flex" and not supports("flex_attn", hf_config):
-        yield (
-            f"future_encoder.teacher_attention = 'flex': transformers has no FlexAttention for {model_type!r}; take "
-            "'auto' or 'sdpa'"
-        )
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    if encoder.teacher_attention == "flex" and (reason := flex_problem(hf_config, device_type)) is not None:
+        yield f"future_encoder.teacher_attention = 'flex': {reason}; take 'auto' or 'sdpa'"
 
 
 def _record(config: FlameJobConfig, step_batch: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
+from transformers import DeepseekV3Config, GPT2Config, OlmoConfig, PreTrainedConfig, Qwen3Config
 
 from flame_ext.heads.future_encoder import PooledEncoder
+from flame_ext.model.attention import flex_problem, mask_form
 from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
 from flame_ext.objective.masks import causal_mask
 from tests.tiny_models import save_tiny
@@ -63,3 +66,26 @@ def test_pooled_summaries_are_kept_from_cudnn(allowed: list[tuple[bool, bool]]) 
     PooledEncoder("attention", 4, 16, 2)(torch.randn(2, 24, 16), torch.zeros(2, 24, dtype=torch.long))
     assert allowed == [(True, False)]
     assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+_LATENT = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("config", "form"),
+    [
+        (OlmoConfig(hidden_size=64, num_attention_heads=4), "flex"),
+        (OlmoConfig(hidden_size=64, num_attention_heads=8), "windows"),
+        (Qwen3Config(hidden_size=64, num_attention_heads=8, head_dim=16), "flex"),
+        (DeepseekV3Config(**_LATENT, v_head_dim=16), "flex"),
+        (DeepseekV3Config(**_LATENT, v_head_dim=8), "windows"),
+        (GPT2Config(), "windows"),
+    ],
+)
+def test_flex_attention_is_taken_where_it_can_be_compiled(config: PreTrainedConfig, form: str) -> None:
+    model = SimpleNamespace(
+        config=config, _supports_flex_attn=config.model_type != "gpt2", _supports_attention_backend=True
+    )
+    assert mask_form("auto", model, torch.device("cuda")) == form
+    assert mask_form("auto", model, torch.device("cpu")) == "windows"
+    assert (flex_problem(config, "cuda") is None) == (form == "flex")
