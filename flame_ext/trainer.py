@@ -77,7 +77,7 @@ class FutureTrainer(torchtitan.train.Trainer):
             self.validator.evaluate, self.validator.reduce = self._evaluate, self.reported.reduced
             self.validator.count_all(self.planner.count, self.planner.over_ranks)
         teacher = self.teacher if self.teacher is not None and self.teacher.anticausal else None
-        proved = (None, "") if teacher is None else (teacher.summaries, teacher.remedy)
+        proved = (None, "") if teacher is None else (teacher.summaries_of_one, teacher.remedy)
         self.checkpointer.hooks = RunHooks(self, self.student.attention, *proved)
 
     def init_distributed(self) -> ParallelDims:

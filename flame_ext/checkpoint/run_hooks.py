@@ -28,7 +28,6 @@ from flame_ext.config.resume_record import asset_digests, check_unchanged, confi
 from flame_ext.distributed import from_main_rank, is_main_rank, on_main_rank
 from flame_ext.errors import ConfigError, SeedError
 from flame_ext.heads.registry import head_arguments, record_of_heads
-from flame_ext.heads.spec import FutureSummaries
 from flame_ext.host.high_precision import in_high_precision
 from flame_ext.model.dtypes import dtypes_in
 from flame_ext.model.hf_causal_lm import HFCausalLM
@@ -58,7 +57,7 @@ class RunHooks(CheckpointHooks):
         self,
         trainer: Any,
         attention_of: Callable[[dict[str, Tensor], slice], dict[str, Any]],
-        summaries: Callable[..., FutureSummaries | None] | None,
+        summaries: Callable[..., Tensor | None] | None,
         summaries_remedy: str = "",
     ) -> None:
         self._trainer, self._attention_of = trainer, attention_of
@@ -241,8 +240,8 @@ class RunHooks(CheckpointHooks):
         """Maps (1, T) tokens to (1, T, D) summaries on every rank, by the experts of the first call. Collective."""
         assert self._summaries is not None
         with in_high_precision(self._runner.parts, self._config):
-            summaries = self._summaries(tokens, routes=routes)
-        return self._runner.from_last(None if summaries is None else summaries.states)
+            summaries = self._summaries(tokens, routes)
+        return self._runner.from_last(summaries)
 
 
 def _dtypes(state: Mapping[str, Tensor]) -> dict[str, torch.dtype]:

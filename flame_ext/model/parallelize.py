@@ -35,6 +35,7 @@ def parallelize_hf_causal_lm(model: HFCausalLM, parallel_dims: ParallelDims, job
     """Applies the parallelisms of the job to a model on meta, in place. Preflight has refused those that it cannot have."""
     options = job_config.parallelism
     compile_model = job_config.compile.enable and "model" in job_config.compile.components
+    compile_each_batch_shape()  # FlexAttention and its masks are compiled whether or not the layers are
     if model.beside_text and model.stage.is_first:
         parts = dict.fromkeys(".".join(name.split(".")[:2]) for name in model.beside_text)
         logger.info(
@@ -50,8 +51,6 @@ def parallelize_hf_causal_lm(model: HFCausalLM, parallel_dims: ParallelDims, job
         loss_parallel = not options.disable_loss_parallel and not needs_logits
         apply_tensor_parallel(model, mesh, loss_parallel)
         maybe_enable_async_tp(job_config, mesh)
-        if compile_model:
-            compile_each_batch_shape()
     if parallel_dims.cp_enabled:
         model.context = ContextParallel(parallel_dims.get_mesh("cp"), options.context_parallel_load_balancer)
         logger.info("Applied Context Parallel to the model")

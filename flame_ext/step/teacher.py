@@ -58,6 +58,7 @@ class Teacher:
         """Whether summaries come from a second forward of the backbone; else they are pooled from the student's states."""
         self.remedy = self._encoder.remedy if isinstance(self._encoder, BackboneTeacher) else ""
         """What to do if the proof at step 0 finds a backbone that does not obey the mask; a part of its message."""
+        self._sequences = max(1, round(self._options.teacher_fraction * config.training.local_batch_size))
         self._with_documents = self._options.respect_doc_boundaries
         self._mask_form = mask_form(self._options.teacher_attention, runner.model, device)
         # Keys have the dtype of the contrastive loss's matrix products on an accelerator.
@@ -114,6 +115,15 @@ class Teacher:
         if states is None:
             return None
         return encoder.summaries(states[0] if len(states) == 1 else torch.cat(states), input_ids, doc_ids)
+
+    def summaries_of_one(self, input_ids: Tensor, routes: RouteListener | None = None) -> Tensor | None:
+        """(1, T) tokens of one document to anti-causal summaries (1, T, D), by a batch of copies of it; None and collective as above.
+
+        A batch as in training is compiled for both.
+        """
+        batch = input_ids.repeat(self._sequences, 1).to(self._device)
+        found = self.summaries(batch, torch.zeros_like(batch) if self._with_documents else None, routes)
+        return None if found is None else found.states[:1]
 
     def pool(self, hidden_states: Tensor, future: FutureRows, shift: int) -> tuple[KeyBank, int]:
         """Pool the student's (b, T, D) hidden states into a bank; also returns the row where this rank's summaries begin."""

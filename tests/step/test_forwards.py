@@ -1,10 +1,10 @@
-"""Mixed precision by autocast, where there is no FSDP: on where the model runs, and off again after it."""
+"""The forwards of proofs, steps and validation: in autocast, which is off again after each, and compiled for one another."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.ranks import DEBUG_TOML, run_ranks
@@ -16,14 +16,14 @@ OPTIONS = (
 )  # fmt: skip
 
 
-def run_watched(folder: str) -> list[tuple[str, bool]]:
-    """Runs proofs, a step and a validation; returns whether autocast was on in some of the forwards, and after each of these."""
+def run_watched(folder: str) -> dict[str, Any]:
+    """Runs proofs, a step and a validation; returns whether autocast was on after each, and what the teacher was given."""
     from flame_ext.checkpoint.run_hooks import RunHooks
     from flame_ext.step.teacher import Teacher
     from flame_ext.train import main
     from flame_ext.trainer import FutureTrainer
 
-    states = []
+    states, given = [], []
 
     def watch(cls: type, name: str) -> None:
         method = getattr(cls, name)
@@ -31,6 +31,9 @@ def run_watched(folder: str) -> list[tuple[str, bool]]:
         def watched(self: Any, *arguments: Any, **options: Any) -> Any:
             result = method(self, *arguments, **options)
             states.append((name, torch.is_autocast_enabled("cpu")))
+            if name == "summaries":
+                tokens, documents = arguments[:2]
+                given.append((tuple(tokens.shape), documents.shape, documents.stride(), documents.dtype))
             if name == "_evaluate":
                 with self.autocast(), self.autocast():
                     states.append(("inside", torch.is_autocast_enabled("cpu")))
@@ -47,11 +50,32 @@ def run_watched(folder: str) -> list[tuple[str, bool]]:
     ):
         watch(cls, name)
     main([f"--job.config_file={DEBUG_TOML}", f"--job.dump_folder={folder}", *OPTIONS])
-    return states
+    dynamo = torch._dynamo.config
+    return {"autocast": states, "given": given, "dynamo": (dynamo.automatic_dynamic_shapes, dynamo.recompile_limit)}
 
 
-def test_autocast_is_off_after_proofs_steps_and_validation(tmp_path: Path) -> None:
-    (rank,) = run_ranks(run_watched, 1, str(tmp_path / "run"), folder=tmp_path / "ranks")
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("watched")
+    (rank,) = run_ranks(run_watched, 1, str(folder / "run"), folder=folder / "ranks")
     assert rank.exit_code == 0, rank.output[-3000:]
-    assert {name for name, _ in rank.value} == {"summaries", "seed", "train_step", "_evaluate", "inside", "after two"}
-    assert [name for name, on in rank.value if on] == ["inside"]
+    return rank.value
+
+
+def test_autocast_is_off_after_proofs_steps_and_validation(watched: dict[str, Any]) -> None:
+    assert {name for name, _ in watched["autocast"]} == {
+        "summaries",
+        "seed",
+        "train_step",
+        "_evaluate",
+        "inside",
+        "after two",
+    }
+    assert [name for name, on in watched["autocast"] if on] == ["inside"]
+
+
+def test_the_proof_gives_the_teacher_what_a_step_does_so_that_its_graphs_serve_both(watched: dict[str, Any]) -> None:
+    proof, *others = watched["given"]
+    assert len(others) == 3, "two of the proof, a step's, a validation's"
+    assert proof[0] == (2, 256) and {*others} == {proof}
+    assert watched["dynamo"] == (False, 64)
