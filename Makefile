@@ -1,6 +1,6 @@
 # The checks that a change has to pass, without installing anything: .ci/run does the same in a fresh environment.
 SHELL := bash
-.PHONY: quick check fuzz soak matrix matrix-quarter style types imports test
+.PHONY: quick check fuzz soak matrix matrix-quarter gpu style types imports test
 
 quick: style types imports # after each edit
 	python -m pytest -q -m "not matrix and not slow"
@@ -14,6 +14,9 @@ QUARTER ?= $(shell echo $$((0x$$(git rev-parse --short=8 HEAD) % 4)))
 matrix-quarter: # that of the commit, unless QUARTER says which
 	@echo "quarter $(QUARTER) of the matrix; to repeat it: make matrix-quarter QUARTER=$(QUARTER)"
 	python -m pytest -v -m matrix --quarter $(QUARTER)
+
+gpu: # what a GPU alone can show
+	python -m pytest -q -n0 -m gpu
 
 style:
 	ruff check .
