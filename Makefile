@@ -1,6 +1,6 @@
 # The checks that a change has to pass, without installing anything: .ci/run does the same in a fresh environment.
 SHELL := bash
-.PHONY: quick check fuzz soak matrix matrix-quarter lowest lowest-versions style types imports test
+.PHONY: quick check fuzz soak matrix matrix-quarter lowest lowest-versions gpu style types imports test
 
 quick: style types imports # after each edit
 	python -m pytest -q -m "not matrix and not slow"
@@ -24,6 +24,9 @@ lowest: # the default suite with the lowest versions that pyproject.toml allows
 
 lowest-versions:
 	sed -nE 's/^    "([a-z_]+)>=([0-9.]+).*/\1==\2/p' pyproject.toml
+
+gpu: # what a GPU alone can show
+	python -m pytest -q -n0 -m gpu
 
 style:
 	ruff check .

@@ -1,7 +1,8 @@
-"""Raises an error of one rank on all of them, with the same message."""
+"""Shares objects among all ranks, and raises an error of one rank on all of them, with the same message."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -10,6 +11,20 @@ from flame_ext.errors import CheckpointError, UserError
 
 T = TypeVar("T")
 
+_TIMEOUT = timedelta(days=1)  # how long one rank may work on files, such as a download, while the others wait
+_group: dist.ProcessGroup | None = None
+
+
+def make_object_group() -> None:
+    """Makes the group that objects are shared by from now on, beside the default group, whose timeout is made for steps. Collective."""
+    global _group
+    _group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if dist.get_world_size() > 1 else None
+
+
+def object_group() -> dist.ProcessGroup | None:
+    """Return the group of all ranks for collectives of objects; None is the default group, where no other has been made."""
+    return _group
+
 
 def is_main_rank() -> bool:
     """Return whether this process writes the files that a run has once."""
@@ -17,8 +32,8 @@ def is_main_rank() -> bool:
 
 
 @contextmanager
-def failing_together(error_type: type[UserError], group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Run the body, which must not contain collectives; leaving it is a collective over ``group``, which has to hold all ranks.
+def failing_together(error_type: type[UserError]) -> Iterator[None]:
+    """Run the body, which must not contain collectives; leaving it is a collective.
 
     Raises ``error_type`` on all ranks if the body raised on any, with the first one's message, and this rank's exception as cause.
     """
@@ -27,7 +42,7 @@ def failing_together(error_type: type[UserError], group: dist.ProcessGroup | Non
         yield
     except Exception as e:  # of any type: the other ranks have to know before it is raised
         error = e
-    messages = gathered(None if error is None else describe(error), group)
+    messages = gathered(None if error is None else describe(error))
     for rank, message in enumerate(messages):
         if message is not None:
             where = f"[rank {rank}] " if len(messages) > 1 and any(m != message for m in messages) else ""
@@ -46,17 +61,17 @@ def on_main_rank(action: Callable[..., T], *arguments: Any) -> T | None:
 def from_main_rank(value: T) -> T:
     """Returns the main rank's value on all ranks, by way of pickle. Collective."""
     values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values, src=0)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(values, src=0, group=_group)
     return values[0]
 
 
-def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Return the pickled values of all ranks, by rank. Collective over ``group``, which has to hold all ranks."""
+def gathered(value: T) -> list[T]:
+    """Return the values of all ranks, by rank and by way of pickle. Collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=group)
+    dist.all_gather_object(values, value, group=_group)
     return values
 
 

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterator
+from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from flame_ext.checkpoint.manager import SeedingCheckpointManager
 from flame_ext.checkpoint.run_hooks import RunHooks
 from flame_ext.checkpoint.steps import CompleteStep
 from flame_ext.config.sections import FlameJobConfig
-from flame_ext.distributed import failing_together, is_main_rank
+from flame_ext.distributed import failing_together, is_main_rank, make_object_group
 from flame_ext.errors import CheckpointError, ConfigError, UserError
 from flame_ext.heads.registry import shown_metrics, teacher_of
 from flame_ext.host.patches import profiling_any_device, trainer_built_with
@@ -54,23 +56,17 @@ class FutureTrainer(torchtitan.train.Trainer):
         self.runner = getattr(self, "pp_schedule", None) or ModelRunner(self.model_parts, dims)
         self.model = self.runner.model
         eos_id, batch_mesh = getattr(self.tokenizer, "eos_id", None), dims.get_optional_mesh("batch")
+        # A new object for each use: one that is entered twice, one inside the other, is left on for good.
+        autocast = self.autocast = partial(copy, self.maybe_enable_amp)
         self.stopwatch = Stopwatch(device)
         self.planner = Planner(config, eos_id, batch_mesh, device)
         self.teacher: Teacher | None = None
         if teacher_of(config) is not None:
-            self.teacher = Teacher(
-                self.runner, config, eos_id, batch_mesh, self.maybe_enable_amp, device, self.stopwatch
-            )
+            self.teacher = Teacher(self.runner, config, eos_id, batch_mesh, autocast, device, self.stopwatch)
         self.losses = Losses(self.runner, config, self.teacher)
+        prepared = self.post_dataloading_process
         self.student = Student(
-            self.runner,
-            config,
-            self.teacher,
-            self.losses,
-            self.post_dataloading_process,
-            self.maybe_enable_amp,
-            device,
-            self.stopwatch,
+            self.runner, config, self.teacher, self.losses, prepared, autocast, device, self.stopwatch
         )
         self.gradients, self.balance = Gradients(self.runner, config, dims), Balance(self.runner, config, dims, device)
         self.reported = Reported(
@@ -81,7 +77,7 @@ class FutureTrainer(torchtitan.train.Trainer):
             self.validator.evaluate, self.validator.reduce = self._evaluate, self.reported.reduced
             self.validator.count_all(self.planner.count, self.planner.over_ranks)
         teacher = self.teacher if self.teacher is not None and self.teacher.anticausal else None
-        proved = (None, "") if teacher is None else (teacher.summaries, teacher.remedy)
+        proved = (None, "") if teacher is None else (teacher.summaries_of_one, teacher.remedy)
         self.checkpointer.hooks = RunHooks(self, self.student.attention, *proved)
 
     def init_distributed(self) -> ParallelDims:
@@ -95,6 +91,7 @@ class FutureTrainer(torchtitan.train.Trainer):
             raise CheckpointError(f"job.dump_folder {self.job_config.job.dump_folder!r} cannot be written: {e}") from e
         finally:
             training.enable_cpu_offload = offload
+        make_object_group()
         # Here, since from here on ranks can fail together, and nothing has been written yet.
         with failing_together(CheckpointError):
             if is_main_rank():

@@ -14,8 +14,6 @@ _hf_home = tempfile.TemporaryDirectory(prefix="flame_ext-hf-home-")
 os.environ["HF_HOME"] = _hf_home.name
 os.environ.pop("HF_HUB_CACHE", None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# What is bit-equal here is so on a CPU, and several ranks need not find several accelerators.
-os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
 
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
@@ -35,11 +33,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide accelerators from all tests but those that are for them: what is bit-equal is so on a CPU, and ranks need not find one each."""
+    if not config.option.markexpr.startswith("gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark modules that start ranks as slow, give the matrix time, and leave a quarter of it if that is asked for."""
+    """Mark modules that start ranks as slow, give the matrix time, leave a quarter of it if asked to; skip what needs a GPU."""
+    import torch  # not before accelerators are hidden
+
+    without_gpu = pytest.mark.skip(reason="needs a GPU, and pytest -m gpu")
     for item in items:
         if {"run_ranks", "train"} & vars(item.module).keys() or {"debug_run", "ten_steps"} & set(item.fixturenames):
             item.add_marker("slow")
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(without_gpu)
         if item.get_closest_marker("matrix"):  # many architectures on up to eight ranks: minutes on two cores
             item.add_marker(pytest.mark.timeout(900))
     if (quarter := config.getoption("--quarter")) is not None:

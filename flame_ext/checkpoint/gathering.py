@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flame_ext.distributed import failing_together, is_main_rank
+from flame_ext.distributed import failing_together, is_main_rank, object_group
 from flame_ext.errors import CheckpointError
 from flame_ext.objective.chunks import chunks
 from flame_ext.seeding.sources.boxes import Box, full_box, inside, intersection, local_part, tiles_exactly, volume
@@ -74,7 +74,7 @@ def _shared_out(boxes: Mapping[str, Box], shapes: Mapping[str, Sequence[int]]) -
     shares: list[list[str]] = [[] for _ in range(world_size)]
     is_main = world_size == 1 or dist.get_rank() == 0
     if world_size > 1:
-        dist.gather_object(boxes, held if is_main else None, dst=0)
+        dist.gather_object(boxes, held if is_main else None, dst=0, group=object_group())
     with failing_together(CheckpointError):
         seen: dict[str, set[Box]] = defaultdict(set)
         for share, of_rank in zip(shares, held, strict=True) if is_main else ():
@@ -89,5 +89,5 @@ def _shared_out(boxes: Mapping[str, Box], shapes: Mapping[str, Sequence[int]]) -
                 )
     mine = [shares[0]]
     if world_size > 1:
-        dist.scatter_object_list(mine, shares if is_main else None, src=0)
+        dist.scatter_object_list(mine, shares if is_main else None, src=0, group=object_group())
     return mine[0]

@@ -32,7 +32,15 @@ from flame_ext.checkpoint.steps import (
     temporary_path,
     written_files,
 )
-from flame_ext.distributed import describe, failing_together, from_main_rank, gathered, is_main_rank, on_main_rank
+from flame_ext.distributed import (
+    describe,
+    failing_together,
+    from_main_rank,
+    gathered,
+    is_main_rank,
+    object_group,
+    on_main_rank,
+)
 from flame_ext.errors import CheckpointError
 from flame_ext.fault_injection import fault_point
 from flame_ext.seeding.sources.dcp import DcpReader
@@ -179,7 +187,7 @@ class SeedingCheckpointManager(CheckpointManager):
                 path, {info.relative_path for info in DcpReader(path).read_metadata().storage_data.values()}
             )
         try:
-            dcp.load(state_dict, storage_reader=DcpReader(path), planner=StepPlanner())
+            dcp.load(state_dict, storage_reader=DcpReader(path), planner=StepPlanner(), process_group=object_group())
         except CheckpointException as e:
             raise CheckpointError(f"{path} cannot be loaded: {_first_failure(e)}") from e
         self.states[MODEL].load_state_dict(state_dict)
@@ -255,7 +263,7 @@ class SeedingCheckpointManager(CheckpointManager):
             pinned = {"async_checkpointer_type": AsyncCheckpointerType.PROCESS, "async_stager": self.stager}
         try:
             if async_mode == AsyncMode.DISABLED:
-                result: Any = dcp.save(state_dict, storage_writer=writer)
+                result: Any = dcp.save(state_dict, storage_writer=writer, process_group=object_group())
             else:
                 result = dcp.async_save(state_dict, storage_writer=writer, process_group=self.pg, **pinned)
         except CheckpointException as e:

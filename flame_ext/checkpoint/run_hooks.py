@@ -28,7 +28,6 @@ from flame_ext.config.resume_record import asset_digests, check_unchanged, confi
 from flame_ext.distributed import from_main_rank, is_main_rank, on_main_rank
 from flame_ext.errors import ConfigError, SeedError
 from flame_ext.heads.registry import head_arguments, record_of_heads
-from flame_ext.heads.spec import FutureSummaries
 from flame_ext.host.high_precision import in_high_precision
 from flame_ext.model.dtypes import dtypes_in
 from flame_ext.model.hf_causal_lm import HFCausalLM
@@ -58,7 +57,7 @@ class RunHooks(CheckpointHooks):
         self,
         trainer: Any,
         attention_of: Callable[[dict[str, Tensor], slice], dict[str, Any]],
-        summaries: Callable[..., FutureSummaries | None] | None,
+        summaries: Callable[..., Tensor | None] | None,
         summaries_remedy: str = "",
     ) -> None:
         self._trainer, self._attention_of = trainer, attention_of
@@ -200,7 +199,7 @@ class RunHooks(CheckpointHooks):
         return Probe(
             tokens=probe_tokens(self._trainer.tokenizer.encode, training.seq_len, dims.seq_len_divisor),
             forward=self._logits,
-            context=self._trainer.maybe_enable_amp,
+            autocast=self._trainer.autocast,
             # FSDP gives the layers parameters in the mixed-precision dtype; autocast leaves parameters as they are.
             dtype=param_dtype if dims.fsdp_enabled else dtype,
             compute_dtype=compute_dtype,
@@ -231,7 +230,7 @@ class RunHooks(CheckpointHooks):
         for part in self._runner.parts:
             part.eval()
         try:
-            with self._trainer.maybe_enable_amp, in_high_precision(self._runner.parts, self._config):
+            with self._trainer.autocast(), in_high_precision(self._runner.parts, self._config):
                 return self._runner.forward(tokens, inputs_of)
         finally:
             for part in self._runner.parts:
@@ -241,8 +240,8 @@ class RunHooks(CheckpointHooks):
         """Maps (1, T) tokens to (1, T, D) summaries on every rank, by the experts of the first call. Collective."""
         assert self._summaries is not None
         with in_high_precision(self._runner.parts, self._config):
-            summaries = self._summaries(tokens, routes=routes)
-        return self._runner.from_last(None if summaries is None else summaries.states)
+            summaries = self._summaries(tokens, routes)
+        return self._runner.from_last(summaries)
 
 
 def _dtypes(state: Mapping[str, Tensor]) -> dict[str, torch.dtype]:

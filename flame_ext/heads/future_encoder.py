@@ -7,13 +7,14 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig
 
 from flame_ext.config.head_options import at_least
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.heads.spec import LOSS_WEIGHT, BackboneTeacher, FutureSummaries, Head, HeadSection, HeadSpec
-from flame_ext.model.attention import MaskForm, attention_windows, mask_problem, supports
+from flame_ext.model.attention import MaskForm, attention_windows, flex_problem, mask_problem
 from flame_ext.objective.masks import (
     anticausal_block_mask,
     anticausal_mask,
@@ -22,6 +23,9 @@ from flame_ext.objective.masks import (
     window_is_short,
 )
 from flame_ext.objective.windows import reduce_following
+
+# All but cuDNN, see choose_kernels; of these, flash takes masks on CPUs only.
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.OVERRIDEABLE]
 
 
 @dataclass
@@ -87,7 +91,8 @@ class FutureEncoderSection(HeadSection):
     teacher_attention: Literal["auto", "sdpa", "flex"] = "auto"
     """
     Attention of the anticausal forward: 'flex' (FlexAttention with a BlockMask), 'sdpa' (a boolean mask of all pairs of
-    positions), 'auto': flex on CUDA where the backbone supports it, else sdpa, block by block where the window is short.
+    positions), 'auto': flex on CUDA where the backbone supports it and its heads have 16 elements or more, else sdpa, block by
+    block where the window is short.
     """
 
 
@@ -170,7 +175,8 @@ class PooledEncoder(Head):
             return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
         query, key, value = (split(proj(hidden_states)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        states = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
+        with sdpa_kernel(_KERNELS):
+            states = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
         return states.roll(-1, dims=1)
 
 
@@ -286,11 +292,9 @@ def _check_model(config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterato
             f"future_encoder.summary_method = 'anticausal' cannot be right for {model_type!r}: {reason}; take "
             "'mean', 'max' or 'attention'"
         )
-    if encoder.teacher_attention == "flex" and not supports("flex_attn", hf_config):
-        yield (
-            f"future_encoder.teacher_attention = 'flex': transformers has no FlexAttention for {model_type!r}; take "
-            "'auto' or 'sdpa'"
-        )
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    if encoder.teacher_attention == "flex" and (reason := flex_problem(hf_config, device_type)) is not None:
+        yield f"future_encoder.teacher_attention = 'flex': {reason}; take 'auto' or 'sdpa'"
 
 
 def _record(config: FlameJobConfig, step_batch: int) -> dict[str, Any]:

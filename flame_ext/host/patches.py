@@ -37,10 +37,11 @@ def profiling_any_device() -> Iterator[None]:
 
 
 def compile_each_batch_shape() -> None:
-    """Has torch.compile compile the layers for every batch shape, where it would otherwise make sizes dynamic.
+    """Has torch.compile compile layers, attention and masks for every batch shape, where it would otherwise make sizes dynamic.
 
-    DTensors of unknown size cannot always be split. Probe, teacher, student and validation have five to seven shapes, which all
-    layers count as recompilations of one function; torchtitan/models/llama3/infra/parallelize.py compiles them one by one.
+    Kernels for a known size are faster, and DTensors of unknown size cannot always be split. Probe, teacher, student and
+    validation have five to seven shapes, with windows twice as many masks, which all layers count as recompilations of one function;
+    torchtitan/models/llama3/infra/parallelize.py compiles them one by one.
     """
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 BOOLEAN_ATTENTION = "flame_ext_boolean"  # transformers' name for boolean_attention
 
+_MIN_FLEX_HEAD = 16  # of queries, keys and values: Triton multiplies no smaller tiles
+
 MaskForm = Literal["dense", "windows", "flex"]
 """A boolean tensor of T x T; blocks of one, where the window is short; FlexAttention's ``BlockMask``."""
 
@@ -69,11 +71,25 @@ def supports(feature: Literal["flex_attn", "attention_backend"], config: PreTrai
     return bool(getattr(_known_class(config), f"_supports_{feature}", True))
 
 
-def mask_form(teacher_attention: str, model: nn.Module, device: torch.device) -> MaskForm:
+def flex_problem(config: PreTrainedConfig, device_type: str) -> str | None:
+    """Says why a backbone cannot attend by FlexAttention on a device of a type; None if no reason is known."""
+    if not supports("flex_attn", config):
+        return f"transformers has no FlexAttention for {config.model_type!r}"
+    config = config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if hasattr(config, "qk_nope_head_dim"):  # of latent attention, whose head_dim is a part of it
+        size = config.qk_nope_head_dim + config.qk_rope_head_dim
+    size = min(size, getattr(config, "v_head_dim", None) or size)
+    if device_type == "cuda" and size < _MIN_FLEX_HEAD:
+        return f"on CUDA it takes heads of {_MIN_FLEX_HEAD} or more, and those of {config.model_type!r} have {size}"
+    return None
+
+
+def mask_form(teacher_attention: str, model: HFCausalLM, device: torch.device) -> MaskForm:
     """Returns the form of masks that ``future_encoder.teacher_attention`` asks for; "auto" = what is fastest on ``device``."""
     if teacher_attention != "auto":
         return "flex" if teacher_attention == "flex" else "dense"
-    if device.type == "cuda" and model._supports_flex_attn:
+    if device.type == "cuda" and model._supports_flex_attn and flex_problem(model.config, device.type) is None:
         return "flex"
     return "windows" if model._supports_attention_backend else "dense"
 
@@ -113,6 +129,22 @@ def positions_in_order() -> Iterator[None]:
     """Keeps transformers from looking for packed sequences in the positions of a batch without a mask, which waits for the device."""
     with mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None):
         yield
+
+
+def choose_kernels(config: PreTrainedConfig, attention_mask: Any, seq_len: int) -> None:
+    """Keeps SDPA from cuDNN, in this process, if a forward of ``seq_len`` positions gives it ``attention_mask`` or one of its own.
+
+    Backbones make masks for windows, and those with attention code of their own may for anything.
+
+    cuDNN's kernels do not promise zeros for rows that attend to nothing, and their backward by a mask has given NaN
+    (https://github.com/pytorch/pytorch/issues/196678). Without masks it is the fastest there is, and allowed again.
+    """
+    masked = attention_mask is not None or not supports("attention_backend", config)
+    try:
+        masked = masked or any(0 < window <= seq_len for window in attention_windows(config).values())
+    except ValueError:  # layers of a kind that is not known here
+        masked = True
+    torch.backends.cuda.enable_cudnn_sdp(not masked)
 
 
 def _known_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:

@@ -27,7 +27,7 @@ from transformers.core_model_loading import PrefixChange, WeightTransform
 from flame_ext.config.head_options import HeadOptimization
 from flame_ext.errors import ConfigError
 from flame_ext.hf_config import load_hf_config
-from flame_ext.model.attention import BOOLEAN_ATTENTION, attention_options, positions_in_order
+from flame_ext.model.attention import BOOLEAN_ATTENTION, attention_options, choose_kernels, positions_in_order
 from flame_ext.model.context_parallel import ContextParallel
 from flame_ext.model.initialisation import ParameterInit
 from flame_ext.model.routing import RouteListener, Routing, first_router, prepare_routers, resting_parameters
@@ -281,7 +281,8 @@ class HFCausalLM(nn.Module):
             "use_cache": False,
         }
         name = self._attention_for(attention_mask)
-        # The setting stays until the next forward, since activation checkpointing runs the layers again in the backward.
+        # Both settings stay until the next forward, since activation checkpointing runs the layers again in the backward.
+        choose_kernels(self.config, attention_mask, input_ids.shape[1])
         self.base_model.config._attn_implementation = ContextParallel.attention_name(name) if part_of_sequence else name
         if output == "hidden_states" or not self.stage.is_last:
             return self.base_model(**inputs).last_hidden_state

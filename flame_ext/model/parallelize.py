@@ -35,6 +35,7 @@ def parallelize_hf_causal_lm(model: HFCausalLM, parallel_dims: ParallelDims, job
     """Applies the parallelisms of the job to a model on meta, in place. Preflight has refused those that it cannot have."""
     options = job_config.parallelism
     compile_model = job_config.compile.enable and "model" in job_config.compile.components
+    compile_each_batch_shape()  # FlexAttention and its masks are compiled whether or not the layers are
     if model.beside_text and model.stage.is_first:
         parts = dict.fromkeys(".".join(name.split(".")[:2]) for name in model.beside_text)
         logger.info(
@@ -50,8 +51,6 @@ def parallelize_hf_causal_lm(model: HFCausalLM, parallel_dims: ParallelDims, job
         loss_parallel = not options.disable_loss_parallel and not needs_logits
         apply_tensor_parallel(model, mesh, loss_parallel)
         maybe_enable_async_tp(job_config, mesh)
-        if compile_model:
-            compile_each_batch_shape()
     if parallel_dims.cp_enabled:
         model.context = ContextParallel(parallel_dims.get_mesh("cp"), options.context_parallel_load_balancer)
         logger.info("Applied Context Parallel to the model")
@@ -88,7 +87,10 @@ def apply_fsdp(model: HFCausalLM, mesh: DeviceMesh, job_config: JobConfig, exper
     Under expert parallelism, experts are sharded over ``experts_mesh``, the ranks that have the same ones. Their gradients are
     summed as all others are: those of the tokens of other ranks have come back by the exchange of tokens.
     """
-    policy, training = job_config.parallelism.fsdp_reshard_after_forward, job_config.training
+    parallelism, training = job_config.parallelism, job_config.training
+    policy = parallelism.fsdp_reshard_after_forward
+    # As torchtitan does: a pipeline would gather the parameters again for each of its parts of a batch.
+    reshard = policy == "always" or (policy == "default" and parallelism.pipeline_parallel_degree == 1)
     mp_policy = MixedPrecisionPolicy(
         TORCH_DTYPE_MAP[training.mixed_precision_param], TORCH_DTYPE_MAP[training.mixed_precision_reduce]
     )
@@ -101,7 +103,7 @@ def apply_fsdp(model: HFCausalLM, mesh: DeviceMesh, job_config: JobConfig, exper
         if module not in model.tied_modules and any(
             True for _ in module.parameters()
         ):  # a later stage has no embedding
-            shard(module, reshard_after_forward=policy != "never", shard_placement_fn=placement)
+            shard(module, reshard_after_forward=reshard, shard_placement_fn=placement)
     # The backward needs first what the forward runs last: keep it gathered unless told otherwise, as torchtitan does.
     for module in (model.get_output_embeddings(), *(model.get_submodule(name) for name in model.heads)):
         if module is not None and module not in model.tied_modules and any(True for _ in module.parameters()):

@@ -19,6 +19,7 @@ from torchtitan.protocols import BaseModelArgs
 from torchtitan.protocols.train_spec import ParallelizeFunction
 from torchtitan.tools.logging import logger
 
+from flame_ext.distributed import gathered
 from flame_ext.model.hf_causal_lm import HFCausalLM, LossOutput, Stage
 from flame_ext.model.pipeline_stages import layers_of_stages, shares_embedding, stage_of
 from flame_ext.model.runner import ModelRunner, StageInputs, sum_of_parts
@@ -111,9 +112,7 @@ class Pipeline(ModelRunner):
         return batch > self._config.parallelism.pipeline_parallel_microbatch_size
 
     def from_last(self, value: Any) -> Any:
-        described = [(value.shape, value.dtype) if isinstance(value, Tensor) else value]
-        dist.broadcast_object_list(described, src=self._last_rank, group=self.group)
-        (found,) = described
+        found = gathered((value.shape, value.dtype) if isinstance(value, Tensor) else value)[self._last_rank]
         if not (isinstance(found, tuple) and isinstance(found[0], torch.Size)):
             return found
         shared = value.contiguous() if self.has_last else torch.empty(found[0], dtype=found[1], device=self._device)
@@ -147,8 +146,7 @@ class Pipeline(ModelRunner):
         if (self.has_first or self.has_last) and shares_embedding(self.model.whole):
             weight = self.parts[-1 if self.has_last else 0].get_input_embeddings().weight
             mine = str(getattr(weight, "placements", None)), tuple(weight.shape), weight.dtype
-        found: list[object] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(found, mine, group=self.group)
+        found = gathered(mine)
         if len(ends := {placement for placement in found if placement is not None}) > 1:
             raise RuntimeError(f"the first and the last stage hold the input embedding differently: {ends}")
         return weight

@@ -27,12 +27,12 @@ class Student:
         teacher: Teacher | None,
         losses: Losses,
         prepared: Callable[[dict[str, Tensor], Tensor], tuple[Any, ...]],
-        amp: AbstractContextManager[None],
+        autocast: Callable[[], AbstractContextManager[None]],
         device: torch.device,
         stopwatch: Stopwatch,
     ) -> None:
         self._runner, self._teacher, self._losses, self._prepared = runner, teacher, losses, prepared
-        self._amp, self._device, self._stopwatch = amp, device, stopwatch
+        self._autocast, self._device, self._stopwatch = autocast, device, stopwatch
         self._within_documents = config.data.document_attention
 
     def attention(self, input_dict: dict[str, Tensor], rows: slice) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class Student:
         def inputs_of(rows: slice) -> dict[str, Any]:
             return {**self.attention(microbatch.inputs, rows), "compute": losses.rows(rows), "routes": routes}
 
-        with self._amp, self._stopwatch.measure("student"):
+        with self._autocast(), self._stopwatch.measure("student"):
             return run(inputs, inputs_of)
 
     def count(self, microbatch: MicroBatch, routes: Routes) -> None:
@@ -59,5 +59,5 @@ class Student:
         def inputs_of(rows: slice) -> dict[str, Any]:
             return {**self.attention(microbatch.inputs, rows), "output": "hidden_states", "routes": routes}
 
-        with self._amp, self._stopwatch.measure("routes"):
+        with self._autocast(), self._stopwatch.measure("routes"):
             self._runner.forward(inputs, inputs_of)

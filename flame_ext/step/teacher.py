@@ -1,6 +1,6 @@
 """The teacher of a step: summaries of the future, and the keys that predictions are compared with."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -38,11 +38,12 @@ class Teacher:
         config: FlameJobConfig,
         eos_id: int | None,
         mesh: DeviceMesh | None,
-        amp: AbstractContextManager[None],
+        autocast: Callable[[], AbstractContextManager[None]],
         device: torch.device,
         stopwatch: Stopwatch,
     ) -> None:
-        self._runner, self._mesh, self._amp, self._device, self._stopwatch = runner, mesh, amp, device, stopwatch
+        self._runner, self._mesh, self._autocast = runner, mesh, autocast
+        self._device, self._stopwatch = device, stopwatch
         name = teacher_of(config)
         assert name is not None
         self._name, self._options = name, getattr(config, name)
@@ -57,6 +58,7 @@ class Teacher:
         """Whether summaries come from a second forward of the backbone; else they are pooled from the student's states."""
         self.remedy = self._encoder.remedy if isinstance(self._encoder, BackboneTeacher) else ""
         """What to do if the proof at step 0 finds a backbone that does not obey the mask; a part of its message."""
+        self._sequences = max(1, round(self._options.teacher_fraction * config.training.local_batch_size))
         self._with_documents = self._options.respect_doc_boundaries
         self._mask_form = mask_form(self._options.teacher_attention, runner.model, device)
         # Keys have the dtype of the contrastive loss's matrix products on an accelerator.
@@ -108,11 +110,20 @@ class Teacher:
             mask = encoder.attention_mask(input_ids[rows], documents, self._mask_form)
             return {"attention_mask": mask, "output": "hidden_states", "routes": routes}
 
-        with self._amp, self._without_dropout():
+        with self._autocast(), self._without_dropout():
             states = self._runner.forward(input_ids, inputs_of)
         if states is None:
             return None
         return encoder.summaries(states[0] if len(states) == 1 else torch.cat(states), input_ids, doc_ids)
+
+    def summaries_of_one(self, input_ids: Tensor, routes: RouteListener | None = None) -> Tensor | None:
+        """(1, T) tokens of one document to anti-causal summaries (1, T, D), by a batch of copies of it; None and collective as above.
+
+        A batch as in training is compiled for both.
+        """
+        batch = input_ids.repeat(self._sequences, 1).to(self._device)
+        found = self.summaries(batch, torch.zeros_like(batch) if self._with_documents else None, routes)
+        return None if found is None else found.states[:1]
 
     def pool(self, hidden_states: Tensor, future: FutureRows, shift: int) -> tuple[KeyBank, int]:
         """Pool the student's (b, T, D) hidden states into a bank; also returns the row where this rank's summaries begin."""
@@ -139,7 +150,7 @@ class Teacher:
 
             return {**attention_of(rows), "compute": pool}
 
-        with self._amp, self._without_dropout(), self._stopwatch.measure("teacher"):
+        with self._autocast(), self._without_dropout(), self._stopwatch.measure("teacher"):
             parts = self._runner.forward(microbatch.inputs["input"], inputs_of)
         future.bank = _NO_KEYS
         if parts is not None:

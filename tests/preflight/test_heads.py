@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flame_ext.errors import ConfigError
 from flame_ext.train import parse
 from tests.preflight.refusals import refusal
 from tests.ranks import DEBUG_TOML, TINY_OLMO
+from tests.tiny_models import save_tiny
 
 WITHOUT_HEADS = ("--future_encoder.no-enable", "--future_predictor.no-enable", "--model.converters=")
 
@@ -71,6 +73,22 @@ def test_flex_attention_is_refused_where_transformers_has_none(
         return
     with pytest.raises(ConfigError, match=f"'flex': transformers has no FlexAttention for '{model_type}'; take 'auto'"):
         parse([*options, "--future_encoder.teacher_attention=flex"])
+
+
+def test_flex_attention_is_refused_for_heads_that_cuda_cannot_multiply(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny("olmo-tied", tmp_path)
+    options = [
+        "--training.seq_len=128",
+        f"--model.hf_assets_path={tmp_path}",
+        "--future_encoder.teacher_attention=flex",
+    ]
+    parse([f"--job.config_file={DEBUG_TOML}", *options])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert refusal(*options) == (
+        "future_encoder.teacher_attention = 'flex': on CUDA it takes heads of 16 or more, and those of 'olmo' have 8; take 'auto' or 'sdpa'"
+    )
 
 
 def test_an_anticausal_encoder_of_a_recurrent_backbone_is_refused_with_the_remedy(tmp_path: Path) -> None:

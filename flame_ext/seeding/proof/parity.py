@@ -43,7 +43,7 @@ class Probe:
     tokens: Tensor  # (1, T) int64 on CPU, the same on every rank
     forward: Callable[[Tensor], Tensor]
     """(1, T) tokens to (1, T, V) logits of the distributed model, in evaluation mode; collective."""
-    context: AbstractContextManager[Any]  # torchtitan's autocast, in which the reference model runs too
+    autocast: Callable[[], AbstractContextManager[Any]]  # torchtitan's autocast, in which the reference model runs too
     dtype: torch.dtype  # Dtype of the reference model's parameters: the one that the distributed model's layers see
     compute_dtype: torch.dtype  # Dtype of the matrix products, a key of :data:`TOLERANCE`
     device: torch.device
@@ -176,7 +176,7 @@ def reference_logits(probe: Probe, reference: nn.Module) -> Tensor:
             f"{left / 2**30:.1f} GiB of memory left; shard the model further for the proof, or use seed.verify = 'finite'"
         )
     reference.to(probe.device).eval()
-    with torch.no_grad(), probe.context:
+    with torch.no_grad(), probe.autocast():
         return reference(probe.tokens.to(probe.device), use_cache=False).logits.float().cpu()
 
 

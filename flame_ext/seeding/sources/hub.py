@@ -4,10 +4,8 @@ import glob
 import logging
 import os
 import re
-from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as dist
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 
 from flame_ext.distributed import failing_together, gathered, is_main_rank
@@ -21,7 +19,6 @@ logger = logging.getLogger()  # torchtitan's: importing torchtitan for it would 
 
 HUB_PREFIX = "hf://"
 
-_DOWNLOAD_TIMEOUT = timedelta(days=1)  # the process group's own timeout is made for steps
 _SMALL_FILES = ["config.json", "generation_config.json", "*.py"]
 
 
@@ -39,14 +36,10 @@ def locate(path: str, allow_pickle: bool = False) -> tuple[Path, str | None]:
     # One rank resolves the revision, so that a branch that moves meanwhile is the same commit on all nodes.
     with failing_together(SeedError):
         found = _fetch(path, match[1], match[2], _SMALL_FILES).name if is_main_rank() else ""
-    commit, group = gathered(found)[0], None
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        group = dist.new_group(backend="gloo", timeout=_DOWNLOAD_TIMEOUT)
-    with failing_together(SeedError, group):
+    commit = gathered(found)[0]
+    with failing_together(SeedError):
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             download(path, match[1], commit, allow_pickle)
-    if group is not None:
-        dist.destroy_process_group(group)
     with failing_together(SeedError):
         config = try_to_load_from_cache(match[1], "config.json", revision=commit)
         if not isinstance(config, str):

@@ -102,7 +102,7 @@ def test_what_the_probe_has_forwards_for_is_proved() -> None:
         return following(tokens)
 
     float32, cpu = torch.float32, torch.device("cpu")
-    probe = Probe(TOKENS, logits, contextlib.nullcontext(), float32, float32, cpu, vocab_size=10, seq_len=20)
+    probe = Probe(TOKENS, logits, contextlib.nullcontext, float32, float32, cpu, vocab_size=10, seq_len=20)
     assert prove_attention(probe) == []
     probe = replace(probe, logits_in_parts=logits, summaries=summaries)
     assert prove_attention(probe) == [

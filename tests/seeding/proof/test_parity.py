@@ -36,7 +36,7 @@ def probe(change: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float32
     return Probe(
         tokens=TOKENS,
         forward=lambda tokens: change(model(tokens).logits),
-        context=contextlib.nullcontext(),
+        autocast=contextlib.nullcontext,
         dtype=dtype,
         compute_dtype=dtype,
         device=torch.device("cpu"),

@@ -1,0 +1,125 @@
+"""What a GPU alone can show, ``pytest -m gpu``: the command beside a CPU, the kernels of attention by masks, saves from pinned memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
+from transformers import OlmoConfig
+
+from flame_ext.model.attention import choose_kernels
+from flame_ext.objective.masks import anticausal_block_mask, anticausal_mask, doc_ids_from_eos
+from tests.ranks import DEBUG_TOML, REPOSITORY
+
+pytestmark = pytest.mark.gpu
+
+STEPS = ("--lr_scheduler.total_steps=60", "--checkpoint.interval=2", "--checkpoint.export_dtype=float32")
+
+
+def run(dump_folder: Path, *options: str, on_cpu: bool = False) -> list[dict[str, Any]]:
+    """Run the command in a process of its own, since CUDA does not survive a fork; returns its metrics."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    env = {
+        **os.environ,
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    arguments = [
+        f"--job.config_file={DEBUG_TOML}",
+        f"--job.dump_folder={dump_folder}",
+        "--metrics.no-enable-tensorboard",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "flame_ext.train", *arguments, *STEPS, *options],
+        env=env | ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}),
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return [json.loads(line) for line in (dump_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("attention", ["flex", "sdpa"])
+def test_steps_have_the_losses_of_a_cpu_and_the_model_those_of_from_pretrained(tmp_path: Path, attention: str) -> None:
+    options = ("--training.steps=2", "--action_layer.enable", "--data.document_attention")
+    found = run(tmp_path / "gpu", *options, f"--future_encoder.teacher_attention={attention}")
+    report = json.loads((tmp_path / "gpu" / "seed_report.json").read_text())["verification"]
+    assert report["mode"] == "parity" and report["max_abs_diff"] < 1e-4
+    for line, expected in zip(found, run(tmp_path / "cpu", *options, on_cpu=True), strict=True):
+        for name in ("loss_ce", "loss_future", "loss_action", "loss_action_model", "grad_norm"):
+            assert line[name] == pytest.approx(expected[name], rel=1e-5), (line["step"], name)
+
+
+def test_a_save_from_pinned_memory_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    options = ("--training.steps=4", "--checkpoint.async_mode=async_with_pinned_mem", "--seed.verify=finite")
+    options += ("--checkpoint.keep_latest_k=0", "--future_encoder.teacher_attention=sdpa")
+    unbroken = run(tmp_path / "run", *options)
+    export = tmp_path / "run" / "hf" / "step-4"
+    before = load_file(export / "model.safetensors")
+    for gone in (export, tmp_path / "run" / "checkpoint" / "step-4"):
+        shutil.rmtree(gone)
+    again = run(tmp_path / "run", *options)
+    assert [line["loss"] for line in again[-2:]] == [line["loss"] for line in unbroken[-2:]]
+    after = load_file(export / "model.safetensors")
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+
+
+def heads(length: int, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
+    """Queries, keys and values, with scores far below those whose exponential is 0 in float32."""
+    query, key, value = (torch.randn(2, 4, length, 64, generator=generator) for _ in range(3))
+    query[..., 0], key[..., 0] = 1.0, -960.0
+    return [tensor.to("cuda", dtype).requires_grad_() for tensor in (query, key, value)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [192, 256])
+@pytest.mark.parametrize("kernel", ["chosen", "math", "flex"])
+def test_rows_that_attend_to_nothing_give_zeros_and_gradients_are_finite(
+    kernel: str, length: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    doc_ids = doc_ids_from_eos(torch.randint(0, 40, (2, length), generator=generator), 0).cuda()
+    mask = anticausal_mask(length, 0, doc_ids, "cuda")
+    tensors = heads(length, dtype, generator)
+    if kernel == "flex":
+        output = torch.compile(flex_attention)(*tensors, block_mask=anticausal_block_mask(length, 0, doc_ids, "cuda"))
+    elif kernel == "math":
+        with sdpa_kernel(SDPBackend.MATH):
+            output = F.scaled_dot_product_attention(*tensors, attn_mask=mask)
+    else:
+        choose_kernels(OlmoConfig(), mask, length)
+        assert SDPBackend(torch._fused_sdp_choice(*tensors, mask)) == SDPBackend.EFFICIENT_ATTENTION
+        output = F.scaled_dot_product_attention(*tensors, attn_mask=mask)
+    empty = ~mask.any(dim=-1, keepdim=True).expand(-1, 4, -1, -1)
+    assert empty.sum() >= 2 and not output.masked_select(empty).any()
+    scores = (tensors[0].double() @ tensors[1].double().mT / 8).masked_fill(~mask, float("-inf"))
+    expected = scores.softmax(-1).masked_fill(empty, 0.0) @ tensors[2].double()
+    tolerance = 1e-3 if dtype == torch.float32 else 5e-2  # scores of -120, and weights of eight bits
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=tolerance)
+    for gradient in torch.autograd.grad(output.float().square().sum(), tensors):
+        assert torch.isfinite(gradient).all()
+
+
+def test_attention_without_a_mask_may_take_the_fastest_kernel() -> None:
+    tensors = heads(256, torch.bfloat16, torch.Generator().manual_seed(0))
+    choose_kernels(OlmoConfig(), None, 256)
+    choice = SDPBackend(torch._fused_sdp_choice(*tensors, is_causal=True))
+    assert choice in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
