@@ -1,10 +1,11 @@
 """Shares objects among all ranks, and raises an error of one rank on all of them, with the same message."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from flame_ext.errors import CheckpointError, UserError
@@ -13,12 +14,18 @@ T = TypeVar("T")
 
 _TIMEOUT = timedelta(days=1)  # how long one rank may work on files, such as a download, while the others wait
 _group: dist.ProcessGroup | None = None
+_step_group: dist.ProcessGroup | None = None
 
 
-def make_object_group() -> None:
-    """Makes the group that objects are shared by from now on, beside the default group, whose timeout is made for steps. Collective."""
-    global _group
-    _group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if dist.get_world_size() > 1 else None
+def make_groups(step_timeout: timedelta) -> None:
+    """Makes the groups that objects, and the flags of a step, are shared by from now on, beside the device's. Collective.
+
+    The default group's timeout is made for steps; and a collective on it would have the host wait for the device.
+    """
+    global _group, _step_group
+    if dist.get_world_size() > 1:
+        _group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        _step_group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=step_timeout)
 
 
 def object_group() -> dist.ProcessGroup | None:
@@ -73,6 +80,14 @@ def gathered(value: T) -> list[T]:
     values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value, group=_group)
     return values
+
+
+def any_rank(flags: Iterable[bool]) -> list[bool]:
+    """Return, for each of a step's flags, whether it is set on any rank. Collective, between hosts; no device is waited for."""
+    combined = torch.tensor([*flags], dtype=torch.uint8)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(combined, op=dist.ReduceOp.MAX, group=_step_group)
+    return [bool(flag) for flag in combined.tolist()]
 
 
 def lost_rank(error: RuntimeError) -> str | None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from copy import copy
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from flame_ext.checkpoint.manager import SeedingCheckpointManager
 from flame_ext.checkpoint.run_hooks import RunHooks
 from flame_ext.checkpoint.steps import CompleteStep
 from flame_ext.config.sections import FlameJobConfig
-from flame_ext.distributed import failing_together, is_main_rank, make_object_group
+from flame_ext.distributed import failing_together, is_main_rank, make_groups
 from flame_ext.errors import CheckpointError, ConfigError, UserError
 from flame_ext.heads.registry import shown_metrics, teacher_of
 from flame_ext.host.patches import profiling_any_device, trainer_built_with
@@ -91,7 +92,7 @@ class FutureTrainer(torchtitan.train.Trainer):
             raise CheckpointError(f"job.dump_folder {self.job_config.job.dump_folder!r} cannot be written: {e}") from e
         finally:
             training.enable_cpu_offload = offload
-        make_object_group()
+        make_groups(timedelta(seconds=self.job_config.comm.init_timeout_seconds))
         # Here, since from here on ranks can fail together, and nothing has been written yet.
         with failing_together(CheckpointError):
             if is_main_rank():
@@ -182,7 +183,7 @@ class FutureTrainer(torchtitan.train.Trainer):
             unreadable = e
         error = self._error_of_files()
         stop = self.signals.received is not None
-        now = agree(Circumstances(stop, ended, unreadable is not None, error is not None), self.device)
+        now = agree(Circumstances(stop, ended, unreadable is not None, error is not None))
         if now.data_failed:
             with failing_together(ConfigError):
                 if unreadable is not None:

@@ -23,13 +23,13 @@ def work_on_the_main_rank() -> list[object]:
         from_main_rank,
         gathered,
         is_main_rank,
-        make_object_group,
+        make_groups,
         object_group,
         on_main_rank,
     )
 
     dist.init_process_group("gloo")
-    make_object_group()
+    make_groups(timedelta(seconds=60))
     state = {"weight": torch.ones(2)}
     late = timedelta(milliseconds=200)
     dist.distributed_c10d._set_pg_timeout(late, None)  # as torchtitan does after the first step

@@ -7,8 +7,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
+from flame_ext.distributed import any_rank
 
 EXIT_PREEMPTED = 75
 """The exit code of a run that a signal has stopped and that has saved: start it again. EX_TEMPFAIL of sysexits.h."""
@@ -58,13 +57,9 @@ class Circumstances(NamedTuple):
     save_failed: bool = False  # a file cannot be written: a save in the background, metrics; or the folder is gone
 
 
-def agree(circumstances: Circumstances, device: torch.device) -> Circumstances:
+def agree(circumstances: Circumstances) -> Circumstances:
     """Combines the circumstances of all ranks. Collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return circumstances
-    flags = torch.tensor(circumstances, dtype=torch.uint8, device=device)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return Circumstances(*(bool(flag) for flag in flags.tolist()))
+    return Circumstances(*any_rank(circumstances))
 
 
 def note_exit_code(code: int) -> None:

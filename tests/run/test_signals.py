@@ -94,12 +94,12 @@ def test_a_signal_that_was_held_back_until_the_handlers_are_there_counts() -> No
 
 def test_one_process_agrees_with_itself() -> None:
     circumstances = Circumstances(stop=True, save_failed=True)
-    assert agree(circumstances, CPU) == circumstances and agree(Circumstances(), CPU) == Circumstances()
+    assert agree(circumstances) == circumstances and agree(Circumstances()) == Circumstances()
 
 
 def _agreed(of_ranks: list[list[Circumstances]]) -> list[Circumstances]:
     dist.init_process_group("gloo")
-    agreed = [agree(of_step[dist.get_rank()], CPU) for of_step in of_ranks]
+    agreed = [agree(of_step[dist.get_rank()]) for of_step in of_ranks]
     dist.destroy_process_group()
     return agreed
 
