@@ -156,7 +156,7 @@ def parity(machine: Machine, dtype: str, kind: str) -> Results:
 
     os.environ.update(rank_environment())
     logger.setLevel("ERROR")
-    every = MIXTURES if kind == "mixtures" else CONFIGS
+    every = {"dense": CONFIGS, "mixtures": MIXTURES}.get(kind) or {kind: (CONFIGS | MIXTURES)[kind]}
     for config in every.values():
         enlarge_heads(config)
     for name in list(every)[: 2 if machine.quick else None]:
