@@ -14,8 +14,8 @@ from flame_ext.objective.chunks import chunks, compiled
 
 
 def _tile(device: torch.device) -> tuple[int, int]:
-    """Queries and keys of a tile of logits: 16 MiB on a CPU, which stay in a cache; else 128 MiB, which take few launches."""
-    return (1024, 4096) if device.type == "cpu" else (4096, 8192)
+    """Queries and keys of a tile of logits: 16 MiB on a CPU, which stay in a cache; else 256 MiB, which take few launches."""
+    return (1024, 4096) if device.type == "cpu" else (4096, 16384)
 
 
 class ContrastiveOutput(NamedTuple):

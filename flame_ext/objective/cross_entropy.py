@@ -183,6 +183,7 @@ def _added(matrix: Tensor, columns: Tensor, values: Tensor) -> Tensor:
 
 
 def _chunks(logits: Tensor, compile_backend: str | None) -> list[slice]:
-    """Inductor makes nothing of the size of the logits in float32, so that chunks need only be small enough for 32-bit indices."""
-    elements = 1 << 30 if compile_backend == "inductor" else chunk_elements(logits.device)
+    """Inductor makes nothing of the size of the logits in float32: all at once, as far as 32-bit indices reach."""
+    whole = compile_backend == "inductor" and logits.numel() < 2**31
+    elements = logits.numel() if whole else chunk_elements(logits.device)
     return chunks(logits.shape[0], max(1, elements // logits.shape[1]))
