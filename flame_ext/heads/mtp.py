@@ -184,9 +184,7 @@ def _one_layer(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _check(config: FlameJobConfig) -> Iterator[str]:
-    yield from at_least(
-        "mtp", config.mtp, {"depth": (1, "the token after the next one"), "loss_weight": (0, "0 = not computed")}
-    )
+    yield from at_least("mtp", config.mtp, {"depth": (1, "the token after the next one")})
 
 
 def _check_model(_config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterator[str]:

@@ -78,9 +78,7 @@ def _arguments(section: NextLatentSection, backbone: Any) -> dict[str, Any]:
 
 def _check(config: FlameJobConfig) -> Iterator[str]:
     section = config.next_latent
-    yield from at_least(
-        "next_latent", section, {"steps": (1, "the next state"), "loss_weight": (0, "0 = not computed")}
-    )
+    yield from at_least("next_latent", section, {"steps": (1, "the next state")})
     if section.ffn_hidden_size is not None and section.ffn_hidden_size < 1:
         yield f"next_latent.ffn_hidden_size must be >= 1, got {section.ffn_hidden_size}; leave it out for twice the hidden size"
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flame_ext.analysis import load_future_heads
+from flame_ext.heads.registry import check_heads, job_config_class
 from tests.faults.test_resume import saved
 from tests.layouts import assert_same_step, steps
 from tests.ranks import train
@@ -45,6 +46,19 @@ def test_every_architecture_under_every_layout(models: Path, tmp_path: Path, lay
     for rank in steps(models, tmp_path, "single" if more else layout, jobs, *more):
         for name in jobs:
             assert_same_step(rank[name], expected[name])
+
+
+def test_an_option_below_its_limit_is_named_once() -> None:
+    below = {"mtp.depth": 0, "token_order.window": 0, "future_bag.window": 1, "next_latent.steps": 0}
+    config = job_config_class()()
+    config.model.converters = ["future_prediction"]
+    for option, value in (below | {f"{head}.loss_weight": -1.0 for head in HEADS}).items():
+        head, _, field = option.partition(".")
+        getattr(config, head).enable = True
+        setattr(getattr(config, head), field, value)
+    assert sorted(problem.split()[0] for problem in check_heads(config)) == sorted(
+        [*below, *(f"{head}.loss_weight" for head in HEADS)]
+    )
 
 
 SHORT = ("--training.steps=2", "--lr_scheduler.total_steps=60")
