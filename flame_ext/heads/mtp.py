@@ -4,12 +4,10 @@ import math
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -20,6 +18,7 @@ from flame_ext.hf_config import is_part_of_transformers
 from flame_ext.model.attention import BOOLEAN_ATTENTION, attention_options, attention_windows
 from flame_ext.model.hf_causal_lm import parameters_on_meta
 from flame_ext.model.initialisation import Constant, ParameterInit, Uniform
+from flame_ext.objective.chunks import CHUNK_ELEMENTS, sum_over_chunks
 from flame_ext.objective.cross_entropy import IGNORE_INDEX, cross_entropy_loss
 from flame_ext.objective.masks import causal_mask
 from flame_ext.objective.windows import upcoming_tokens
@@ -133,28 +132,27 @@ def mtp_loss(head: Mtp, batch: HeadBatch) -> dict[str, Tensor]:
 
     Sources: https://arxiv.org/abs/2404.19737 (parallel), https://arxiv.org/abs/2412.19437 (sequential). The output embedding is
     the language model's and learns from all of them; the embeddings of tokens that are read are constant. The logits of one
-    head exist at a time: they are computed again in the backward.
+    chunk of states exist at a time: they are computed again in the backward.
     """
-    assert batch.unembed is not None
-    upcoming = upcoming_tokens(batch.input_ids, batch.doc_ids, len(head.blocks) + 1).movedim(-1, 0)  # (k + 1, B, T)
+    unembed, depth = batch.unembed, len(head.blocks)
+    assert unembed is not None
+    upcoming = upcoming_tokens(batch.input_ids, batch.doc_ids, depth + 1).movedim(-1, 0)[1:]  # (k, B, T)
+    labels = upcoming.masked_fill(upcoming < 0, IGNORE_INDEX)
     embeddings = None
     if head.kind == "sequential":
         assert batch.embed is not None
-        read = upcoming_tokens(batch.input_ids, torch.zeros_like(batch.doc_ids), len(head.blocks)).movedim(-1, 0)
-        with torch.no_grad():  # what is read after the end of the sequence is read for nothing
-            embeddings = batch.embed(read.clamp_min(0)).to(batch.hidden_states.dtype)
+        with torch.no_grad():
+            embedded = batch.embed(batch.input_ids).to(batch.hidden_states.dtype)
+        # What stands after the end of the sequence is read for nothing: no label depends on it.
+        embeddings = torch.stack([embedded.roll(-1 - number, dims=1) for number in range(depth)])
     states = head(batch.hidden_states, embeddings, _documents(head, batch))
-    losses = [
-        checkpoint(partial(_cross_entropy, batch), state, tokens, use_reentrant=False, preserve_rng_state=False)
-        for state, tokens in zip(states, upcoming[1:], strict=True)
-    ]
-    return {"loss_mtp": torch.stack(losses).mean() / batch.tokens_in_step}
 
+    def of_chunk(states: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy_loss(unembed(states[None]), labels[None], batch.compile_backend)
 
-def _cross_entropy(batch: HeadBatch, states: Tensor, tokens: Tensor) -> Tensor:
-    assert batch.unembed is not None
-    labels = tokens.masked_fill(tokens < 0, IGNORE_INDEX)
-    return cross_entropy_loss(batch.unembed(states), labels, batch.compile_backend)
+    rows = max(1, CHUNK_ELEMENTS // batch.logits.shape[-1])
+    loss = sum_over_chunks(of_chunk, rows, states.flatten(0, 2), labels.flatten())
+    return {"loss_mtp": loss / (depth * batch.tokens_in_step)}
 
 
 def _documents(head: Mtp, batch: HeadBatch) -> Within | None:

@@ -107,8 +107,13 @@ def attach_heads(model: HFCausalLM, config: FlameJobConfig) -> None:
     for name, head in heads.items():
         spec = enabled[name]
         head.requires_grad_(name in trained if spec.trains is None else spec.trains(config))
-        needs_logits = name in trained and spec.uses_logits
-        attached = AttachedHead(getattr(config, name), spec.uses_embedding, needs_logits, spec.tensor_parallel_plan)
+        attached = AttachedHead(
+            getattr(config, name),
+            spec.uses_embedding,
+            uses_unembedding=name in trained and spec.uses_unembedding,
+            needs_logits=name in trained and spec.uses_logits,
+            tensor_parallel_plan=spec.tensor_parallel_plan,
+        )
         model.add_head(name, head, head.parameter_inits(), attached)
     model.remember_state()
     sizes = ", ".join(f"{name} ({sum(p.numel() for p in head.parameters()):,})" for name, head in heads.items())

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from flame_ext.config.head_options import HeadOptimization
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.model.attention import MaskForm
+from flame_ext.model.hf_causal_lm import Unembed
 from flame_ext.model.initialisation import ParameterInit, linear_inits
 from flame_ext.objective.cross_entropy import TokenLogProbs
 
@@ -109,9 +110,11 @@ class HeadBatch(NamedTuple):
     config: Any = None  # The job's configuration, with the section of every head
     embed: Callable[[Tensor], Tensor] | None = None
     """The backbone's input embedding, token ids (…) to vectors (…, D); None unless the spec ``uses_embedding``."""
-    unembed: Callable[[Tensor], Tensor] | None = None
-    """States after a final norm, (B, T, D), to logits (B, T, V), a DTensor under loss parallelism, by the backbone's own code; None
-    unless the spec ``uses_unembedding``."""
+    unembed: Unembed | None = None
+    """
+    States of the head's own, as after a final norm, (B, T, D), to logits (B, T, V), a DTensor under loss parallelism; None unless
+    the spec ``uses_unembedding``.
+    """
     future: FutureBatch | None = None  # None on a step without a teacher, on which heads that ``needs_future`` rest
     compile_backend: str | None = None  # The backend of ``torch.compile`` for a loss's arithmetic; None = not compiled
 
@@ -175,7 +178,7 @@ class HeadSpec:
     """Whether the loss looks tokens up in the input embedding, which a pipeline's last stage then holds as well."""
 
     uses_unembedding: bool = False
-    """Whether the loss makes logits of states of its own with the backbone's output embedding."""
+    """Whether the loss calls ``batch.unembed``, with the backbone's output embedding, which FSDP then keeps gathered for a step."""
 
     uses_logits: bool = True
     """Whether the loss reads ``batch.logits``. Tensor parallelism then gathers them instead of leaving them sharded."""

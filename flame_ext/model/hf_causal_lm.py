@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +77,10 @@ class HFModelArgs(BaseModelArgs):
         return nparams, 6 * multiplying + 12 * config.num_hidden_layers * heads * head_dim * seq_len
 
 
+Unembed = Callable[[Tensor], Tensor]
+"""(B, T, D) states after the final norm to (B, T, V) logits, a DTensor under loss parallelism, by the architecture's own code."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """The place of a model in a pipeline."""
@@ -100,6 +103,7 @@ class AttachedHead:
 
     optimization: HeadOptimization = field(default_factory=HeadOptimization)
     uses_embedding: bool = False  # its loss looks tokens up in the input embedding
+    uses_unembedding: bool = False  # its loss makes logits of states of its own
     needs_logits: bool = False  # its loss reads the logits, so tensor parallelism must not leave them sharded
     tensor_parallel_plan: Mapping[str, ParallelStyle] = field(default_factory=dict)  # modules left out are replicated
 
@@ -132,7 +136,6 @@ class HFCausalLM(nn.Module):
     computed_buffers: list[str]  # names of the buffers that are in no state dict (RoPE frequencies and the like)
     own_attention: str  # transformers' name of the attention that the backbone uses with its own masks
     context: ContextParallel | None = None  # splits sequences over ranks; None = they are whole
-    _result_class: type  # of what the backbone returns
     routing: Routing = Routing()  # the routers of the whole model; none in a dense one
     stage: Stage = Stage(0, 1)  # the whole model is the only stage
     of_whole: tuple[HFCausalLM, ...] = ()  # the whole model; in a tuple, so that it does not become a child
@@ -240,7 +243,7 @@ class HFCausalLM(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         output: Literal["logits", "hidden_states"] = "logits",
-        compute: Callable[[Tensor, Tensor], Any] | None = None,
+        compute: Callable[[Tensor, Tensor, Unembed], Any] | None = None,
         part_of_sequence: bool = False,
         routes: RouteListener | None = None,
     ) -> Any:
@@ -253,7 +256,7 @@ class HFCausalLM(nn.Module):
                 dict of them by layer type, all tensors or all ``BlockMask``.
             position_ids: (B, T); None = 0..T-1.
             output: "logits" (B, T, V), or "hidden_states" (B, T, D) after the final norm, as on all stages but the last.
-            compute: called with logits and hidden states; its result is returned instead.
+            compute: called with logits, hidden states and what maps such states to logits; its result is returned instead.
             part_of_sequence: whether the inputs are this rank's part of the sequences. Then the columns of
                 ``attention_mask`` are in the order of :meth:`ContextParallel.order`, and the call is collective.
             routes: what the routers of a mixture report to; None = nothing.
@@ -282,13 +285,11 @@ class HFCausalLM(nn.Module):
         finally:
             hook.remove()
         result = captured.pop()
-        self._result_class = type(result)
-        return compute(logits, result.last_hidden_state)
+        return compute(logits, result.last_hidden_state, functools.partial(self._unembed, type(result)))
 
-    def logits_of(self, hidden_states: Tensor) -> Tensor:
-        """Maps (B, T, D) states to (B, T, V) logits by the architecture's own code after the final norm; for ``compute``."""
-        given = self._result_class(last_hidden_state=hidden_states)
-        with mock.patch.object(self.base_model, "forward", return_value=given):
+    def _unembed(self, result_class: Any, hidden_states: Tensor) -> Tensor:
+        """Runs the architecture's own forward with (B, T, D) states as what the backbone returns, in a ``result_class``."""
+        with _replaced_forward(self.base_model, result_class(last_hidden_state=hidden_states)):
             return super().forward(inputs_embeds=hidden_states, use_cache=False).logits
 
     def _attention_for(self, mask: Any) -> str:
@@ -337,6 +338,16 @@ def build_hf_causal_lm(model_args: HFModelArgs) -> HFCausalLM:
     model.routing = prepare_routers(model, model_args.aux_loss_coef, model_args.freeze_router)
     model.remember_state()
     return model
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, result: Any) -> Iterator[None]:
+    """While this is entered, a call of ``module`` runs nothing and returns ``result``."""
+    module.forward = lambda *_args, **_kwargs: result
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 @contextmanager

@@ -85,6 +85,9 @@ def parallelize_hf_causal_lm(model: HFCausalLM, parallel_dims: ParallelDims, job
 def apply_fsdp(model: HFCausalLM, mesh: DeviceMesh, job_config: JobConfig, experts_mesh: DeviceMesh | None) -> None:
     """Applies FSDP2 to the embedding, each decoder layer and head, the output embedding, and the root with tied embeddings.
 
+    An output embedding that a head calls once more for each chunk of its states belongs to the root: it is gathered once, and its
+    gradient reduced once.
+
     Under expert parallelism, experts are sharded over ``experts_mesh``, the ranks that have the same ones. Their gradients are
     summed as all others are: those of the tokens of other ranks have come back by the exchange of tokens.
     """
@@ -103,7 +106,8 @@ def apply_fsdp(model: HFCausalLM, mesh: DeviceMesh, job_config: JobConfig, exper
         ):  # a later stage has no embedding
             shard(module, reshard_after_forward=policy != "never", shard_placement_fn=placement)
     # The backward needs first what the forward runs last: keep it gathered unless told otherwise, as torchtitan does.
-    for module in (model.get_output_embeddings(), *(model.get_submodule(name) for name in model.heads)):
+    output = [] if any(head.uses_unembedding for head in model.heads.values()) else [model.get_output_embeddings()]
+    for module in (*output, *(model.get_submodule(name) for name in model.heads)):
         if module is not None and module not in model.tied_modules and any(True for _ in module.parameters()):
             shard(module, reshard_after_forward=policy == "always")
     shard(model)

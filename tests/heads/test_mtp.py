@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from flame_ext.heads import mtp
 from flame_ext.heads.mtp import HEAD, Mtp, mtp_loss
 from flame_ext.heads.spec import HeadBatch
 from tests.tiny_models import CONFIGS, MIXTURES
@@ -80,9 +82,16 @@ def test_loss_and_gradients_are_the_naive_ones(name: str, kind: str, documents: 
     doc_ids = torch.tensor([[0] * 9, [0, 0, 0, 0, 1, 1, 1, 2, 2]])
     states = torch.randn(2, 9, width).requires_grad_()
     config = SimpleNamespace(data=SimpleNamespace(document_attention=documents))
-    batch = HeadBatch(states, torch.empty(0), input_ids, input_ids, doc_ids, 7.0, config, embedding, output)
-    loss = mtp_loss(head, batch)["loss_mtp"]
-    loss.backward()
+    batch = HeadBatch(
+        states, torch.empty(2, 9, vocab_size), input_ids, input_ids, doc_ids, 7.0, config, embedding, output
+    )
+    chunks: list[int] = []
+    output.register_forward_hook(lambda _module, _args, logits: chunks.append(logits.shape[1]))
+    with mock.patch.object(mtp, "CHUNK_ELEMENTS", 10 * vocab_size):
+        loss = mtp_loss(head, batch)["loss_mtp"]
+        assert chunks == [10, 10, 10, 6], "logits exist for a chunk of the states of both heads"
+        loss.backward()
+    assert len(chunks) == 8, "they are computed again"
 
     exact = Mtp(**arguments(name, kind, 2)).double()
     exact.load_state_dict({key: tensor.double() for key, tensor in head.state_dict().items()})
