@@ -16,8 +16,9 @@ from flame_ext.config.sections import FlameJobConfig
 from flame_ext.heads.spec import Head, HeadBatch, HeadSpec, WeightedHeadSection
 from flame_ext.hf_config import is_part_of_transformers
 from flame_ext.model.attention import BOOLEAN_ATTENTION, attention_options, attention_windows
-from flame_ext.model.hf_causal_lm import parameters_on_meta
+from flame_ext.model.hf_causal_lm import attention_multiplications, parameters_of, parameters_on_meta
 from flame_ext.model.initialisation import Constant, ParameterInit, Uniform
+from flame_ext.model.routing import find_routers
 from flame_ext.objective.chunks import CHUNK_ELEMENTS, sum_over_chunks
 from flame_ext.objective.cross_entropy import IGNORE_INDEX, cross_entropy_loss
 from flame_ext.objective.masks import causal_mask
@@ -63,6 +64,12 @@ class MtpBlock(Head):
         self.decoder.set_input_embeddings(nn.Identity())
         self.own_attention = self.decoder.config._attn_implementation
 
+    @property
+    def layers(self) -> nn.ModuleList | None:
+        """The list of the one decoder layer; None if there is no such list."""
+        lists = (module for module in self.decoder.modules() if isinstance(module, nn.ModuleList))
+        return next((layers for layers in lists if len(layers) == 1), None)
+
     def forward(self, hidden_states: Tensor, embeddings: Tensor | None, within: Within | None) -> Tensor:
         """(B, T, D) states and, if sequential, embeddings to (B, T, D); attention is causal, and ``within`` documents."""
         if self.sequential:
@@ -81,10 +88,6 @@ class MtpBlock(Head):
                 inits[f"decoder.{name}.weight"] = Uniform(math.sqrt(3.0 / module.weight.shape[0]))
             elif own and all(parameter.ndim == 1 for parameter in own.values()):
                 inits |= {f"decoder.{name}.{key}": init for key, init in self._constants(module).items()}
-            else:
-                experts = {key: parameter for key, parameter in own.items() if parameter.ndim > 2}
-                axis = -2 if getattr(module, "is_transposed", False) else -1
-                inits |= {f"decoder.{name}.{k}": Uniform(math.sqrt(3.0 / p.shape[axis])) for k, p in experts.items()}
         return inits
 
     def _constants(self, module: nn.Module) -> dict[str, ParameterInit]:
@@ -105,6 +108,11 @@ class Mtp(Head):
         super().__init__()
         self.kind = kind
         self.blocks = nn.ModuleList([MtpBlock(decoder, kind == "sequential") for _ in range(depth)])
+
+    @property
+    def layer_lists(self) -> list[nn.ModuleList]:
+        """The layer of each."""
+        return [layers for block in self.blocks if (layers := cast(MtpBlock, block).layers) is not None]
 
     def forward(self, hidden_states: Tensor, embeddings: Tensor | None = None, within: Within | None = None) -> Tensor:
         """(B, T, D) states and, if sequential, (k, B, T, D) embeddings of the tokens at t+1 .. t+k to (k, B, T, D) states.
@@ -181,6 +189,13 @@ def _one_layer(config: PreTrainedConfig) -> dict[str, Any]:
     return config.to_dict()
 
 
+def _multiplications(head: Mtp, backbone: Any, config: FlameJobConfig) -> int:
+    """Of the blocks' weights, their attention's scores and values, and the output embedding."""
+    text, output = backbone.config.get_text_config(), backbone.get_output_embeddings()
+    of_attention = attention_multiplications(text, config.training.seq_len)
+    return parameters_of(head) + len(head.blocks) * (of_attention + output.weight.numel())
+
+
 def _check(config: FlameJobConfig) -> Iterator[str]:
     yield from at_least("mtp", config.mtp, {"depth": (1, "the token after the next one")})
 
@@ -201,16 +216,17 @@ def _problem(config: PreTrainedConfig) -> str | None:
             block = MtpBlock(_one_layer(config), sequential=False)
     except Exception as e:  # what an architecture makes of one layer may be anything
         return f"a model of one layer cannot be built ({type(e).__name__}: {str(e)[:100]})"
-    layers = [module for module in block.decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == 1]
-    if not layers:
+    if block.layers is None:
         return "a model of one layer has another number of them"
-    inside = {id(parameter) for parameter in layers[0].parameters()}
+    inside = {id(parameter) for parameter in block.layers.parameters()}
     positions = {
         id(p) for module in block.decoder.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
     }
     for key, parameter in block.decoder.named_parameters():
         if parameter.ndim > 1 and id(parameter) not in inside | positions:
             return f"a model of one layer also has {key!r}"
+    if find_routers(block.decoder) or any(parameter.ndim > 2 for parameter in block.layers.parameters()):
+        return "its layers are mixtures of experts, between which no loss would balance a head's tokens"
     kept = set(block.decoder.state_dict()) - {key for key, _ in block.decoder.named_parameters()}
     return f"a layer has buffers that no source holds ({', '.join(sorted(kept))})" if kept else None
 
@@ -220,6 +236,7 @@ HEAD = HeadSpec(
     build=Mtp,
     arguments=_arguments,
     loss=mtp_loss,
+    multiplications=_multiplications,
     uses_embedding=True,
     uses_unembedding=True,
     uses_logits=False,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flame_ext.config.head_options import at_least
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.heads.spec import Head, HeadBatch, HeadSpec, WeightedHeadSection
+from flame_ext.model.hf_causal_lm import parameters_of
 from flame_ext.objective.chunks import CHUNK_ELEMENTS, sum_over_chunks
 from flame_ext.objective.windows import upcoming_tokens
 
@@ -105,6 +106,7 @@ HEAD = HeadSpec(
     build=NextLatent,
     arguments=_arguments,
     loss=next_latent_loss,
+    multiplications=lambda head, _backbone, config: config.next_latent.steps * parameters_of(head),
     uses_embedding=True,
     uses_logits=False,
     check=_check,

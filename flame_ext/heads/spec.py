@@ -1,6 +1,6 @@
 """What a head is: one :class:`HeadSpec` says how it is configured, built, trained, split over ranks and saved."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -42,6 +42,11 @@ LOSS_WEIGHT = {
 
 class Head(nn.Module):
     """Base of a head's module; one of another base has ``parameter_inits`` as well."""
+
+    @property
+    def layer_lists(self) -> Sequence[nn.ModuleList]:
+        """Lists of decoder layers: each layer is checkpointed, compiled and sharded as one of the backbone's is."""
+        return ()
 
     def parameter_inits(self) -> dict[str, ParameterInit]:
         """Name of each parameter to its initialisation: norms at identity, biases at zero, linear maps LeCun-uniform (gain 1)."""
@@ -179,6 +184,12 @@ class HeadSpec:
 
     uses_unembedding: bool = False
     """Whether the loss calls ``batch.unembed``, with the backbone's output embedding, which FSDP then keeps gathered for a step."""
+
+    multiplications: Callable[[Any, Any, FlameJobConfig], int] | None = None
+    """
+    The head, the backbone and the job to the multiplications of a forward of the loss for each token, from which throughput in
+    operations and MFU follow. None: one for each of the head's parameters.
+    """
 
     uses_logits: bool = True
     """Whether the loss reads ``batch.logits``. Tensor parallelism then gathers them instead of leaving them sharded."""

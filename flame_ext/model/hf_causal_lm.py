@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
@@ -64,17 +65,30 @@ class HFModelArgs(BaseModelArgs):
 
         As in torchtitan, 6 for each weight that multiplies a token, which those of the input embedding and of the experts that the
         token does not go to do not, plus the attention scores and
-        values without causal sparsity (PaLM, https://arxiv.org/abs/2204.02311, appendix B).
+        values without causal sparsity (PaLM, https://arxiv.org/abs/2204.02311, appendix B). Heads say themselves how often they
+        multiply.
         """
         config = self.load().get_text_config()
-        nparams = sum(p.numel() for p in model.parameters())
+        nparams = parameters_of(model)
         lookup, output = model.get_input_embeddings().weight, model.get_output_embeddings()
         multiplying = nparams - (0 if output is not None and output.weight is lookup else lookup.numel())
         multiplying -= sum(model.get_parameter(name).numel() for name in model.beside_text)
         multiplying -= resting_parameters(model)
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return nparams, 6 * multiplying + 12 * config.num_hidden_layers * heads * head_dim * seq_len
+        for name, head in model.heads.items():
+            multiplying += head.multiplications - parameters_of(model.get_submodule(name))
+        return nparams, 6 * (multiplying + config.num_hidden_layers * attention_multiplications(config, seq_len))
+
+
+def parameters_of(module: nn.Module) -> int:
+    """The number of a module's parameters; tied ones count once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def attention_multiplications(config: PreTrainedConfig, seq_len: int) -> int:
+    """A layer's attention scores and values for each token, in multiplications of a forward, without causal sparsity."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * heads * head_dim * seq_len
 
 
 Unembed = Callable[[Tensor], Tensor]
@@ -102,6 +116,7 @@ class AttachedHead:
     """A head as parallelisms and optimizers see it."""
 
     optimization: HeadOptimization = field(default_factory=HeadOptimization)
+    multiplications: int = 0  # of a forward of its loss, for each token
     uses_embedding: bool = False  # its loss looks tokens up in the input embedding
     uses_unembedding: bool = False  # its loss makes logits of states of its own
     needs_logits: bool = False  # its loss reads the logits, so tensor parallelism must not leave them sharded
@@ -159,12 +174,18 @@ class HFCausalLM(nn.Module):
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The decoder layers, to which torchtitan applies activation checkpointing and compilation."""
+        """The decoder layers of the backbone."""
         depth = self.config.get_text_config().num_hidden_layers
         for module in self.text_backbone.modules():
             if isinstance(module, nn.ModuleList) and len(module) == depth:
                 return module
         raise ConfigError(f"{type(self).__name__} has no list of {depth} decoder layers; it is not supported")
+
+    @property
+    def layer_lists(self) -> list[nn.ModuleList]:
+        """The decoder layers, and those of heads."""
+        of_heads = (getattr(self.get_submodule(name), "layer_lists", ()) for name in self.heads)
+        return [self.layers, *chain.from_iterable(of_heads)]
 
     @property
     def vocabulary_keys(self) -> set[str]:

@@ -11,7 +11,7 @@ import torch
 from flame_ext.analysis import load_future_heads
 from flame_ext.heads.registry import check_heads, job_config_class
 from tests.faults.test_resume import saved
-from tests.layouts import assert_same_step, steps
+from tests.layouts import COMPILE, PER_OP, assert_same_step, steps
 from tests.ranks import train
 
 HEADS = ("mtp", "token_order", "future_bag", "next_latent")
@@ -24,7 +24,7 @@ MORE: dict[str, list[str]] = {
     "gemma2+heads": ENABLED,  # caps scores and logits, norms around 0, sliding windows
     "gpt2-learned-positions+heads+sequential": SEQUENTIAL,  # learned positions
     "qwen3-qk-norm+heads": ENABLED,
-    "olmoe+heads": ENABLED,
+    "olmoe+heads": [*ENABLED, "--mtp.no-enable"],
 }
 
 
@@ -36,14 +36,17 @@ def test_one_step_is_that_of_a_single_process(models: Path, single: dict[str, di
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("layout", ["fsdp2", "ddp2", "tp2", "fsdp2-tp2", "accumulated"])
+@pytest.mark.parametrize("layout", ["fsdp2", "compiled", "ddp2", "tp2", "fsdp2-tp2", "accumulated"])
 def test_every_architecture_under_every_layout(models: Path, tmp_path: Path, layout: str) -> None:
     jobs = JOBS | MORE
     if "tp" in layout:  # transformers plans none of these
         jobs = {name: options for name, options in jobs.items() if not name.startswith(("gpt2", "olmoe"))}
     (expected,) = steps(models, tmp_path, "single", jobs)
-    more = ["--training.local_batch_size=2"] if layout == "accumulated" else []
-    for rank in steps(models, tmp_path, "single" if more else layout, jobs, *more):
+    layout, more = {
+        "accumulated": ("single", ["--training.local_batch_size=2"]),
+        "compiled": ("fsdp2", [*COMPILE, *PER_OP]),
+    }.get(layout, (layout, []))
+    for rank in steps(models, tmp_path, layout, jobs, *more):
         for name in jobs:
             assert_same_step(rank[name], expected[name])
 
