@@ -74,6 +74,11 @@ def one_step(models: str, folder: str, jobs: dict[str, list[str]], options: list
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         return tensor.detach().clone()
 
+    def named(model: torch.nn.Module) -> dict[str, Any]:
+        """Its parameters, under the names that they have without compilation and checkpointing."""
+        wrappers = "_orig_mod.", "_checkpoint_wrapped_module."
+        return {key.replace(wrappers[0], "").replace(wrappers[1], ""): p for key, p in model.named_parameters()}
+
     init_logger()
     inputs = torch.zeros((1, LENGTH), dtype=torch.int64)
     results: dict[str, Any] = {}
@@ -87,7 +92,7 @@ def one_step(models: str, folder: str, jobs: dict[str, list[str]], options: list
         with whole if "+whole" in job else nullcontext():
             trainer = FutureTrainer(parse(arguments))
         trainer.checkpointer.load()
-        heads = {key: full(p) for key, p in trainer.model.named_parameters() if key in trainer.model.parameter_inits}
+        heads = {key: full(p) for key, p in named(trainer.model).items() if key in trainer.model.parameter_inits}
         shapes: list[int] = []
         layer = trainer.model.layers[1]
         layer.register_forward_pre_hook(lambda _layer, args, shapes=shapes: shapes.append(args[0].shape[1]))
@@ -96,11 +101,7 @@ def one_step(models: str, folder: str, jobs: dict[str, list[str]], options: list
         results[job] = {
             "parts": trainer.reported.reduced(trainer.reported.parts),
             "grad_norm": trainer.gradients.norm,
-            "gradients": {
-                key.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", ""): full(p.grad)
-                for key, p in trainer.model.named_parameters()
-                if p.grad is not None
-            },
+            "gradients": {key: full(p.grad) for key, p in named(trainer.model).items() if p.grad is not None},
             "heads": heads,
             "report": json.loads(Path(folder, job, "seed_report.json").read_text()),
             "parameters": {type(p).__name__ for p in trainer.model.parameters()},

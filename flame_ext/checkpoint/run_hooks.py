@@ -248,6 +248,6 @@ def _dtypes(state: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
     return {key: tensor.dtype for key, tensor in state.items()}
 
 
-def whole_logits(logits: Tensor, _hidden_states: Tensor) -> Tensor:
+def whole_logits(logits: Tensor, *_: Any) -> Tensor:
     """Gathers logits that loss parallelism has sharded over the vocabulary. Collective if so."""
     return logits.full_tensor() if isinstance(logits, DTensor) else logits

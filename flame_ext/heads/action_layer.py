@@ -15,6 +15,7 @@ from flame_ext.config.sections import FlameJobConfig
 from flame_ext.heads.future_encoder import interval_factor, weight_in_step
 from flame_ext.heads.future_predictor import GatedMLP
 from flame_ext.heads.spec import LOSS_WEIGHT, Head, HeadBatch, HeadSection, HeadSpec
+from flame_ext.model.hf_causal_lm import parameters_of
 from flame_ext.objective.action import action_losses, candidate_mask
 from flame_ext.objective.chunks import chunk_elements
 from flame_ext.objective.contrastive import info_nce
@@ -179,6 +180,12 @@ def _ffn_hidden_size(text: PreTrainedConfig) -> int:
     return found or 4 * text.hidden_size
 
 
+def _multiplications(head: ActionLayer, _backbone: Any, config: FlameJobConfig) -> int:
+    """Those of the state, and those of each candidate."""
+    of_state = sum(map(parameters_of, (head.state_norm, head.state_proj)))
+    return of_state + (1 + config.action_layer.top_k) * (parameters_of(head) - of_state)
+
+
 def _weights(config: FlameJobConfig, step: int | None) -> dict[str, float]:
     section = config.action_layer
     return {
@@ -216,6 +223,7 @@ HEAD = HeadSpec(
     build=ActionLayer,
     arguments=_arguments,
     loss=action_loss,
+    multiplications=_multiplications,
     weights=_weights,
     needs_future=True,
     candidates=lambda section: section.top_k,

@@ -4,12 +4,10 @@ import math
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -18,8 +16,10 @@ from flame_ext.config.sections import FlameJobConfig
 from flame_ext.heads.spec import Head, HeadBatch, HeadSpec, WeightedHeadSection
 from flame_ext.hf_config import is_part_of_transformers
 from flame_ext.model.attention import BOOLEAN_ATTENTION, attention_options, attention_windows
-from flame_ext.model.hf_causal_lm import parameters_on_meta
+from flame_ext.model.experts import has_experts
+from flame_ext.model.hf_causal_lm import attention_multiplications, parameters_of, parameters_on_meta
 from flame_ext.model.initialisation import Constant, ParameterInit, Uniform
+from flame_ext.objective.chunks import chunk_elements, sum_over_chunks
 from flame_ext.objective.cross_entropy import IGNORE_INDEX, cross_entropy_loss
 from flame_ext.objective.masks import causal_mask
 from flame_ext.objective.windows import upcoming_tokens
@@ -64,6 +64,12 @@ class MtpBlock(Head):
         self.decoder.set_input_embeddings(nn.Identity())
         self.own_attention = self.decoder.config._attn_implementation
 
+    @property
+    def layers(self) -> nn.ModuleList | None:
+        """The list of the one decoder layer; None if there is no such list."""
+        lists = (module for module in self.decoder.modules() if isinstance(module, nn.ModuleList))
+        return next((layers for layers in lists if len(layers) == 1), None)
+
     def forward(self, hidden_states: Tensor, embeddings: Tensor | None, within: Within | None) -> Tensor:
         """(B, T, D) states and, if sequential, embeddings to (B, T, D); attention is causal, and ``within`` documents."""
         if self.sequential:
@@ -82,10 +88,6 @@ class MtpBlock(Head):
                 inits[f"decoder.{name}.weight"] = Uniform(math.sqrt(3.0 / module.weight.shape[0]))
             elif own and all(parameter.ndim == 1 for parameter in own.values()):
                 inits |= {f"decoder.{name}.{key}": init for key, init in self._constants(module).items()}
-            else:
-                experts = {key: parameter for key, parameter in own.items() if parameter.ndim > 2}
-                axis = -2 if getattr(module, "is_transposed", False) else -1
-                inits |= {f"decoder.{name}.{k}": Uniform(math.sqrt(3.0 / p.shape[axis])) for k, p in experts.items()}
         return inits
 
     def _constants(self, module: nn.Module) -> dict[str, ParameterInit]:
@@ -106,6 +108,11 @@ class Mtp(Head):
         super().__init__()
         self.kind = kind
         self.blocks = nn.ModuleList([MtpBlock(decoder, kind == "sequential") for _ in range(depth)])
+
+    @property
+    def layer_lists(self) -> list[nn.ModuleList]:
+        """The layer of each."""
+        return [layers for block in self.blocks if (layers := cast(MtpBlock, block).layers) is not None]
 
     def forward(self, hidden_states: Tensor, embeddings: Tensor | None = None, within: Within | None = None) -> Tensor:
         """(B, T, D) states and, if sequential, (k, B, T, D) embeddings of the tokens at t+1 .. t+k to (k, B, T, D) states.
@@ -133,28 +140,27 @@ def mtp_loss(head: Mtp, batch: HeadBatch) -> dict[str, Tensor]:
 
     Sources: https://arxiv.org/abs/2404.19737 (parallel), https://arxiv.org/abs/2412.19437 (sequential). The output embedding is
     the language model's and learns from all of them; the embeddings of tokens that are read are constant. The logits of one
-    head exist at a time: they are computed again in the backward.
+    chunk of states exist at a time: they are computed again in the backward.
     """
-    assert batch.unembed is not None
-    upcoming = upcoming_tokens(batch.input_ids, batch.doc_ids, len(head.blocks) + 1).movedim(-1, 0)  # (k + 1, B, T)
+    unembed, depth = batch.unembed, len(head.blocks)
+    assert unembed is not None
+    upcoming = upcoming_tokens(batch.input_ids, batch.doc_ids, depth + 1).movedim(-1, 0)[1:]  # (k, B, T)
+    labels = upcoming.masked_fill(upcoming < 0, IGNORE_INDEX)
     embeddings = None
     if head.kind == "sequential":
         assert batch.embed is not None
-        read = upcoming_tokens(batch.input_ids, torch.zeros_like(batch.doc_ids), len(head.blocks)).movedim(-1, 0)
-        with torch.no_grad():  # what is read after the end of the sequence is read for nothing
-            embeddings = batch.embed(read.clamp_min(0)).to(batch.hidden_states.dtype)
+        with torch.no_grad():
+            embedded = batch.embed(batch.input_ids).to(batch.hidden_states.dtype)
+        # What stands after the end of the sequence is read for nothing: no label depends on it.
+        embeddings = torch.stack([embedded.roll(-1 - number, dims=1) for number in range(depth)])
     states = head(batch.hidden_states, embeddings, _documents(head, batch))
-    losses = [
-        checkpoint(partial(_cross_entropy, batch), state, tokens, use_reentrant=False, preserve_rng_state=False)
-        for state, tokens in zip(states, upcoming[1:], strict=True)
-    ]
-    return {"loss_mtp": torch.stack(losses).mean() / batch.tokens_in_step}
 
+    def of_chunk(states: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy_loss(unembed(states[None]), labels[None], batch.compile_backend)
 
-def _cross_entropy(batch: HeadBatch, states: Tensor, tokens: Tensor) -> Tensor:
-    assert batch.unembed is not None
-    labels = tokens.masked_fill(tokens < 0, IGNORE_INDEX)
-    return cross_entropy_loss(batch.unembed(states), labels, batch.compile_backend)
+    rows = max(1, chunk_elements(batch.logits.device) // batch.logits.shape[-1])
+    loss = sum_over_chunks(of_chunk, rows, states.flatten(0, 2), labels.flatten())
+    return {"loss_mtp": loss / (depth * batch.tokens_in_step)}
 
 
 def _documents(head: Mtp, batch: HeadBatch) -> Within | None:
@@ -183,10 +189,15 @@ def _one_layer(config: PreTrainedConfig) -> dict[str, Any]:
     return config.to_dict()
 
 
+def _multiplications(head: Mtp, backbone: Any, config: FlameJobConfig) -> int:
+    """Of the blocks' weights, their attention's scores and values, and the output embedding."""
+    text, output = backbone.config.get_text_config(), backbone.get_output_embeddings()
+    of_attention = attention_multiplications(text, config.training.seq_len)
+    return parameters_of(head) + len(head.blocks) * (of_attention + output.weight.numel())
+
+
 def _check(config: FlameJobConfig) -> Iterator[str]:
-    yield from at_least(
-        "mtp", config.mtp, {"depth": (1, "the token after the next one"), "loss_weight": (0, "0 = not computed")}
-    )
+    yield from at_least("mtp", config.mtp, {"depth": (1, "the token after the next one")})
 
 
 def _check_model(_config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterator[str]:
@@ -205,16 +216,17 @@ def _problem(config: PreTrainedConfig) -> str | None:
             block = MtpBlock(_one_layer(config), sequential=False)
     except Exception as e:  # what an architecture makes of one layer may be anything
         return f"a model of one layer cannot be built ({type(e).__name__}: {str(e)[:100]})"
-    layers = [module for module in block.decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == 1]
-    if not layers:
+    if block.layers is None:
         return "a model of one layer has another number of them"
-    inside = {id(parameter) for parameter in layers[0].parameters()}
+    inside = {id(parameter) for parameter in block.layers.parameters()}
     positions = {
         id(p) for module in block.decoder.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
     }
     for key, parameter in block.decoder.named_parameters():
         if parameter.ndim > 1 and id(parameter) not in inside | positions:
             return f"a model of one layer also has {key!r}"
+    if has_experts(block.decoder):
+        return "its layers are mixtures of experts, between which no loss would balance a head's tokens"
     kept = set(block.decoder.state_dict()) - {key for key, _ in block.decoder.named_parameters()}
     return f"a layer has buffers that no source holds ({', '.join(sorted(kept))})" if kept else None
 
@@ -224,6 +236,7 @@ HEAD = HeadSpec(
     build=Mtp,
     arguments=_arguments,
     loss=mtp_loss,
+    multiplications=_multiplications,
     uses_embedding=True,
     uses_unembedding=True,
     uses_logits=False,

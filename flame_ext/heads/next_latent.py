@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from flame_ext.config.head_options import at_least
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.heads.spec import Head, HeadBatch, HeadSpec, WeightedHeadSection
+from flame_ext.model.hf_causal_lm import parameters_of
+from flame_ext.objective.chunks import chunk_elements, sum_over_chunks
+from flame_ext.objective.windows import upcoming_tokens
 
 
 @dataclass
@@ -34,14 +37,37 @@ class NextLatent(Head):
         self.up_proj = nn.Linear(2 * hidden_size, ffn_hidden_size)
         self.down_proj = nn.Linear(ffn_hidden_size, hidden_size)
 
-    def forward(self, hidden_states: Tensor, embeddings: Tensor) -> Tensor:
-        """(…, T, D) hidden states and (S, …, T, D) embeddings of the tokens 1 .. S further on to (S, …, T, D) predictions."""
-        predictions = []
-        for embedding in embeddings:
-            both = torch.cat([self.state_norm(hidden_states), self.token_norm(embedding)], dim=-1)
-            hidden_states = hidden_states + self.down_proj(F.gelu(self.up_proj(both)))
-            predictions.append(hidden_states)
-        return torch.stack(predictions)
+    def forward(self, hidden_states: Tensor, embeddings: Tensor, counted: Tensor | None = None) -> Tensor:
+        """(…, D) states and (…, D) embeddings of the tokens after them to (…, D) predictions of the states of these tokens.
+
+        With ``counted`` to the sums of the loss instead, of S steps from each of N positions on; it is (N, S) bool: whether the
+        state s = 1 .. S positions further on is a target. Then there are (N, D) states, and embeddings of their own tokens. Returns
+        (2,) float32: the distances, a mean over D for each target, and the cosines of the first step.
+        """
+        if counted is None:
+            return self._next(hidden_states, embeddings)
+        count, steps = counted.shape
+
+        def later(values: Tensor) -> list[Tensor]:
+            padded = F.pad(values.detach(), (0, 0, 0, steps))
+            return [padded[step : step + count] for step in range(1, steps + 1)]
+
+        def of_chunk(state: Tensor, counted: Tensor, *ahead: Tensor) -> Tensor:
+            distances, cosines = [], []
+            for inside, embedding, target in zip(counted.unbind(1), ahead[:steps], ahead[steps:], strict=True):
+                state = self._next(state, embedding)
+                with torch.autocast(state.device.type, enabled=False):
+                    found, target = state.float(), target.float()
+                    distances.append(F.smooth_l1_loss(found, target, reduction="none").mean(-1) * inside)
+                    cosines.append(F.cosine_similarity(found.detach(), target, dim=-1) * inside)
+            return torch.stack([torch.stack(distances).sum(), cosines[0].sum()])
+
+        rows = max(1, chunk_elements(hidden_states.device) // (steps * self.up_proj.out_features))
+        return sum_over_chunks(of_chunk, rows, hidden_states, counted, *later(embeddings), *later(hidden_states))
+
+    def _next(self, hidden_states: Tensor, embeddings: Tensor) -> Tensor:
+        both = torch.cat([self.state_norm(hidden_states), self.token_norm(embeddings)], dim=-1)
+        return hidden_states + self.down_proj(F.gelu(self.up_proj(both)))
 
 
 def next_latent_loss(head: NextLatent, batch: HeadBatch) -> dict[str, Tensor]:
@@ -51,24 +77,16 @@ def next_latent_loss(head: NextLatent, batch: HeadBatch) -> dict[str, Tensor]:
     embeddings stay the language model's. Values are sums over this micro-batch's positions, over the labelled tokens of the step.
     """
     assert batch.embed is not None
-    steps, length = min(batch.config.next_latent.steps, batch.input_ids.shape[1] - 1), batch.input_ids.shape[1]
-    ahead = torch.arange(1, steps + 1, device=batch.input_ids.device)[:, None] + torch.arange(
-        length, device=batch.input_ids.device
-    )
-    inside, ahead = ahead < length, ahead.clamp_max(length - 1)  # (S, T)
-
-    def later(values: Tensor) -> Tensor:
-        return values[:, ahead].movedim(1, 0)  # (B, T, …) to (S, B, T, …): what is s positions further on
-
+    steps = batch.config.next_latent.steps
+    counted = upcoming_tokens(batch.input_ids, batch.doc_ids, steps) >= 0
     with torch.no_grad():
-        embeddings, targets = batch.embed(later(batch.input_ids)), later(batch.hidden_states).float()
-    predictions = head(batch.hidden_states, embeddings.to(batch.hidden_states.dtype)).float()
-    with torch.autocast(predictions.device.type, enabled=False):
-        counted = (inside[:, None] & (later(batch.doc_ids) == batch.doc_ids)).float()
-        distances = F.smooth_l1_loss(predictions, targets, reduction="none").mean(-1) * counted
-        cosines = F.cosine_similarity(predictions.detach(), targets, dim=-1)[0] * counted[0]
-    sums = {"loss_next_latent": distances.sum() / batch.config.next_latent.steps, "next_latent_cosine": cosines.sum()}
-    return {name: value / batch.tokens_in_step for name, value in sums.items()}
+        embeddings = batch.embed(batch.input_ids).to(batch.hidden_states.dtype)
+    states, embeddings = batch.hidden_states.flatten(0, 1), embeddings.flatten(0, 1)
+    distance, cosine = head(states, embeddings, counted.flatten(0, 1)).unbind()
+    return {
+        "loss_next_latent": distance / (steps * batch.tokens_in_step),
+        "next_latent_cosine": cosine / batch.tokens_in_step,
+    }
 
 
 def _arguments(section: NextLatentSection, backbone: Any) -> dict[str, Any]:
@@ -78,9 +96,7 @@ def _arguments(section: NextLatentSection, backbone: Any) -> dict[str, Any]:
 
 def _check(config: FlameJobConfig) -> Iterator[str]:
     section = config.next_latent
-    yield from at_least(
-        "next_latent", section, {"steps": (1, "the next state"), "loss_weight": (0, "0 = not computed")}
-    )
+    yield from at_least("next_latent", section, {"steps": (1, "the next state")})
     if section.ffn_hidden_size is not None and section.ffn_hidden_size < 1:
         yield f"next_latent.ffn_hidden_size must be >= 1, got {section.ffn_hidden_size}; leave it out for twice the hidden size"
 
@@ -90,6 +106,7 @@ HEAD = HeadSpec(
     build=NextLatent,
     arguments=_arguments,
     loss=next_latent_loss,
+    multiplications=lambda head, _backbone, config: config.next_latent.steps * parameters_of(head),
     uses_embedding=True,
     uses_logits=False,
     check=_check,

@@ -19,7 +19,7 @@ from flame_ext.errors import CheckpointError, ConfigError
 from flame_ext.heads import action_layer, future_bag, future_encoder, future_predictor, mtp, next_latent, token_order
 from flame_ext.heads.names import HEAD_NAMES
 from flame_ext.heads.spec import LOSS_WEIGHT, HeadSection, HeadSpec
-from flame_ext.model.hf_causal_lm import AttachedHead, HFCausalLM, parameters_on_meta
+from flame_ext.model.hf_causal_lm import AttachedHead, HFCausalLM, parameters_of, parameters_on_meta
 
 CONVERTER_NAME = "future_prediction"
 """The model converter that attaches the enabled heads."""
@@ -107,11 +107,20 @@ def attach_heads(model: HFCausalLM, config: FlameJobConfig) -> None:
     for name, head in heads.items():
         spec = enabled[name]
         head.requires_grad_(name in trained if spec.trains is None else spec.trains(config))
-        needs_logits = name in trained and spec.uses_logits
-        attached = AttachedHead(getattr(config, name), spec.uses_embedding, needs_logits, spec.tensor_parallel_plan)
+        multiplications = (
+            parameters_of(head) if spec.multiplications is None else spec.multiplications(head, model, config)
+        )
+        attached = AttachedHead(
+            getattr(config, name),
+            multiplications if name in trained else 0,
+            uses_embedding=spec.uses_embedding,
+            uses_unembedding=name in trained and spec.uses_unembedding,
+            needs_logits=name in trained and spec.uses_logits,
+            tensor_parallel_plan=spec.tensor_parallel_plan,
+        )
         model.add_head(name, head, head.parameter_inits(), attached)
     model.remember_state()
-    sizes = ", ".join(f"{name} ({sum(p.numel() for p in head.parameters()):,})" for name, head in heads.items())
+    sizes = ", ".join(f"{name} ({parameters_of(head):,})" for name, head in heads.items())
     logger.info(f"Attached heads (parameters): {sizes}{'; the backbone is frozen' * bool(freezing_heads(config))}")
 
 

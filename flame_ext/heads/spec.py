@@ -1,6 +1,6 @@
 """What a head is: one :class:`HeadSpec` says how it is configured, built, trained, split over ranks and saved."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from flame_ext.config.head_options import HeadOptimization
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.model.attention import MaskForm
+from flame_ext.model.hf_causal_lm import Unembed
 from flame_ext.model.initialisation import ParameterInit, linear_inits
 from flame_ext.objective.cross_entropy import TokenLogProbs
 
@@ -41,6 +42,11 @@ LOSS_WEIGHT = {
 
 class Head(nn.Module):
     """Base of a head's module; one of another base has ``parameter_inits`` as well."""
+
+    @property
+    def layer_lists(self) -> Sequence[nn.ModuleList]:
+        """Lists of decoder layers: each layer is checkpointed, compiled and sharded as one of the backbone's is."""
+        return ()
 
     def parameter_inits(self) -> dict[str, ParameterInit]:
         """Name of each parameter to its initialisation: norms at identity, biases at zero, linear maps LeCun-uniform (gain 1)."""
@@ -109,9 +115,11 @@ class HeadBatch(NamedTuple):
     config: Any = None  # The job's configuration, with the section of every head
     embed: Callable[[Tensor], Tensor] | None = None
     """The backbone's input embedding, token ids (…) to vectors (…, D); None unless the spec ``uses_embedding``."""
-    unembed: Callable[[Tensor], Tensor] | None = None
-    """States after a final norm, (B, T, D), to logits (B, T, V), a DTensor under loss parallelism, by the backbone's own code; None
-    unless the spec ``uses_unembedding``."""
+    unembed: Unembed | None = None
+    """
+    States of the head's own, as after a final norm, (B, T, D), to logits (B, T, V), a DTensor under loss parallelism; None unless
+    the spec ``uses_unembedding``.
+    """
     future: FutureBatch | None = None  # None on a step without a teacher, on which heads that ``needs_future`` rest
     compile_backend: str | None = None  # The backend of ``torch.compile`` for a loss's arithmetic; None = not compiled
 
@@ -175,7 +183,13 @@ class HeadSpec:
     """Whether the loss looks tokens up in the input embedding, which a pipeline's last stage then holds as well."""
 
     uses_unembedding: bool = False
-    """Whether the loss makes logits of states of its own with the backbone's output embedding."""
+    """Whether the loss calls ``batch.unembed``, with the backbone's output embedding, which FSDP then keeps gathered for a step."""
+
+    multiplications: Callable[[Any, Any, FlameJobConfig], int] | None = None
+    """
+    The head, the backbone and the job to the multiplications of a forward of the loss for each token, from which throughput in
+    operations and MFU follow. None: one for each of the head's parameters.
+    """
 
     uses_logits: bool = True
     """Whether the loss reads ``batch.logits``. Tensor parallelism then gathers them instead of leaving them sharded."""

@@ -65,9 +65,7 @@ def _arguments(_section: TokenOrderSection, backbone: Any) -> dict[str, Any]:
 
 
 def _check(config: FlameJobConfig) -> Iterator[str]:
-    yield from at_least(
-        "token_order", config.token_order, {"window": (1, "the next token"), "loss_weight": (0, "0 = not computed")}
-    )
+    yield from at_least("token_order", config.token_order, {"window": (1, "the next token")})
 
 
 HEAD = HeadSpec(

@@ -31,18 +31,18 @@ class UpcomingTokensHead(Head):
         """
         if upcoming is None:
             return self.proj(hidden_states)
-        states, tokens = hidden_states.flatten(0, -2), upcoming.flatten(0, -2)
         loss = compiled(type(self).loss, compile_backend)
 
-        def of_rows(rows: slice) -> Tensor:
-            scores = self.proj(states[rows])
+        def of_chunk(states: Tensor, tokens: Tensor) -> Tensor:
+            scores = self.proj(states)
             with torch.autocast(scores.device.type, enabled=False):
-                return loss(scores.float(), tokens[rows])
+                return loss(scores.float(), tokens)
 
         width = max(
-            self.proj.out_features, 8 * tokens.shape[1]
-        )  # new_tokens takes a few numbers for each token to come
-        return sum_over_chunks(of_rows, len(tokens), max(1, chunk_elements(states.device) // width))
+            self.proj.out_features, 8 * upcoming.shape[-1]
+        )  # new_tokens has a few numbers for each token to come
+        rows = max(1, chunk_elements(hidden_states.device) // width)
+        return sum_over_chunks(of_chunk, rows, hidden_states.flatten(0, -2), upcoming.flatten(0, -2))
 
 
 def vocabulary_arguments(backbone: Any) -> dict[str, Any]:

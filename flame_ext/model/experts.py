@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _STACKED = "grouped_gemm"  # the word of transformers' plans for a parameter whose first axis counts experts
 
 
-def stacked_experts(model: HFCausalLM) -> dict[str, Any]:
+def stacked_experts(model: nn.Module) -> dict[str, Any]:
     """Returns the modules that hold a layer's experts stacked, by name: those of transformers' plan (``base_model_ep_plan``).
 
     The model is one before parallelisms are applied. Without a plan they are the modules with parameters of three axes, of which
@@ -46,7 +46,7 @@ def find_routers(model: HFCausalLM) -> tuple[dict[str, nn.Module], str]:
             return routers, ""
     if found:
         return found[-1], _not_observed(model, found[-1])
-    return {}, "none of its modules is known as a router" if _has_experts(model) else ""
+    return {}, "none of its modules is known as a router" if has_experts(model) else ""
 
 
 def experts_of(router: nn.Module) -> int:
@@ -76,7 +76,8 @@ def _routers_beside_experts(model: HFCausalLM) -> dict[str, nn.Module]:
     return found
 
 
-def _has_experts(model: HFCausalLM) -> bool:
+def has_experts(model: nn.Module) -> bool:
+    """Whether a model is a mixture of experts."""
     held = (m for name, m in model.named_modules() if name.rpartition(".")[2] == "experts")
     return bool(stacked_experts(model)) or any(True for module in held for _ in module.parameters())
 

@@ -11,8 +11,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -65,17 +65,34 @@ class HFModelArgs(BaseModelArgs):
 
         As in torchtitan, 6 for each weight that multiplies a token, which those of the input embedding and of the experts that the
         token does not go to do not, plus the attention scores and
-        values without causal sparsity (PaLM, https://arxiv.org/abs/2204.02311, appendix B).
+        values without causal sparsity (PaLM, https://arxiv.org/abs/2204.02311, appendix B). Heads say themselves how often they
+        multiply.
         """
         config = self.load().get_text_config()
-        nparams = sum(p.numel() for p in model.parameters())
+        nparams = parameters_of(model)
         lookup, output = model.get_input_embeddings().weight, model.get_output_embeddings()
         multiplying = nparams - (0 if output is not None and output.weight is lookup else lookup.numel())
         multiplying -= sum(model.get_parameter(name).numel() for name in model.beside_text)
         multiplying -= resting_parameters(model)
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return nparams, 6 * multiplying + 12 * config.num_hidden_layers * heads * head_dim * seq_len
+        for name, head in model.heads.items():
+            multiplying += head.multiplications - parameters_of(model.get_submodule(name))
+        return nparams, 6 * (multiplying + config.num_hidden_layers * attention_multiplications(config, seq_len))
+
+
+def parameters_of(module: nn.Module) -> int:
+    """The number of a module's parameters; tied ones count once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def attention_multiplications(config: PreTrainedConfig, seq_len: int) -> int:
+    """A layer's attention scores and values for each token, in multiplications of a forward, without causal sparsity."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * heads * head_dim * seq_len
+
+
+Unembed = Callable[[Tensor], Tensor]
+"""(B, T, D) states after the final norm to (B, T, V) logits, a DTensor under loss parallelism, by the architecture's own code."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +116,9 @@ class AttachedHead:
     """A head as parallelisms and optimizers see it."""
 
     optimization: HeadOptimization = field(default_factory=HeadOptimization)
+    multiplications: int = 0  # of a forward of its loss, for each token
     uses_embedding: bool = False  # its loss looks tokens up in the input embedding
+    uses_unembedding: bool = False  # its loss makes logits of states of its own
     needs_logits: bool = False  # its loss reads the logits, so tensor parallelism must not leave them sharded
     tensor_parallel_plan: Mapping[str, ParallelStyle] = field(default_factory=dict)  # modules left out are replicated
 
@@ -132,7 +151,6 @@ class HFCausalLM(nn.Module):
     computed_buffers: list[str]  # names of the buffers that are in no state dict (RoPE frequencies and the like)
     own_attention: str  # transformers' name of the attention that the backbone uses with its own masks
     context: ContextParallel | None = None  # splits sequences over ranks; None = they are whole
-    _result_class: type  # of what the backbone returns
     routing: Routing = Routing()  # the routers of the whole model; none in a dense one
     stage: Stage = Stage(0, 1)  # the whole model is the only stage
     of_whole: tuple[HFCausalLM, ...] = ()  # the whole model; in a tuple, so that it does not become a child
@@ -156,12 +174,18 @@ class HFCausalLM(nn.Module):
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The decoder layers, to which torchtitan applies activation checkpointing and compilation."""
+        """The decoder layers of the backbone."""
         depth = self.config.get_text_config().num_hidden_layers
         for module in self.text_backbone.modules():
             if isinstance(module, nn.ModuleList) and len(module) == depth:
                 return module
         raise ConfigError(f"{type(self).__name__} has no list of {depth} decoder layers; it is not supported")
+
+    @property
+    def layer_lists(self) -> list[nn.ModuleList]:
+        """The decoder layers, and those of heads."""
+        of_heads = (getattr(self.get_submodule(name), "layer_lists", ()) for name in self.heads)
+        return [self.layers, *chain.from_iterable(of_heads)]
 
     @property
     def vocabulary_keys(self) -> set[str]:
@@ -240,7 +264,7 @@ class HFCausalLM(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         output: Literal["logits", "hidden_states"] = "logits",
-        compute: Callable[[Tensor, Tensor], Any] | None = None,
+        compute: Callable[[Tensor, Tensor, Unembed], Any] | None = None,
         part_of_sequence: bool = False,
         routes: RouteListener | None = None,
     ) -> Any:
@@ -253,7 +277,7 @@ class HFCausalLM(nn.Module):
                 dict of them by layer type, all tensors or all ``BlockMask``.
             position_ids: (B, T); None = 0..T-1.
             output: "logits" (B, T, V), or "hidden_states" (B, T, D) after the final norm, as on all stages but the last.
-            compute: called with logits and hidden states; its result is returned instead.
+            compute: called with logits, hidden states and what maps such states to logits; its result is returned instead.
             part_of_sequence: whether the inputs are this rank's part of the sequences. Then the columns of
                 ``attention_mask`` are in the order of :meth:`ContextParallel.order`, and the call is collective.
             routes: what the routers of a mixture report to; None = nothing.
@@ -271,7 +295,7 @@ class HFCausalLM(nn.Module):
         attention_mask: Any,
         position_ids: Tensor | None,
         output: str,
-        compute: Callable[[Tensor, Tensor], Any] | None,
+        compute: Callable[[Tensor, Tensor, Unembed], Any] | None,
         part_of_sequence: bool,
     ) -> Any:
         inputs = {
@@ -296,13 +320,11 @@ class HFCausalLM(nn.Module):
         finally:
             hook.remove()
         result = captured.pop()
-        self._result_class = type(result)
-        return compute(logits, result.last_hidden_state)
+        return compute(logits, result.last_hidden_state, functools.partial(self._unembed, type(result)))
 
-    def logits_of(self, hidden_states: Tensor) -> Tensor:
-        """Maps (B, T, D) states to (B, T, V) logits by the architecture's own code after the final norm; for ``compute``."""
-        given = self._result_class(last_hidden_state=hidden_states)
-        with mock.patch.object(self.base_model, "forward", return_value=given):
+    def _unembed(self, result_class: Any, hidden_states: Tensor) -> Tensor:
+        """Runs the architecture's own forward with (B, T, D) states as what the backbone returns, in a ``result_class``."""
+        with _replaced_forward(self.base_model, result_class(last_hidden_state=hidden_states)):
             return super().forward(inputs_embeds=hidden_states, use_cache=False).logits
 
     def _attention_for(self, mask: Any) -> str:
@@ -351,6 +373,16 @@ def build_hf_causal_lm(model_args: HFModelArgs) -> HFCausalLM:
     model.routing = prepare_routers(model, model_args.aux_loss_coef, model_args.freeze_router)
     model.remember_state()
     return model
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, result: Any) -> Iterator[None]:
+    """While this is entered, a call of ``module`` runs nothing and returns ``result``."""
+    module.forward = lambda *_args, **_kwargs: result
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 @contextmanager

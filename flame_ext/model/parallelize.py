@@ -54,18 +54,18 @@ def parallelize_hf_causal_lm(model: HFCausalLM, parallel_dims: ParallelDims, job
     if parallel_dims.cp_enabled:
         model.context = ContextParallel(parallel_dims.get_mesh("cp"), options.context_parallel_load_balancer)
         logger.info("Applied Context Parallel to the model")
-    if job_config.activation_checkpoint.mode != "none":
+    # torchtitan's functions look for an attribute of this name.
+    lists = [nn.ModuleDict({"layers": layers}) for layers in model.layer_lists]
+    for layers in lists if job_config.activation_checkpoint.mode != "none" else ():
         apply_ac(
-            model,
+            layers,
             job_config.activation_checkpoint,
             model_compile_enabled=compile_model,
             op_sac_save_list=op_sac_save_list | _SAVED_BESIDE,
             base_folder=job_config.job.dump_folder,
         )
-    if compile_model and parallel_dims.ep_enabled:
-        compile_around_experts(model, job_config.compile)
-    elif compile_model:
-        apply_compile(model, job_config.compile)
+    for layers in lists if compile_model else ():
+        (compile_around_experts if parallel_dims.ep_enabled else apply_compile)(layers, job_config.compile)
     if parallel_dims.fsdp_enabled:
         hybrid = parallel_dims.dp_replicate_enabled
         replicas = ["dp_replicate"] if hybrid else []
@@ -84,6 +84,9 @@ def parallelize_hf_causal_lm(model: HFCausalLM, parallel_dims: ParallelDims, job
 def apply_fsdp(model: HFCausalLM, mesh: DeviceMesh, job_config: JobConfig, experts_mesh: DeviceMesh | None) -> None:
     """Applies FSDP2 to the embedding, each decoder layer and head, the output embedding, and the root with tied embeddings.
 
+    An output embedding that a head calls once more for each chunk of its states belongs to the root: it is gathered once, and its
+    gradient reduced once.
+
     Under expert parallelism, experts are sharded over ``experts_mesh``, the ranks that have the same ones. Their gradients are
     summed as all others are: those of the tokens of other ranks have come back by the exchange of tokens.
     """
@@ -99,13 +102,17 @@ def apply_fsdp(model: HFCausalLM, mesh: DeviceMesh, job_config: JobConfig, exper
         offload_policy = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
     shard = partial(fully_shard, mesh=mesh, mp_policy=mp_policy, offload_policy=offload_policy)
     placement: Any = None if experts_mesh is None else placement_of_experts(model, experts_mesh)
-    for module in (model.get_input_embeddings(), *model.layers.children()):
+    for module in (
+        model.get_input_embeddings(),
+        *(layer for layers in model.layer_lists for layer in layers.children()),
+    ):
         if module not in model.tied_modules and any(
             True for _ in module.parameters()
         ):  # a later stage has no embedding
             shard(module, reshard_after_forward=reshard, shard_placement_fn=placement)
     # The backward needs first what the forward runs last: keep it gathered unless told otherwise, as torchtitan does.
-    for module in (model.get_output_embeddings(), *(model.get_submodule(name) for name in model.heads)):
+    output = [] if any(head.uses_unembedding for head in model.heads.values()) else [model.get_output_embeddings()]
+    for module in (*output, *(model.get_submodule(name) for name in model.heads)):
         if module is not None and module not in model.tied_modules and any(True for _ in module.parameters()):
             shard(module, reshard_after_forward=policy == "always")
     shard(model)
@@ -116,8 +123,8 @@ def apply_fsdp(model: HFCausalLM, mesh: DeviceMesh, job_config: JobConfig, exper
             module.set_force_sum_reduction_for_comms(True)
 
 
-def compile_around_experts(model: HFCausalLM, config: Compile) -> None:
-    """Compiles each decoder layer as torchtitan does, or, where it has experts, its modules but routers and experts, in place.
+def compile_around_experts(model: Any, config: Compile) -> None:
+    """Compiles each of the ``model.layers`` as torchtitan does, or, where it has experts, its modules but routers and experts, in place.
 
     The exchange of tokens waits for sizes on the host.
     """

@@ -25,10 +25,13 @@ def compiled(function: Callable[..., Any], backend: str | None) -> Callable[...,
     return function if backend is None else torch.compile(function, backend=backend, dynamic=True)
 
 
-def sum_over_chunks(function: Callable[[slice], Tensor], length: int, size: int) -> Tensor:
-    """Sums ``function`` of the chunks of ``length`` rows, each of which is computed again in the backward.
+def sum_over_chunks(function: Callable[..., Tensor], size: int, *tensors: Tensor) -> Tensor:
+    """Sums ``function`` of chunks of ``size`` or more rows of the tensors; the backward computes each of them again.
 
-    So what it makes of a chunk, such as logits in float32, is never in memory for two chunks at once.
+    So what it makes of a chunk, such as logits in float32, is never in memory for two chunks at once. The chunks are at most 32:
+    each adds to the gradients of the weights that it reads, and a sum of many parts in bfloat16 no longer feels the next one.
     """
-    parts = [checkpoint(function, rows, use_reentrant=False, preserve_rng_state=False) for rows in chunks(length, size)]
+    size = max(size, -(-len(tensors[0]) // 32))
+    pieces = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    parts = [checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
     return torch.stack(parts).sum(0)

@@ -10,7 +10,7 @@ from flame_ext.config.sections import FlameJobConfig, loss_compile_backend
 from flame_ext.errors import ConfigError
 from flame_ext.heads.registry import enabled_heads, loss_weights, trained_heads
 from flame_ext.heads.spec import FutureBatch, HeadBatch, HeadSpec
-from flame_ext.model.hf_causal_lm import LossOutput
+from flame_ext.model.hf_causal_lm import LossOutput, Unembed
 from flame_ext.model.runner import ModelRunner
 from flame_ext.objective.cross_entropy import TokenLogProbs, cross_entropy_sum, token_log_probs
 from flame_ext.step.plan import FutureRows, StepPlan
@@ -64,7 +64,7 @@ class StudentLosses:
             self, future=future, inputs=self.inputs[rows], labels=self.labels[rows], doc_ids=self.doc_ids[rows]
         )
 
-    def __call__(self, logits: Tensor, hidden_states: Tensor) -> LossOutput:
+    def __call__(self, logits: Tensor, hidden_states: Tensor, unembed: Unembed | None = None) -> LossOutput:
         """(B, T, V) logits, a DTensor under loss parallelism, and (B, T, D) hidden states after the final norm to the losses."""
         labels, run = self.labels.flatten(), self.run
         candidates = run.candidates if self.plan.has_future else 0
@@ -73,7 +73,7 @@ class StudentLosses:
         parts = {"loss_ce": loss}
         tensors = (hidden_states, logits, self.inputs, self.labels, self.doc_ids)
         future = self._future(hidden_states, log_probs)
-        batch = HeadBatch(*tensors, self.plan.tokens, run.config, future=future, compile_backend=run.compile_backend)
+        batch = HeadBatch(*tensors, self.plan.tokens, run.config, None, unembed, future, run.compile_backend)
         for name, spec in run.heads.items():
             if spec.needs_future and batch.future is None:
                 continue
@@ -108,8 +108,8 @@ class StudentLosses:
         model = self.run.model
         if spec.uses_embedding:
             batch = batch._replace(embed=model.get_input_embeddings())
-        if spec.uses_unembedding:
-            batch = batch._replace(unembed=model.logits_of)
+        if not spec.uses_unembedding:
+            batch = batch._replace(unembed=None)
         values = spec.loss(model.get_submodule(name), batch)
         if not isinstance(values, dict):
             if values.ndim != 0:

@@ -22,6 +22,7 @@ NATIVE, CE, FUTURE = (
     "+ future predictor",
 )
 DOCUMENTS = "+ document boundaries"
+NO_FUTURE = ("--future_encoder.no-enable", "--future_predictor.no-enable")
 COMPILED = (NATIVE, CE, DOCUMENTS, FUTURE)
 JOBS: dict[str, Job] = {
     NATIVE: Job("host"),
@@ -32,6 +33,12 @@ JOBS: dict[str, Job] = {
     "+ future predictor, `teacher_interval = 4`": Job("ours", (LINEAR, "--future_encoder.teacher_interval=4")),
     "+ future predictor, document boundaries": Job("ours", (LINEAR, "--data.document_attention")),
     "+ future predictor and action layer": Job("ours", (LINEAR, "--action_layer.enable", "--action_layer.top_k=8")),
+    "+ `mtp`, parallel": Job("ours", (*NO_FUTURE, "--mtp.enable")),
+    "+ `mtp`, sequential": Job("ours", (*NO_FUTURE, "--mtp.enable", "--mtp.kind=sequential")),
+    **{
+        f"+ `{name}`": Job("ours", (*NO_FUTURE, f"--{name}.enable"))
+        for name in ("token_order", "future_bag", "next_latent")
+    },
 }
 QUICK = Shape(layers=2, hidden=64, intermediate=176, heads=4, vocabulary=512, batch=4, seq_len=128)
 ON_CPU = Shape(layers=4, hidden=256, intermediate=688, heads=8, vocabulary=4096, batch=4, seq_len=256)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from flame_ext.heads import next_latent
 from flame_ext.heads.next_latent import NextLatent, next_latent_loss
 from flame_ext.heads.spec import HeadBatch
 
@@ -38,13 +40,16 @@ def naive(
 
 @given(
     batch=st.integers(1, 2),
-    length=st.integers(2, 8),
+    length=st.integers(1, 8),
     steps=st.integers(1, 4),
     tokens=st.integers(1, 20),
+    chunk=st.integers(1, 200),
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=50, deadline=None)
-def test_loss_and_gradients_are_the_naive_ones(batch: int, length: int, steps: int, tokens: int, seed: int) -> None:
+def test_loss_and_gradients_are_the_naive_ones(
+    batch: int, length: int, steps: int, tokens: int, chunk: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     head, embedding = NextLatent(6, 10), nn.Embedding(9, 6)
     for parameter in (*head.parameters(), *embedding.parameters()):
@@ -54,7 +59,8 @@ def test_loss_and_gradients_are_the_naive_ones(batch: int, length: int, steps: i
     states = (2 * torch.randn(batch, length, 6, generator=generator)).requires_grad_()
     options = SimpleNamespace(next_latent=SimpleNamespace(steps=steps))
     given_batch = HeadBatch(states, torch.empty(0), input_ids, input_ids, doc_ids, float(tokens), options, embedding)
-    found = next_latent_loss(head, given_batch)
+    with mock.patch.object(next_latent, "chunk_elements", return_value=chunk):
+        found = next_latent_loss(head, given_batch)
     found["loss_next_latent"].backward()
 
     exact, exact_states = NextLatent(6, 10).double(), states.detach().double().requires_grad_()

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from flame_ext.analysis import load_future_heads
+from flame_ext.heads.registry import check_heads, job_config_class
 from tests.faults.test_resume import saved
-from tests.layouts import assert_same_step, steps
+from tests.layouts import COMPILE, PER_OP, assert_same_step, steps
 from tests.ranks import train
 
 HEADS = ("mtp", "token_order", "future_bag", "next_latent")
@@ -23,7 +24,7 @@ MORE: dict[str, list[str]] = {
     "gemma2+heads": ENABLED,  # caps scores and logits, norms around 0, sliding windows
     "gpt2-learned-positions+heads+sequential": SEQUENTIAL,  # learned positions
     "qwen3-qk-norm+heads": ENABLED,
-    "olmoe+heads": ENABLED,
+    "olmoe+heads": [*ENABLED, "--mtp.no-enable"],
 }
 
 
@@ -45,6 +46,28 @@ def test_every_architecture_under_every_layout(models: Path, tmp_path: Path, lay
     for rank in steps(models, tmp_path, "single" if more else layout, jobs, *more):
         for name in jobs:
             assert_same_step(rank[name], expected[name])
+
+
+def test_an_option_below_its_limit_is_named_once() -> None:
+    below = {"mtp.depth": 0, "token_order.window": 0, "future_bag.window": 1, "next_latent.steps": 0}
+    config = job_config_class()()
+    config.model.converters = ["future_prediction"]
+    for option, value in (below | {f"{head}.loss_weight": -1.0 for head in HEADS}).items():
+        head, _, field = option.partition(".")
+        getattr(config, head).enable = True
+        setattr(getattr(config, head), field, value)
+    assert sorted(problem.split()[0] for problem in check_heads(config)) == sorted(
+        [*below, *(f"{head}.loss_weight" for head in HEADS)]
+    )
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("job", JOBS)
+def test_compiled_and_checkpointed_layers_give_the_same_step(
+    models: Path, single: dict[str, dict[str, Any]], tmp_path: Path, job: str
+) -> None:
+    for rank in steps(models, tmp_path, "fsdp2", {job: JOBS[job]}, *COMPILE, *PER_OP):
+        assert_same_step(rank[job], single[job])
 
 
 SHORT = ("--training.steps=2", "--lr_scheduler.total_steps=60")

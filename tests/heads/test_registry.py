@@ -139,7 +139,7 @@ def test_a_weight_without_its_loss_is_refused(registered: HeadSpec) -> None:
         compute(torch.zeros(1, 4, 5), torch.zeros(1, 4, 3))
 
 
-def test_a_loss_sees_the_embedding_that_its_spec_asks_for_and_the_tokens_of_the_step(registered: HeadSpec) -> None:
+def test_a_loss_sees_the_embeddings_that_its_spec_asks_for_and_the_tokens_of_the_step(registered: HeadSpec) -> None:
     model, seen = nn.Module(), []
     model.mine = nn.Linear(3, 5)
 
@@ -147,12 +147,13 @@ def test_a_loss_sees_the_embedding_that_its_spec_asks_for_and_the_tokens_of_the_
         seen.append(batch)
         return head(batch.hidden_states).sum()
 
-    for uses_embedding in (False, True):
-        registry._heads["mine"] = replace(registered, loss=loss, uses_embedding=uses_embedding)
+    for uses in (False, True):
+        registry._heads["mine"] = replace(registered, loss=loss, uses_embedding=uses, uses_unembedding=uses)
         compute = losses_of(model, 0.1, 9.0, *torch.zeros(3, 1, 4, dtype=torch.int64))
         model.get_input_embeddings = lambda: model.mine
-        compute(torch.zeros(1, 4, 5), torch.zeros(1, 4, 3))
+        compute(torch.zeros(1, 4, 5), torch.zeros(1, 4, 3), model.mine.forward)
     assert [batch.embed for batch in seen] == [None, model.mine]
+    assert [batch.unembed for batch in seen] == [None, model.mine.forward]
     assert [batch.tokens_in_step for batch in seen] == [9.0, 9.0]
 
 

@@ -63,7 +63,7 @@ def step(model: HFCausalLM, balance: Balance, tokens: Tensor, microbatches: int 
     for part in plan.microbatches:
         routes = balance.routes()
 
-        def compute(logits: Tensor, _states: Tensor, part: Tensor = part) -> LossOutput:
+        def compute(logits: Tensor, *_: Any, part: Tensor = part) -> LossOutput:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), part[:, 1:].flatten(), reduction="sum")
             return LossOutput(loss / tokens[:, 1:].numel(), {})
 

@@ -131,7 +131,7 @@ def head_of_its_own_plan(split: bool) -> dict[str, torch.Tensor]:
         placed = isinstance(parameter, DTensor)
         parameter.data.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements) if placed else value)
     tokens = torch.randint(0, 264, (2, 16), generator=generator)
-    output = model(tokens, compute=lambda _logits, states: model.split_head(states))
+    output = model(tokens, compute=lambda _logits, states, _unembed: model.split_head(states))
     (output * torch.randn(output.shape, generator=generator)).sum().backward()
     results = {"output": output.detach()}
     for name, parameter in model.named_parameters():
