@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from transformers.models.auto import auto_factory
 
 from flame_ext.heads import registry
 from flame_ext.heads.names import HEAD_NAMES
@@ -32,7 +33,10 @@ def test_inspect_loads_neither_the_host_nor_the_trainer() -> None:
     code = f"from flame_ext.tools.main import main; main(['inspect', {str(TINY_OLMO)!r}, '--json'])"
     loaded = loaded_by(code)
     assert "flame_ext.tools.describe" in loaded
-    assert not loaded & {"torchtitan", "datasets", "tensorboard", "flame_ext.trainer", "torch._dynamo"}
+    heavy = {"torchtitan", "datasets", "tensorboard", "flame_ext.trainer", "torch._dynamo"}
+    if hasattr(auto_factory, "GenerationMixin"):  # transformers 5.17 loads it itself, with whichever class of a model
+        heavy.remove("torch._dynamo")
+    assert not loaded & heavy
 
 
 def test_a_host_that_was_imported_first_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

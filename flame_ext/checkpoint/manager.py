@@ -60,6 +60,7 @@ class SeedingCheckpointManager(CheckpointManager):
     """Takes torchtitan's arguments. The trainer sets :attr:`hooks` before it loads or saves anything."""
 
     hooks: CheckpointHooks
+    stager: Any  # torchtitan's, of asynchronous saves from pinned memory
     lineage: Lineage = ROOT  # of the steps that are saved from now on
 
     def __init__(self, **kwargs: Any) -> None:
@@ -266,6 +267,8 @@ class SeedingCheckpointManager(CheckpointManager):
                 result: Any = dcp.save(state_dict, storage_writer=writer, process_group=object_group())
             else:
                 result = dcp.async_save(state_dict, storage_writer=writer, process_group=self.pg, **pinned)
+                if torch.__version__ < "2.13":
+                    self.stager = None  # in torch 2.11 one stages once; torchtitan makes another
         except CheckpointException as e:
             raise CheckpointError(f"{final} cannot be saved: {_first_failure(e)}") from e
         if async_mode == AsyncMode.DISABLED:
