@@ -87,10 +87,23 @@ def check_unchanged(then: dict[str, Any], now: dict[str, Any], allowed: list[str
     return list(changes.values())
 
 
+# Options that came after records, and what was done before; those of heads that are not attached are not compared.
+ADDED = {
+    "loss.ce_weight": 1.0,
+    "loss.weighting": "none",
+    "loss.mix_ce": 0.0,
+    "action_layer.gt_bias": 0.0,
+    "action_layer.reward": "future",
+    "action_layer.label_smoothing": 0.1,
+    "action_layer.entropy_weight": 0.0,
+}
+
+
 def _as_of_this_version(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """Returns a saved record; one of an earlier version with what was not recorded, or had another default, as it is ``now``."""
     # Without effect on a dense model, and before [moe] there were no others.
     then = {name: value for name, value in now.items() if name.startswith("moe.")} | then
+    then = {name: value for name, value in ADDED.items() if name in now} | then
     if "record.version" in then:
         return then
     files = {name for name in now if name.startswith("model.hf_assets_path/") and name not in then}

@@ -178,6 +178,21 @@ class Moe:
 
 
 @dataclass
+class Loss:
+    """The cross-entropy of the next token, as a part of the loss. Metrics have it as it is (`loss_ce`)."""
+
+    ce_weight: float = 1.0
+    """Its weight. 0 leaves the training to the heads alone."""
+
+    weighting: Literal["none", "dft"] = "none"
+    """'dft': each token's cross-entropy times its own probability, which has no gradient (dynamic fine-tuning, arXiv 2508.05629);
+    reported as `loss_dft`."""
+
+    mix_ce: float = 0.0
+    """With a `weighting`, the share of the plain cross-entropy in 0..1; the rest is weighted."""
+
+
+@dataclass
 class Export:
     """Exports to Hugging Face folders, `hf/step-N/` in `job.dump_folder`, beside that of the last step (`checkpoint.last_save_in_hf`)."""
 
@@ -197,6 +212,7 @@ class FlameJobConfig(JobConfig):
     data: Data = field(default_factory=Data)
     training: Training = field(default_factory=Training)
     validation: Validation = field(default_factory=Validation)
+    loss: Loss = field(default_factory=Loss)
     export: Export = field(default_factory=Export)
     moe: Moe = field(default_factory=Moe)
 

@@ -47,6 +47,21 @@ class ActionLayerSection(HeadSection):
     tau: float = 0.1
     """Temperature of the rewards: softmax(cosine / tau) over the candidates."""
 
+    reward: Literal["future", "label", "uniform"] = "future"
+    """
+    What rewards a candidate: 'future', the cosine above; 'label', being the true token (a reward without a future); 'uniform',
+    nothing. The last two are there to compare with.
+    """
+
+    gt_bias: float = 0.0
+    """Added to the true token's cosine before the softmax of `reward = "future"`."""
+
+    label_smoothing: float = 0.1
+    """The share of `reward = "label"` that all candidates have alike."""
+
+    entropy_weight: float = 0.0
+    """Weight, times `loss_weight`, of the entropy of the candidates' probabilities, which the policy loss is lowered by."""
+
     loss_weight: float = 0.1
     """Weight of the policy loss, -sum_a r_a log p(a), in which the rewards are constants."""
 
@@ -140,7 +155,13 @@ def action_loss(head: ActionLayer, batch: HeadBatch) -> dict[str, Tensor]:
     with torch.no_grad():  # the head learns what a token leads to; the embeddings stay the language model's
         embeddings = batch.embed(token_ids)
     scores, predictions = head(states, embeddings, keys[own])
-    out = action_losses(scores, log_probs, candidate_mask(token_ids), valid, options.tau)
+    out = action_losses(
+        *(scores, log_probs, candidate_mask(token_ids), valid, options.tau),
+        *(options.gt_bias, options.reward, options.label_smoothing),
+    )
+    policy = out.policy_loss_sum
+    if options.entropy_weight:
+        policy = policy - options.entropy_weight * out.entropy_sum
     among_positions = info_nce(
         predictions,
         keys,
@@ -151,9 +172,10 @@ def action_loss(head: ActionLayer, batch: HeadBatch) -> dict[str, Tensor]:
         batch.compile_backend,
     )
     sums = {
-        "loss_action": out.policy_loss_sum,
+        "loss_action": policy,
         "loss_action_model": out.choice_loss_sum + among_positions.loss_sum,
         "action_reward": out.reward_sum,
+        "action_entropy": out.entropy_sum.detach(),
         "action_rank": out.rank_sum,
         "action_cosine": out.cosine_sum,
     }
@@ -205,7 +227,12 @@ def _check(config: FlameJobConfig) -> Iterator[str]:
             "action_layer.model_loss_weight is 0 while loss_weight is not: nothing would train the head that gives the "
             "rewards; set it above 0, or loss_weight to 0"
         )
+    if not 0 <= action.label_smoothing <= 1:
+        yield f"action_layer.label_smoothing must be in 0..1 (a share of the reward), got {action.label_smoothing}"
+    if action.gt_bias and action.reward != "future":
+        yield f"action_layer.gt_bias is added to cosines, and reward is {action.reward!r}: leave it out, or take reward = 'future'"
     least = {"top_k": (1, "the likeliest tokens beside the true one"), "model_loss_weight": (0, "0 = not computed")}
+    least |= {"entropy_weight": (0, "0 = none"), "gt_bias": (0, "0 = none")}
     yield from at_least("action_layer", action, LOSS_WEIGHT | least)
 
 

@@ -3,16 +3,20 @@
 A candidate's score is the cosine of F_t, the summary of what followed, with the one that the action layer predicts for it.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+Reward = Literal["future", "label", "uniform"]
+"""What rewards a candidate: its score; being the true token; or nothing, so that all are rewarded alike."""
+
 
 class ActionOutput(NamedTuple):
-    """() float32 sums over the valid positions; the losses have gradients for the log-probabilities and the scores."""
+    """() float32 sums over the valid positions; losses and entropy have gradients for the log-probabilities and the scores."""
 
     policy_loss_sum: Tensor  # -sum_a r_a log p(a | t), with rewards r
+    entropy_sum: Tensor  # of p(a | t) among the candidates, in nats
     choice_loss_sum: Tensor  # -log softmax(score / tau) of the true token among the candidates
     reward_sum: Tensor  # rewards of the true tokens, each in 0..1
     rank_sum: Tensor  # ranks of the true tokens among the candidates by score, 1 = first
@@ -26,10 +30,21 @@ def candidate_mask(token_ids: Tensor) -> Tensor:
     return mask
 
 
-def action_losses(scores: Tensor, log_probs: Tensor, candidates: Tensor, valid: Tensor, tau: float) -> ActionOutput:
-    """Computes the policy loss, with constant rewards r = softmax(score / tau), and the loss that trains the scores.
+def action_losses(
+    scores: Tensor,
+    log_probs: Tensor,
+    candidates: Tensor,
+    valid: Tensor,
+    tau: float,
+    gt_bias: float = 0.0,
+    reward: Reward = "future",
+    label_smoothing: float = 0.0,
+) -> ActionOutput:
+    """Computes the policy loss, with constant rewards r, and the loss that trains the scores.
 
-    The policy loss needs no sampling: its gradient on the logits of the distribution p over tokens is p - r.
+    The rewards are softmax(score / tau), after ``gt_bias`` was added to the true token's score; or, by the label alone,
+    1 - ``label_smoothing`` for the true token and the rest for all candidates alike; or uniform. The policy loss needs no sampling:
+    its gradient on the logits of the distribution p over tokens is p - r.
 
     Args:
         scores: (N, 1 + K) float32 cosines, the true token's first.
@@ -37,11 +52,21 @@ def action_losses(scores: Tensor, log_probs: Tensor, candidates: Tensor, valid: 
         candidates: (N, 1 + K) bool, true in column 0.
         valid: (N,) bool, positions that have a future and a next token.
         tau: > 0, temperature of the rewards.
+        label_smoothing: in 0..1.
     """
     preferences = torch.log_softmax((scores / tau).masked_fill(~candidates, float("-inf")), dim=-1)
-    rewards = preferences.detach().exp()
+    uniform = candidates / candidates.sum(dim=-1, keepdim=True)
+    if reward == "future":
+        biased = preferences.detach().clone()
+        biased[:, 0] += gt_bias / tau
+        rewards = (biased.log_softmax(dim=-1) if gt_bias else biased).exp()
+    else:
+        rewards = uniform * (label_smoothing if reward == "label" else 1.0)
+        rewards[:, 0] += 1 - label_smoothing if reward == "label" else 0.0
     # The log-probability of a masked candidate, whose reward is 0, may be infinite: avoid 0 * inf.
     policy = -(rewards * log_probs.masked_fill(~candidates, 0.0)).sum(dim=-1)
+    among = log_probs.masked_fill(~candidates, float("-inf")).log_softmax(dim=-1)
+    entropy = -(among.exp() * among.masked_fill(~candidates, 0.0)).sum(dim=-1)
     true_score = scores[:, :1].detach()
     better = ((scores.detach() > true_score) & candidates).sum(dim=-1)
 
@@ -50,6 +75,7 @@ def action_losses(scores: Tensor, log_probs: Tensor, candidates: Tensor, valid: 
 
     return ActionOutput(
         policy_loss_sum=total(policy),
+        entropy_sum=total(entropy),
         choice_loss_sum=total(-preferences[:, 0]),
         reward_sum=total(rewards[:, 0]),
         rank_sum=total(1.0 + better.float()),

@@ -48,6 +48,11 @@ def cross_entropy_sum(log_probs: Tensor, labels: Tensor) -> Tensor:
     return F.nll_loss(log_probs[:, None], first, reduction="sum", ignore_index=IGNORE_INDEX)
 
 
+def weighted_sum(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """Sums the cross-entropies of (N,) labels, each times the label's probability, which has no gradient (arXiv 2508.05629, eq. 9)."""
+    return cross_entropy_sum(log_probs * log_probs.detach().exp(), labels)
+
+
 def cross_entropy_loss(logits: Tensor, labels: Tensor, compile_backend: str | None = None) -> Tensor:
     """Sums the cross-entropies of (B, T, V) logits and (B, T) labels, equal to torchtitan's loss to the last bit."""
     labels = labels.flatten()

@@ -10,6 +10,7 @@ from torchtitan.tools.utils import device_module
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError, SeedError
 from flame_ext.files import parse_size
+from flame_ext.heads.registry import trained_heads
 from flame_ext.preflight.parallelism import data_parallel_ranks, is_launched, replicated_alone
 from flame_ext.run.optimization import schedule_problem
 from flame_ext.seeding.names import parse_key_map
@@ -40,6 +41,7 @@ def check_options(config: FlameJobConfig) -> Iterator[str]:
     except ConfigError as e:
         yield str(e)
     yield from _check_training(config)
+    yield from _check_loss(config)
     yield from _check_memory_and_speed(config)
 
 
@@ -96,6 +98,13 @@ def _check_training(config: FlameJobConfig) -> Iterator[str]:
         if replicated_alone(config):
             degree = "parallelism.data_parallel_replicate_degree > 1"
             yield f"{early}, before DDP ({degree}) has summed the gradients, so that replicas would differ; use FSDP, or leave it out"
+
+
+def _check_loss(config: FlameJobConfig) -> Iterator[str]:
+    if config.loss.ce_weight == 0 and not trained_heads(config):
+        yield "loss.ce_weight = 0 leaves nothing to train by: set it above 0, or enable a head, with a loss_weight above 0"
+    if config.loss.mix_ce and config.loss.weighting == "none":
+        yield f"loss.mix_ce = {config.loss.mix_ce} mixes the plain cross-entropy with a weighted one: set loss.weighting, or leave it out"
 
 
 def _check_workers(section: str, loading: DataLoader, sequences: int) -> Iterator[str]:

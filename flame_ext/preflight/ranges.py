@@ -46,6 +46,8 @@ RANGES = {
     "data.rng_seed": _OR_NONE,
     "debug.seed": _ANY,
     "export.interval": Range(0, note="0 = only the last step"),
+    "loss.ce_weight": Range(0, note="0 = the heads alone are trained by"),
+    "loss.mix_ce": Range(0, 1, "the share of the plain cross-entropy"),
     "lr_scheduler.decay_ratio": Range(0, 1, "the share of the steps in which the rate falls; leave it out to fall from the warm-up on"),
     "lr_scheduler.min_lr_factor": Range(0, 1, "a share of optimizer.lr; more would raise the rate instead of lowering it"),
     "lr_scheduler.total_steps": Range(1, note="leave it out for training.steps"),

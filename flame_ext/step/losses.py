@@ -12,7 +12,7 @@ from flame_ext.heads.registry import enabled_heads, loss_weights, trained_heads
 from flame_ext.heads.spec import FutureBatch, HeadBatch, HeadSpec
 from flame_ext.model.hf_causal_lm import LossOutput, Unembed
 from flame_ext.model.runner import ModelRunner
-from flame_ext.objective.cross_entropy import TokenLogProbs, cross_entropy_sum, token_log_probs
+from flame_ext.objective.cross_entropy import TokenLogProbs, cross_entropy_sum, token_log_probs, weighted_sum
 from flame_ext.step.plan import FutureRows, StepPlan
 from flame_ext.step.teacher import Teacher
 
@@ -71,6 +71,12 @@ class StudentLosses:
         log_probs = token_log_probs(logits.flatten(0, 1), labels, candidates, run.compile_backend)
         loss = cross_entropy_sum(log_probs.values[:, 0], labels) / self.plan.tokens
         parts = {"loss_ce": loss}
+        options = run.config.loss
+        if options.weighting == "dft":
+            parts["loss_dft"] = weighted_sum(log_probs.values[:, 0], labels) / self.plan.tokens
+            loss = options.mix_ce * loss + (1 - options.mix_ce) * parts["loss_dft"]
+        if options.ce_weight != 1:
+            loss = options.ce_weight * loss
         tensors = (hidden_states, logits, self.inputs, self.labels, self.doc_ids)
         future = self._future(hidden_states, log_probs)
         batch = HeadBatch(*tensors, self.plan.tokens, run.config, None, unembed, future, run.compile_backend)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flame_ext.config.head_options import HEAD_NAMES
-from flame_ext.config.resume_record import asset_digests, check_unchanged, config_digest, config_record
+from flame_ext.config.resume_record import ADDED, asset_digests, check_unchanged, config_digest, config_record, flat
 from flame_ext.config.sections import DataSource, FlameJobConfig
 from flame_ext.errors import ConfigError
 from flame_ext.heads.registry import job_config_class, record_of_heads
@@ -263,6 +263,15 @@ def test_a_step_from_before_mixtures_goes_on() -> None:
     with pytest.raises(ConfigError, match=r"moe\.aux_loss_coef: then null, now 0\.1"):
         check_unchanged(now, now | {"moe.aux_loss_coef": 0.1}, [], "step-1")
     assert "moe.experts_implementation" not in now, "rounding only"
+
+
+def test_a_step_from_before_an_option_goes_on_with_what_was_done() -> None:
+    now = record()
+    defaults = dict(flat(job_config_class()()))
+    assert {name: defaults[name] for name in ADDED} == ADDED
+    then = {name: value for name, value in now.items() if name not in ADDED}
+    assert check_unchanged(then, dict(now) | ADDED, [], "step-1") == []
+    assert "loss.ce_weight: then 1.0, now 0.5" in refusal(then, dict(now) | ADDED | {"loss.ce_weight": 0.5})
 
 
 def test_a_step_from_before_a_head_goes_on_without_it() -> None:

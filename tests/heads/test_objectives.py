@@ -17,9 +17,12 @@ from tests.ranks import train
 HEADS = ("mtp", "token_order", "future_bag", "next_latent")
 ENABLED = [*(f"--{name}.enable" for name in HEADS), "--next_latent.steps=2", "--mtp.depth=2"]
 SEQUENTIAL = [*ENABLED, "--mtp.kind=sequential", "--data.document_attention"]
+# The cross-entropy and the rewards are not as usual either.
+WEIGHED = ["--loss.ce_weight=0.5", "--loss.weighting=dft", "--loss.mix_ce=0.25", "--action_layer.enable"]
+WEIGHED += ["--action_layer.gt_bias=0.1", "--action_layer.entropy_weight=0.1"]
 
 # Architecture and anything: job to options of its own.
-JOBS: dict[str, list[str]] = {"olmo-tied+heads": ENABLED, "olmo2+heads+sequential": SEQUENTIAL}
+JOBS: dict[str, list[str]] = {"olmo-tied+heads": ENABLED, "olmo2+heads+sequential": SEQUENTIAL + WEIGHED}
 MORE: dict[str, list[str]] = {
     "gemma2+heads": ENABLED,  # caps scores and logits, norms around 0, sliding windows
     "gpt2-learned-positions+heads+sequential": SEQUENTIAL,  # learned positions

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+from flame_ext.config.sections import Loss
 from flame_ext.errors import CheckpointError, ConfigError
 from flame_ext.heads import registry
 from flame_ext.heads.registry import build_head, check_heads, enabled_heads, job_config_class, register_head
@@ -87,12 +88,32 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> HeadSpec:
 def losses_of(model: nn.Module, weight: float, tokens: float, *batch: torch.Tensor) -> StudentLosses:
     """The losses of one micro-batch in a step with so many labelled tokens."""
     config = SimpleNamespace(
-        mine=WeightedHeadSection(enable=True, loss_weight=weight), compile=SimpleNamespace(enable=False)
+        mine=WeightedHeadSection(enable=True, loss_weight=weight), compile=SimpleNamespace(enable=False), loss=Loss()
     )
     model.get_input_embeddings = lambda: None
     run = Losses(SimpleNamespace(model=model, needs_all_gradients=False), config, None)
     plan = StepPlan([], tokens, int(tokens), registry.loss_weights("mine", config) if run.heads else {})
     return StudentLosses(run, plan, None, *batch)
+
+
+def test_the_cross_entropy_is_weighed_and_mixed(registered: HeadSpec) -> None:
+    model, labels = nn.Module(), torch.randint(0, 5, (2, 4))
+    model.mine = nn.Linear(3, 5)
+    hidden, tokens = torch.randn(2, 4, 3), torch.zeros(2, 4, dtype=torch.int64)
+    logits = torch.randn(2, 4, 5).requires_grad_()
+    compute = losses_of(model, 0.25, 8.0, tokens, labels, tokens)
+    plain = compute(logits, hidden)
+    head, probabilities = plain.loss - plain.parts["loss_ce"], logits.softmax(-1).gather(-1, labels[..., None])
+    weighted = (probabilities * -probabilities.log()).mean()
+    compute.run.config.loss = Loss(ce_weight=0.5, weighting="dft", mix_ce=0.25)
+    mixed = compute(logits, hidden)
+    torch.testing.assert_close(mixed.parts["loss_dft"], weighted.detach())
+    assert mixed.parts["loss_ce"] == plain.parts["loss_ce"]
+    torch.testing.assert_close(mixed.loss, 0.5 * (0.25 * plain.parts["loss_ce"] + 0.75 * weighted) + head)
+    compute.run.config.loss = Loss(ce_weight=0.0)
+    alone = compute(logits, hidden)
+    torch.testing.assert_close(alone.loss, head)
+    assert not torch.autograd.grad(alone.loss, logits)[0].any()
 
 
 def test_losses_are_added_with_their_weight(registered: HeadSpec) -> None:

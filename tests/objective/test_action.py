@@ -13,23 +13,39 @@ from torch import Tensor
 from flame_ext.objective.action import ActionOutput, action_losses, candidate_mask
 
 
-def naive(scores: Tensor, log_probs: Tensor, candidates: Tensor, valid: Tensor, tau: float) -> list[float]:
-    """The five sums, position by position, in double precision."""
-    sums = [0.0] * 5
+def naive(
+    scores: Tensor,
+    log_probs: Tensor,
+    candidates: Tensor,
+    valid: Tensor,
+    tau: float,
+    gt_bias: float = 0.0,
+    reward: str = "future",
+    label_smoothing: float = 0.0,
+) -> list[float]:
+    """The six sums, position by position, in double precision."""
+    sums = [0.0] * 6
     for n in range(scores.shape[0]):
         if not valid[n]:
             continue
         columns = [c for c in range(scores.shape[1]) if candidates[n, c]]
-        exps = {c: math.exp((scores[n, c].item() - 1) / tau) for c in columns}
+        exps = {c: math.exp((scores[n, c].item() + gt_bias * (c == 0) - 1 - gt_bias) / tau) for c in columns}
         rewards = {c: exps[c] / sum(exps.values()) for c in columns}
+        if reward == "label":
+            rewards = {c: label_smoothing / len(columns) + (1 - label_smoothing) * (c == 0) for c in columns}
+        elif reward == "uniform":
+            rewards = {c: 1 / len(columns) for c in columns}
         sums[0] -= sum(rewards[c] * log_probs[n, c].item() for c in columns)
+        mass = sum(math.exp(log_probs[n, c].item()) for c in columns)
+        shares = [math.exp(log_probs[n, c].item()) / mass for c in columns]
+        sums[1] -= sum(share * math.log(share) for share in shares)
         # Not by log(reward): a reward may be too small for a number.
         top = max(scores[n, c].item() for c in columns)
         shifted = sum(math.exp((scores[n, c].item() - top) / tau) for c in columns)
-        sums[1] += math.log(shifted) + (top - scores[n, 0].item()) / tau
-        sums[2] += rewards[0]
-        sums[3] += 1 + sum(scores[n, c] > scores[n, 0] for c in columns).item()
-        sums[4] += scores[n, 0].item()
+        sums[2] += math.log(shifted) + (top - scores[n, 0].item()) / tau
+        sums[3] += rewards[0]
+        sums[4] += 1 + sum(scores[n, c] > scores[n, 0] for c in columns).item()
+        sums[5] += scores[n, 0].item()
     return sums
 
 
@@ -54,6 +70,46 @@ def test_sums_are_the_naive_ones(n: int, k: int, tau: float, share: float, seed:
     for name, actual, expected in zip(ActionOutput._fields, result, naive(*case, tau), strict=True):
         assert actual.dtype == torch.float32 and actual.shape == ()
         assert actual.item() == pytest.approx(expected, rel=1e-5, abs=slack), name
+
+
+@given(
+    st.integers(1, 12),
+    st.integers(0, 6),
+    st.floats(0.05, 2.0),
+    st.floats(0.0, 1.0),
+    st.sampled_from(["future", "label", "uniform"]),
+    st.floats(0.0, 1.0),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=100, deadline=None)
+def test_other_rewards_are_the_naive_ones(
+    n: int, k: int, tau: float, bias: float, reward: str, smoothing: float, seed: int
+) -> None:
+    case = random_case(n, k, 0.8, seed)
+    result = action_losses(*case, tau, bias, reward, smoothing)
+    expected = naive(*case, tau, bias, reward, smoothing)
+    for name, actual, wanted in zip(ActionOutput._fields, result, expected, strict=True):
+        assert actual.item() == pytest.approx(wanted, rel=1e-5, abs=1e-6 * n / tau), name
+
+
+def test_the_bias_rewards_the_true_token_and_trains_no_score() -> None:
+    case = random_case(9, 4, 1.0, 3)
+    plain, biased = action_losses(*case, 0.5), action_losses(*case, 0.5, gt_bias=0.4)
+    assert biased.reward_sum > plain.reward_sum and biased.choice_loss_sum == plain.choice_loss_sum
+    (grad,) = torch.autograd.grad(biased.policy_loss_sum, case[0], allow_unused=True)
+    assert grad is None
+
+
+def test_the_entropy_is_the_candidates() -> None:
+    scores, log_probs, candidates, valid = random_case(9, 4, 0.6, 0)
+    result = action_losses(scores, log_probs, candidates, valid, 0.5)
+    double = log_probs.detach().double().requires_grad_()
+    among = torch.where(candidates, double.exp(), 0.0)
+    among = among / among.sum(1, keepdim=True)
+    entropy = -(among * torch.where(candidates, among, 1.0).log() * valid[:, None]).sum()
+    (grad,) = torch.autograd.grad(result.entropy_sum, log_probs)
+    (expected,) = torch.autograd.grad(entropy, double)
+    torch.testing.assert_close(grad.double(), torch.where(candidates, expected, 0.0), rtol=1e-4, atol=1e-6)
 
 
 @given(st.integers(1, 12), st.integers(0, 6), st.integers(0, 2**31))
@@ -90,8 +146,8 @@ def test_nothing_valid_gives_zero_and_no_nan(every: bool) -> None:
     scores, log_probs, candidates, _ = random_case(5, 3, 0.0, 1)
     candidates[:, 1:] = every
     result = action_losses(scores, log_probs, candidates, torch.zeros(5, dtype=torch.bool), 0.1)
-    (result.policy_loss_sum + result.choice_loss_sum).backward()
-    assert [value.item() for value in result] == [0.0] * 5
+    (result.policy_loss_sum + result.choice_loss_sum + result.entropy_sum).backward()
+    assert [value.item() for value in result] == [0.0] * 6
     assert torch.equal(scores.grad, torch.zeros(5, 4)) and torch.equal(log_probs.grad, torch.zeros(5, 4))
 
 
@@ -102,7 +158,7 @@ def test_an_excluded_candidate_may_be_impossible() -> None:
     result = action_losses(scores, impossible, candidates, valid, 0.1)
     expected = action_losses(scores, log_probs, candidates, valid, 0.1)
     assert all(torch.equal(actual, wanted) for actual, wanted in zip(result, expected, strict=True))
-    (result.policy_loss_sum + result.choice_loss_sum).backward()
+    (result.policy_loss_sum + result.choice_loss_sum + result.entropy_sum).backward()
     assert torch.isfinite(scores.grad).all() and torch.isfinite(impossible.grad).all()
     assert torch.equal(impossible.grad[~candidates], torch.zeros(int((~candidates).sum())))
 

@@ -6,13 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchtitan.components.loss import cross_entropy_loss as host_loss
 
 from flame_ext.objective import cross_entropy
-from flame_ext.objective.cross_entropy import IGNORE_INDEX, cross_entropy_loss, cross_entropy_sum, token_log_probs
+from flame_ext.objective.cross_entropy import (
+    IGNORE_INDEX,
+    cross_entropy_loss,
+    cross_entropy_sum,
+    token_log_probs,
+    weighted_sum,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +100,22 @@ def test_sum_leaves_out_ignored_labels() -> None:
     total = cross_entropy_sum(log_probs, torch.tensor([7, IGNORE_INDEX, 0]))
     total.backward()
     assert total.item() == 5 and log_probs.grad.tolist() == [-1, 0, -1]
+
+
+@given(st.integers(1, 20), st.integers(2, 30), st.floats(0.0, 1.0), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_weighting_by_the_own_probability_is_the_naive_one(n: int, vocabulary: int, ignored: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(n, vocabulary, generator=generator).requires_grad_()
+    labels = torch.randint(vocabulary, (n,), generator=generator)
+    labels[torch.rand(n, generator=generator) < ignored] = IGNORE_INDEX
+    actual = weighted_sum(token_log_probs(logits, labels).values[:, 0], labels)
+    double = logits.detach().double().requires_grad_()
+    of_label = torch.log_softmax(double, dim=-1)[torch.arange(n), labels.clamp_min(0)]
+    expected = -(of_label.detach().exp() * of_label * (labels != IGNORE_INDEX)).sum()
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
+    (grad,), (wanted,) = torch.autograd.grad(actual, logits), torch.autograd.grad(expected, double)
+    torch.testing.assert_close(grad.double(), wanted, rtol=1e-4, atol=1e-6)
 
 
 class LargestFloat32(TorchDispatchMode):
