@@ -69,10 +69,11 @@ def check_unchanged(then: dict[str, Any], now: dict[str, Any], allowed: list[str
     """
     then = _as_of_this_version(then, now)
     absent = [head for head in HEAD_NAMES if not (then.get(f"{head}.enable") or now.get(f"{head}.enable"))]
+    recorded = sorted(name for name in {*then, *now} if not _is_harmless(name))
     then, now = _without_absent_heads(then, absent), _without_absent_heads(now, absent)
-    names = sorted(name for name in {*then, *now} if not _is_harmless(name))
+    names = [name for name in recorded if name in then or name in now]
     allowed = list(filter(None, allowed))  # torchtitan parses "--checkpoint.allow_config_change=" as one empty name
-    if problems := [_not_a_field(name, names) for name in allowed if name not in names]:
+    if problems := [_not_a_field(name, recorded) for name in allowed if name not in recorded]:
         raise ConfigError("checkpoint.allow_config_change: " + "; ".join(problems))
     differ = [name for name in names if (name in then, then.get(name)) != (name in now, now.get(name))]
     changes = {name: f"{name}: then {_shown(name, then)}, now {_shown(name, now)}" for name in differ}
