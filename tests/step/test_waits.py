@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pytest
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -32,29 +31,33 @@ class Waits(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def waits_of_a_step(dump_folder: str, *options: str) -> dict[str, int]:
-    """In a rank: the reads of the second step."""
+def waits_of_a_step(folder: str, jobs: dict[str, tuple[str, ...]]) -> dict[str, dict[str, int]]:
+    """In a rank: the reads of each job's second step."""
     from flame_ext.preflight.parse import parse
     from flame_ext.trainer import FutureTrainer
 
-    arguments = [f"--job.config_file={DEBUG_TOML}", f"--job.dump_folder={dump_folder}", "--seed.verify=none"]
-    trainer = FutureTrainer(parse([*arguments, "--training.global_batch_size=16", *options]))
-    trainer.checkpointer.load()
-    batches = trainer.batch_generator(trainer.dataloader)
-    trainer.step = 1
-    trainer.train_step(batches)
-    trainer.step = 2
-    with Waits() as waits:
+    found = {}
+    for job, options in jobs.items():
+        arguments = [f"--job.config_file={DEBUG_TOML}", f"--job.dump_folder={folder}/{job}", "--seed.verify=none"]
+        trainer = FutureTrainer(parse([*arguments, "--training.global_batch_size=16", *options]))
+        trainer.checkpointer.load()
+        batches = trainer.batch_generator(trainer.dataloader)
+        trainer.step = 1
         trainer.train_step(batches)
-    trainer.close()
-    return dict(waits.by)
+        trainer.step = 2
+        with Waits() as waits:
+            trainer.train_step(batches)
+        trainer.close()
+        found[job] = dict(waits.by)
+    return found
 
 
-@pytest.mark.parametrize("options", [(), ("--data.document_attention", *HEADS)], ids=["default", "heads and documents"])
-def test_a_step_of_two_micro_batches_waits_twice(tmp_path: Path, options: tuple[str, ...]) -> None:
-    (rank,) = run_ranks(waits_of_a_step, 1, str(tmp_path / "run"), *options, folder=tmp_path / "ranks")
-    waits = rank.value
-    # On the CPU wherever the model is: the dataloader's tensors, a random number, the flags of all ranks, the optimizers' steps.
-    on_the_cpu = ("plan._labelled", "plan.plan", "distributed.any_rank", "optimizer.step")
-    assert all(waits.pop(name) > 0 for name in on_the_cpu)
-    assert waits == {"backward.clip": 1, "reported.figures": 1}
+def test_a_step_of_two_micro_batches_waits_twice(tmp_path: Path) -> None:
+    jobs = {"default": (), "heads": ("--data.document_attention", *HEADS)}
+    (rank,) = run_ranks(waits_of_a_step, 1, str(tmp_path / "run"), jobs, folder=tmp_path / "ranks")
+    assert rank.value.keys() == jobs.keys()
+    for job, waits in rank.value.items():
+        # On the CPU wherever the model is: the dataloader's tensors, a random number, the flags of all ranks, the optimizers' steps.
+        on_the_cpu = ("plan._labelled", "plan.plan", "distributed.any_rank", "optimizer.step")
+        assert all(waits.pop(name) > 0 for name in on_the_cpu), job
+        assert waits == {"backward.clip": 1, "reported.figures": 1}, job
