@@ -35,11 +35,11 @@ class FutureEncoderSection(HeadSection):
     enable: bool = False
     """Whether there is a future objective. Needs the model converter 'future_prediction'."""
 
-    summary_method: Literal["anticausal", "mean", "max", "attention"] = "anticausal"
+    summary_method: Literal["anticausal", "mean", "max", "attention", "query"] = "anticausal"
     """
     'anticausal': the last hidden states of a second, gradient-free forward of the backbone in which position t attends
-    to positions after t only. 'mean', 'max', 'attention': the causal hidden states of the positions after t, pooled; no
-    second forward, but these states have read the past.
+    to positions after t only. 'mean', 'max', 'attention', 'query': the causal hidden states of the positions after t, pooled; no
+    second forward, but these states have read the past. The query of 'query' is that of t itself.
     """
 
     future_k: int = 0
@@ -136,25 +136,26 @@ class PooledEncoder(Head):
 
     Cheap, since there is no second forward. But the state at t + 1 has read everything up to t + 1: these summaries
     carry the past, and part of the prediction is a copy. The window is ``future_k`` positions, 0 = to the end of the document.
-    The query of "attention" is that of the window's first position, so that F_t depends on positions after t alone.
+    The query of "attention" is that of the window's first position, so that F_t depends on positions after t alone; that of
+    "query" is of position t: what the prefix asks of its future.
     """
 
     def __init__(
-        self, method: Literal["mean", "max", "attention"], future_k: int, hidden_size: int, num_heads: int
+        self, method: Literal["mean", "max", "attention", "query"], future_k: int, hidden_size: int, num_heads: int
     ) -> None:
         super().__init__()
-        if method not in ("mean", "max", "attention"):
-            raise ValueError(f"method must be one of 'mean', 'max', 'attention', got {method!r}")
+        if method not in ("mean", "max", "attention", "query"):
+            raise ValueError(f"method must be one of 'mean', 'max', 'attention', 'query', got {method!r}")
         self.method, self.future_k, self.num_heads = method, future_k, num_heads
-        if method == "attention":
+        if method in ("attention", "query"):
             self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
             self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
             self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor, doc_ids: Tensor) -> FutureSummaries:
-        """(B, T, D) causal hidden states and (B, T) document numbers to summaries in float32 (attention: as it came)."""
+        """(B, T, D) causal hidden states and (B, T) document numbers to summaries in float32 (by attention: as they came)."""
         valid_mask = has_future(doc_ids)
-        if self.method == "attention":
+        if self.method in ("attention", "query"):
             states = self._attend(hidden_states, doc_ids)
         elif self.method == "max":
             states = reduce_following(hidden_states.float(), doc_ids, self.future_k, torch.maximum, float("-inf"))
@@ -174,14 +175,19 @@ class PooledEncoder(Head):
         def split(states: Tensor) -> Tensor:
             return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-        query, key, value = (split(proj(hidden_states)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        asking = hidden_states.roll(1, dims=1) if self.method == "query" else hidden_states
+        query, key, value = (
+            split(self.q_proj(asking)),
+            split(self.k_proj(hidden_states)),
+            split(self.v_proj(hidden_states)),
+        )
         with sdpa_kernel(_KERNELS):
             states = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
         return states.roll(-1, dims=1)
 
 
 def build_future_encoder(
-    summary_method: Literal["anticausal", "mean", "max", "attention"],
+    summary_method: Literal["anticausal", "mean", "max", "attention", "query"],
     future_k: int,
     hidden_size: int,
     num_heads: int,
@@ -189,7 +195,7 @@ def build_future_encoder(
 ) -> Head:
     """Builds the encoder of ``[future_encoder]``; the sizes are the backbone's.
 
-    "attention" has the backbone's number of heads, or one if that does not divide D.
+    "attention" and "query" have the backbone's number of heads, or one if that does not divide D.
     """
     if summary_method == "anticausal":
         return AnticausalEncoder(future_k, windows)

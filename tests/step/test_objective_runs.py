@@ -73,12 +73,12 @@ def test_losses_and_gradients_do_not_depend_on_the_layout(
     assert_same_run(train(dump_folder, *THREE_STEPS, *ACTION, *options, world_size=world_size), three_steps)
 
 
-@pytest.mark.parametrize("method", ["mean", "attention"])
+@pytest.mark.parametrize("method", ["mean", "query"])
 def test_gradients_through_pooled_summaries_do_not_depend_on_the_layout(dump_folder: Path, method: str) -> None:
     options = [*THREE_STEPS, f"--future_encoder.summary_method={method}", "--future_encoder.no-detach_targets"]
     reference = train(dump_folder / "one", *options)
     assert_same_run(train(dump_folder / "ddp2", *options, HALF, DDP2, world_size=2), reference)
-    if method == "attention":
+    if method == "query":
         assert_same_run(train(dump_folder / "fsdp2", *options, HALF, world_size=2), reference)
         heads = load_future_heads(dump_folder / "one" / "hf" / "step-3")
         initial = train(dump_folder / "detached", *options, "--future_encoder.detach_targets")
