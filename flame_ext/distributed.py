@@ -24,8 +24,16 @@ def make_groups(step_timeout: timedelta) -> None:
     """
     global _group, _step_group
     if dist.get_world_size() > 1:
-        _group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        # That a rank does not come to this is to be noticed sooner.
+        _group = dist.new_group(backend="gloo", timeout=step_timeout)
+        dist.distributed_c10d._set_pg_timeout(_TIMEOUT, _group)
         _step_group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=step_timeout)
+
+
+def set_step_timeout(timeout: timedelta) -> None:
+    """Sets how long ranks wait for each other's flags from now on, as torchtitan does for its own groups after the first step."""
+    if _step_group is not None:
+        dist.distributed_c10d._set_pg_timeout(timeout, _step_group)
 
 
 def object_group() -> dist.ProcessGroup | None:
@@ -73,12 +81,12 @@ def from_main_rank(value: T) -> T:
     return values[0]
 
 
-def gathered(value: T) -> list[T]:
-    """Return the values of all ranks, by rank and by way of pickle. Collective."""
+def gathered(value: T, in_step: bool = False) -> list[T]:
+    """Return the values of all ranks, by rank and by way of pickle; ``in_step`` with the timeout of a step. Collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=_group)
+    dist.all_gather_object(values, value, group=_step_group if in_step else _group)
     return values
 
 

@@ -19,7 +19,7 @@ from flame_ext.checkpoint.manager import SeedingCheckpointManager
 from flame_ext.checkpoint.run_hooks import RunHooks
 from flame_ext.checkpoint.steps import CompleteStep
 from flame_ext.config.sections import FlameJobConfig
-from flame_ext.distributed import failing_together, is_main_rank, make_groups
+from flame_ext.distributed import failing_together, is_main_rank, make_groups, set_step_timeout
 from flame_ext.errors import CheckpointError, ConfigError, UserError
 from flame_ext.heads.registry import shown_metrics, teacher_of
 from flame_ext.host.patches import profiling_any_device, trainer_built_with
@@ -142,6 +142,8 @@ class FutureTrainer(torchtitan.train.Trainer):
             extra = {"n_tokens_seen": found.tokens_seen, "lr": lr, **found.metrics}
             self.metrics_processor.log(self.step, found.loss, found.largest_loss, grad_norm, extra_metrics=extra)
         self.gradients.require_progress(self.step)
+        if self.step == 1:
+            set_step_timeout(timedelta(seconds=self.job_config.comm.train_timeout_seconds))
 
     def forward_backward_step(
         self, *, input_dict: dict[str, Tensor], labels: Tensor, plan: StepPlan, microbatch: MicroBatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 import flame_ext  # noqa: E402, F401  (before torchtitan)
-from tests.layouts import steps  # noqa: E402
 from tests.ranks import TrainRun, train  # noqa: E402
 
 # How long an example takes depends on what else the machine does.
@@ -35,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Hide accelerators from all tests but those that are for them: what is bit-equal is so on a CPU, and ranks need not find one each."""
+    assert "torch" not in sys.modules, "it has looked for accelerators already"
     if not config.option.markexpr.startswith("gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
 
@@ -90,4 +91,6 @@ def single(
     request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
     """The step of each of the module's ``JOBS`` in a single process, which has no use for what some of them ask for."""
+    from tests.layouts import steps  # which imports torch, and must not before accelerators are hidden
+
     return steps(models, tmp_path_factory.mktemp("single"), "single", request.module.JOBS)[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from flame_ext.objective.masks import causal_block_mask, causal_mask
 if TYPE_CHECKING:
     from flame_ext.model.hf_causal_lm import HFCausalLM
 
+_CUDNN = torch.backends.cuda.cudnn_sdp_enabled()  # unless the user has turned it off
 BOOLEAN_ATTENTION = "flame_ext_boolean"  # transformers' name for boolean_attention
 
 _MIN_FLEX_HEAD = 16  # of queries, keys and values: Triton multiplies no smaller tiles
@@ -127,14 +127,18 @@ def causal_attention(
 @contextmanager
 def positions_in_order() -> Iterator[None]:
     """Keeps transformers from looking for packed sequences in the positions of a batch without a mask, which waits for the device."""
-    with mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None):
+    search = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
         yield
+    finally:
+        masking_utils.find_packed_sequence_indices = search
 
 
 def choose_kernels(config: PreTrainedConfig, attention_mask: Any, seq_len: int) -> None:
-    """Keeps SDPA from cuDNN, in this process, if a forward of ``seq_len`` positions gives it ``attention_mask`` or one of its own.
+    """Keeps SDPA from cuDNN, in this process, if any layer of a forward of ``seq_len`` positions is given a mask.
 
-    Backbones make masks for windows, and those with attention code of their own may for anything.
+    Beside ``attention_mask``, backbones make masks for windows, and those with attention code of their own may for anything.
 
     cuDNN's kernels do not promise zeros for rows that attend to nothing, and their backward by a mask has given NaN
     (https://github.com/pytorch/pytorch/issues/196678). Without masks it is the fastest there is, and allowed again.
@@ -144,7 +148,7 @@ def choose_kernels(config: PreTrainedConfig, attention_mask: Any, seq_len: int) 
         masked = masked or any(0 < window <= seq_len for window in attention_windows(config).values())
     except ValueError:  # layers of a kind that is not known here
         masked = True
-    torch.backends.cuda.enable_cudnn_sdp(not masked)
+    torch.backends.cuda.enable_cudnn_sdp(_CUDNN and not masked)
 
 
 def _known_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:

@@ -112,7 +112,8 @@ class Pipeline(ModelRunner):
         return batch > self._config.parallelism.pipeline_parallel_microbatch_size
 
     def from_last(self, value: Any) -> Any:
-        found = gathered((value.shape, value.dtype) if isinstance(value, Tensor) else value)[self._last_rank]
+        described = (value.shape, value.dtype) if isinstance(value, Tensor) else value
+        found = gathered(described, in_step=True)[self._last_rank]
         if not (isinstance(found, tuple) and isinstance(found[0], torch.Size)):
             return found
         shared = value.contiguous() if self.has_last else torch.empty(found[0], dtype=found[1], device=self._device)

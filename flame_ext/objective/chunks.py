@@ -29,7 +29,7 @@ def sum_over_chunks(function: Callable[..., Tensor], size: int, *tensors: Tensor
     """Sums ``function`` of chunks of ``size`` or more rows of the tensors; the backward computes each of them again.
 
     So what it makes of a chunk, such as logits in float32, is never in memory for two chunks at once. The chunks are at most 32:
-    each adds to the gradients of the weights that it reads, and a sum of many parts in bfloat16 no longer feels the next one.
+    each adds to the gradients of the weights that it reads, and a sum of many parts in bfloat16 loses those that are small beside it.
     """
     size = max(size, -(-len(tensors[0]) // 32))
     pieces = zip(*(tensor.split(size) for tensor in tensors), strict=True)

@@ -149,18 +149,28 @@ def _accumulate(
 
     Takes (Q, K) logits, a (K,) bias of 0, or -inf for keys that are not valid, and (Q,) indices of the queries' own keys,
     counted from the tile's first. Returns (Q, K) exp(logit - maximum) in ``dtype``, the (Q,) factor that rescales earlier sums,
-    and the softmax with these keys. Compiled, it reads the logits twice and writes the result: no other tile is made.
+    and the softmax with these keys. Compiled, it reads the logits twice and writes the result; else it overwrites them.
     """
-    logits = logits + bias
+    # Not compiled, everything is done in the tile itself: fresh memory is slow on a CPU. Compiled, a write to it would be one more.
+    fused = torch.compiler.is_compiling()
+    logits = logits + bias if fused else logits.add_(bias)
     inside = (target >= 0) & (target < logits.shape[1])
     column = target.clamp(0, logits.shape[1] - 1)[:, None]
-    positive = torch.where(inside, logits.gather(1, column).squeeze(1), so_far.positive)
+    own = logits.gather(1, column).squeeze(1)
+    positive = torch.where(inside, own, so_far.positive)
     # The largest of the others takes a tenth of the time of an argmax, and does not count a tie as a hit.
-    own = target[:, None] == torch.arange(logits.shape[1], device=logits.device)
-    rival = torch.maximum(so_far.rival, logits.masked_fill(own, float("-inf")).amax(dim=1))
+    if fused:
+        others = logits.masked_fill(
+            target[:, None] == torch.arange(logits.shape[1], device=logits.device), float("-inf")
+        )
+    else:
+        others = logits.scatter_(1, column, own.masked_fill(inside, float("-inf"))[:, None])
+    rival = torch.maximum(so_far.rival, others.amax(dim=1))
+    if not fused:
+        logits = logits.scatter_(1, column, own[:, None])
     # Without a valid key so far, the maximum is the least finite number, so that exp(-inf - maximum) is 0.
     maximum = torch.maximum(so_far.maximum, torch.maximum(rival, positive))
-    weights = (logits - maximum[:, None]).exp_()
+    weights = (logits - maximum[:, None] if fused else logits.sub_(maximum[:, None])).exp_()
     rescale = torch.exp(so_far.maximum - maximum)
     total = so_far.total * rescale + weights.sum(dim=1)
     return weights.to(dtype), rescale, _Softmax(maximum, total, positive, rival)
@@ -168,7 +178,8 @@ def _accumulate(
 
 def _spread(logits: Tensor, bias: Tensor, maximum: Tensor, share: Tensor, dtype: torch.dtype) -> Tensor:
     """The (Q, K) softmax in ``dtype``, given its (Q,) maximum; each row times ``share``, which includes its total."""
-    return (logits + bias).sub_(maximum[:, None]).exp_().mul_(share[:, None]).to(dtype)
+    logits = logits + bias if torch.compiler.is_compiling() else logits.add_(bias)
+    return logits.sub_(maximum[:, None]).exp_().mul_(share[:, None]).to(dtype)
 
 
 def _products(left: Tensor, right: Tensor, buffer: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from flame_ext.objective.chunks import chunk_elements, chunks, compiled
 
+_FUSED_COLUMNS = 2  # of a gradient: with more of them Inductor puts what they are added to into memory
 IGNORE_INDEX = -100  # the label of a position that does not count, as in torch and torchtitan
 
 
@@ -69,7 +70,7 @@ class _TokenLogProbs(torch.autograd.Function):
         values = torch.empty(logits.shape[0], 1 + top_k, device=logits.device)
         token_ids = torch.empty(logits.shape[0], 1 + top_k, device=logits.device, dtype=torch.int64)
         look_up = compiled(_look_up, compile_backend)
-        for rows in _chunks(logits, compile_backend):
+        for rows in _chunks(logits, token_ids, compile_backend):
             values[rows], token_ids[rows] = look_up(logits[rows], own[rows], top_k)
         ctx.save_for_backward(logits, token_ids)
         ctx.compile_backend = compile_backend
@@ -80,7 +81,7 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _no_grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, token_ids = ctx.saved_tensors
         spread = compiled(_spread, ctx.compile_backend)
-        if len(parts := _chunks(logits, ctx.compile_backend)) == 1:
+        if len(parts := _chunks(logits, token_ids, ctx.compile_backend)) == 1:
             return spread(logits, token_ids, grad), None, None, None
         logits_grad = torch.empty_like(logits)
         for rows in parts:
@@ -105,13 +106,13 @@ class _ShardedTokenLogProbs(torch.autograd.Function):
         column, inside = _columns(own, logits, first)
         maximum = torch.empty(logits.shape[0], device=logits.device)
         of_own = torch.empty(logits.shape[0], 1, device=logits.device)
-        for rows in _chunks(logits, compile_backend):
+        for rows in _chunks(logits, own, compile_backend):
             maximum[rows] = logits[rows].amax(dim=1).float()
             of_own[rows] = logits[rows].gather(1, column[rows]).float().masked_fill(~inside[rows], 0.0)
         dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
         total = torch.empty_like(maximum)
         sum_up = compiled(_sum_of_exponentials, compile_backend)
-        for rows in _chunks(logits, compile_backend):
+        for rows in _chunks(logits, own, compile_backend):
             total[rows] = sum_up(logits[rows], maximum[rows])
         for summed in (total, of_own):
             dist.all_reduce(summed, group=group)
@@ -136,7 +137,7 @@ class _ShardedTokenLogProbs(torch.autograd.Function):
         of_tokens, of_row = grad.masked_fill(~inside, 0.0), grad.sum(dim=1, keepdim=True)
         logits_grad = torch.empty_like(logits)
         spread = compiled(_spread_shard, ctx.compile_backend)
-        for rows in _chunks(logits, ctx.compile_backend):
+        for rows in _chunks(logits, token_ids, ctx.compile_backend):
             logits_grad[rows] = spread(logits[rows], column[rows], of_tokens[rows], of_row[rows], log_total[rows])
         return logits_grad, None, None, None, None
 
@@ -178,7 +179,7 @@ def _spread(logits: Tensor, token_ids: Tensor, grad: Tensor) -> Tensor:
 
 def _added(matrix: Tensor, columns: Tensor, values: Tensor) -> Tensor:
     """Adds (N, K) values to the (N, V) matrix at their (N, K) columns."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() or columns.shape[1] > _FUSED_COLUMNS:
         return matrix.scatter_add(1, columns, values)
     # Comparisons fuse with what makes the matrix and what is made of it; a scatter needs it in memory.
     every = torch.arange(matrix.shape[1], device=matrix.device)
@@ -187,8 +188,9 @@ def _added(matrix: Tensor, columns: Tensor, values: Tensor) -> Tensor:
     return matrix
 
 
-def _chunks(logits: Tensor, compile_backend: str | None) -> list[slice]:
-    """Inductor makes nothing of the size of the logits in float32: all at once, as far as 32-bit indices reach."""
-    whole = compile_backend == "inductor" and logits.numel() < 2**31
+def _chunks(logits: Tensor, token_ids: Tensor, compile_backend: str | None) -> list[slice]:
+    """With few tokens a row, Inductor makes nothing of the logits' size in float32: all at once, as far as 32-bit indices reach."""
+    fused = compile_backend == "inductor" and token_ids.shape[1] <= _FUSED_COLUMNS
+    whole = fused and logits.numel() < 2**31
     elements = logits.numel() if whole else chunk_elements(logits.device)
     return chunks(logits.shape[0], max(1, elements // logits.shape[1]))

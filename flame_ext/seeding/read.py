@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -89,7 +89,7 @@ def read_weights(
                 done += piece.nbytes
                 progress(done, total)
             # Asked once a file, since every answer waits for the device.
-            if finite and not torch.stack([sum_is for _, sum_is in finite]).all():
+            if not _all_true(sum_is for _, sum_is in finite):
                 for piece, _ in finite:
                     _require_finite(piece, read_piece(read_box, piece.entry, piece.chunk, piece.box), check_finite)
     for key, box in sorted(boxes.items()):
@@ -98,6 +98,14 @@ def read_weights(
                 f"{source.path}: {key!r}: elements {box} were to be written exactly once, written were {written[key]}"
             )
     return done
+
+
+def _all_true(answers: Iterable[Tensor]) -> bool:
+    """Whether all of the () answers are true. With CPU offload buffers are on another device than parameters."""
+    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for answer in answers:
+        by_device[answer.device].append(answer)
+    return all(bool(torch.stack(of_device).all()) for of_device in by_device.values())
 
 
 def _put(piece: _Piece, values: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ class FutureRows:
     bank: KeyBank | None = None
     """None until the teacher has run; it stays None for summaries that are pooled in the student's forward."""
     first_key: int = 0  # Row of the bank where the b * T summaries of these sequences begin
+    numbers: list[int] | None = None  # The selection, on the host
 
     def select(self, values: Tensor) -> Tensor:
         """(B, …) to (b, …)."""
@@ -39,12 +41,12 @@ class FutureRows:
     def rows(self, rows: slice, batch_size: int) -> FutureRows:
         """The part that lies in ``rows`` of the B = ``batch_size`` sequences; it is compared with the same keys."""
         begin, end, _ = rows.indices(batch_size)
-        selection, own = None, slice(begin, end)
-        if self.selection is not None:
-            first, last = torch.searchsorted(self.selection, torch.tensor([begin, end]).to(self.selection)).tolist()
-            selection, own = self.selection[first:last] - begin, slice(first, last)
+        selection, own, numbers = None, slice(begin, end), None
+        if self.selection is not None and self.numbers is not None:
+            own = slice(*(bisect_left(self.numbers, row) for row in (begin, end)))
+            selection, numbers = self.selection[own] - begin, [number - begin for number in self.numbers[own]]
         first_key = self.first_key + own.start * self.doc_ids.shape[1]
-        return FutureRows(selection, self.doc_ids[own], self.pairs[own], self.bank, first_key)
+        return FutureRows(selection, self.doc_ids[own], self.pairs[own], self.bank, first_key, numbers)
 
 
 @dataclass
@@ -167,10 +169,11 @@ class Planner:
         # Numbers are those of all sequences times the share that is used: a sum over the selected ones is then unbiased.
         share = 1.0 if selection is None else len(selection) / len(labels)
         numbers = pairs.sum() * share, (valid & (labels != IGNORE_INDEX)).sum() * share
+        chosen = None if selection is None else selection.tolist()
         if selection is not None:
             selection = self._moved(selection)
             doc_ids, pairs = doc_ids[selection], pairs[selection]
-        return FutureRows(selection, doc_ids, pairs), *numbers
+        return FutureRows(selection, doc_ids, pairs, numbers=chosen), *numbers
 
     def _moved(self, values: Tensor) -> Tensor:
         """A tensor of the dataloader on the device. From pinned memory, so that no step waits for the copy."""

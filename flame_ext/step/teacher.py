@@ -117,9 +117,9 @@ class Teacher:
         return encoder.summaries(states[0] if len(states) == 1 else torch.cat(states), input_ids, doc_ids)
 
     def summaries_of_one(self, input_ids: Tensor, routes: RouteListener | None = None) -> Tensor | None:
-        """(1, T) tokens of one document to anti-causal summaries (1, T, D), by a batch of copies of it; None and collective as above.
+        """As :meth:`summaries`, from (1, T) tokens of one document to (1, T, D).
 
-        A batch as in training is compiled for both.
+        Repeats the sequence to the batch size of training, so that the compiled graphs are those of the steps.
         """
         batch = input_ids.repeat(self._sequences, 1).to(self._device)
         found = self.summaries(batch, torch.zeros_like(batch) if self._with_documents else None, routes)

@@ -98,8 +98,11 @@ def _start(part: Part, scratch: Path, quick: bool) -> subprocess.Popen[bytes]:
     with (scratch / f"{part.name}.log").open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "tests.benchmarks.on_device", str(scratch), str(int(quick)), *part.arguments],
-            **{"cwd": REPOSITORY, "env": {**os.environ, "PYTHONPATH": path}, "start_new_session": True},
-            **{"stdout": log, "stderr": subprocess.STDOUT},
+            cwd=REPOSITORY,
+            env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchtitan.components.loss import cross_entropy_loss as host_loss
@@ -93,6 +95,15 @@ def test_compiled_arithmetic_gives_the_same(top_k: int) -> None:
     torch.testing.assert_close(compiled, eager)
     (actual,), (expected,) = (torch.autograd.grad(loss, logits) for loss in (compiled, eager))
     torch.testing.assert_close(actual, expected)
+
+
+def test_inductor_makes_no_logits_in_float32() -> None:
+    logits, labels = random_logits(1, 40, 300, torch.bfloat16, 0.0)
+    arguments = logits.detach()[0], labels[0][:, None], torch.ones(40, 1)
+    found, (code,) = run_and_get_code(torch.compile(cross_entropy._spread, dynamic=True), *arguments)
+    torch.testing.assert_close(found, cross_entropy._spread(*arguments))
+    made = re.findall(r"empty_strided_cpu\(\((\w+), (\w+)\), .*?torch\.(\w+)\)", code)
+    assert made and [dtype for _, columns, dtype in made if columns != "1"] == ["bfloat16"], made
 
 
 def test_sum_leaves_out_ignored_labels() -> None:

@@ -82,7 +82,9 @@ def test_parts_of_a_micro_batch_keep_their_keys(selection: torch.Tensor | None) 
     count = 5 if selection is None else 3
     doc_ids, pairs = torch.arange(count)[:, None].expand(count, 6), torch.rand(count, 6) > 0.5
     bank = KeyBank(torch.empty(0), torch.empty(0), torch.empty(0))
-    future = FutureRows(selection, doc_ids, pairs, bank, first_key=100)
+    future = FutureRows(
+        selection, doc_ids, pairs, bank, first_key=100, numbers=None if selection is None else selection.tolist()
+    )
     parts = [future.rows(slice(begin, begin + 1), 5) for begin in range(5)]
     values = torch.arange(5)
     assert (

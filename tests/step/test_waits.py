@@ -7,13 +7,27 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tests.ranks import DEBUG_TOML, run_ranks
 
 # What reads a tensor's values on the host.
-READS = {getattr(Tensor, n) for n in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__")}
+METHODS = (
+    "item",
+    "tolist",
+    "cpu",
+    "numpy",
+    "equal",
+    "masked_select",
+    "nonzero",
+    "unique",
+    "__bool__",
+    "__int__",
+    "__float__",
+)
+READS = {getattr(of, name) for of in (Tensor, torch) for name in METHODS if hasattr(of, name)}
 HEADS = "--mtp.enable", "--token_order.enable", "--future_bag.enable", "--next_latent.enable", "--action_layer.enable"
 
 
@@ -25,7 +39,13 @@ class Waits(TorchFunctionMode):
         self.by: Counter[str] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in READS:
+        index = args[1] if func is Tensor.__getitem__ else ()
+        masks = [
+            i
+            for i in (index if isinstance(index, tuple) else (index,))
+            if isinstance(i, Tensor) and i.dtype == torch.bool
+        ]
+        if func in READS or masks:  # how many elements a mask selects is asked of the device
             frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and f.filename != __file__]
             self.by[f"{Path(frames[-1].filename).stem}.{frames[-1].name}"] += 1
         return func(*args, **(kwargs or {}))
