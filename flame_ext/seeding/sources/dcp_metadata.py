@@ -43,7 +43,8 @@ _CLASSES = {
 _MEMORY_FORMAT = f"{dcp.__name__}._MEM_FORMAT_ENCODING"
 # The class of the path of the checkpoint when it was written depends on system and Python.
 _PATHS = tuple(f"{module}.{kind}" for module in ("pathlib", "pathlib._local") for kind in ("PosixPath", "WindowsPath"))
-_NAMES = {*_CLASSES, _MEMORY_FORMAT, "torch.Size", "torch.serialization._get_layout", *_PATHS}
+_GETATTR = "builtins.getattr"  # of this enumeration: Python 3.11.0 to 3.11.3 pickle its members so
+_NAMES = {*_CLASSES, _MEMORY_FORMAT, _GETATTR, "torch.Size", "torch.serialization._get_layout", *_PATHS}
 _DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 # Operations that make numbers, text and containers, or keep and repeat them. BYTEARRAY8 is not among them: it allocates what a
@@ -119,14 +120,21 @@ class _Unpickler(pickle._Unpickler):
             return _DTYPES[full]
         if full in _NAMES:
             return _Name(full)
-        asks = f"{self._file}: asks for {ascii(full)[1:-1]:.200}"
-        raise SeedError(f"{asks}; a checkpoint has no use for it, so this one is damaged or made to run code")
+        raise self._asking_for(full)
+
+    def _asking_for(self, name: str) -> SeedError:
+        asks = f"{self._file}: asks for {ascii(name)[1:-1]:.200}"
+        return SeedError(f"{asks}; a checkpoint has no use for it, so this one is damaged or made to run code")
 
     def load_made(self) -> None:
         """Stands for calls of functions and classes, and new instances."""
         arguments, name = self.stack.pop(), self.stack.pop()
         if type(name) is not _Name or type(arguments) is not tuple:
             raise pickle.UnpicklingError(f"a {type(name).__name__} is called")
+        if name.of == _GETATTR:
+            if len(arguments) != 2 or arguments[0] != _Name(_MEMORY_FORMAT) or type(arguments[1]) is not str:
+                raise self._asking_for(_GETATTR)
+            name, arguments = arguments[0], arguments[1:]
         self._more_records -= 1
         if self._more_records < 0:
             raise pickle.UnpicklingError("more records than its bytes can be meant for")

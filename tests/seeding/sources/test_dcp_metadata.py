@@ -51,6 +51,27 @@ def test_every_protocol_is_read(tmp_path: Path, protocol: int) -> None:
     assert read_metadata(folder)[1].state_dict_metadata == expected.state_dict_metadata
 
 
+def by_name(member: Any, _protocol: int) -> Any:
+    """How Python 3.11.0 to 3.11.3 reduce members of enumerations."""
+    return getattr, (type(member), member.name)
+
+
+def test_members_of_enumerations_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_dcp(STATE, tmp_path / "dcp")
+    expected = FileSystemReader(folder).read_metadata()
+    monkeypatch.setattr(dcp._MEM_FORMAT_ENCODING, "__reduce_ex__", by_name)
+    raw = pickle.dumps(expected)
+    assert b"getattr" in raw
+    assert read_metadata(written(folder, raw))[1].state_dict_metadata == expected.state_dict_metadata
+
+
+@pytest.mark.parametrize("of", [dcp.Metadata, dcp.MetadataIndex, pathlib.PosixPath])
+def test_nothing_else_is_named_by_an_attribute(tmp_path: Path, of: type) -> None:
+    call = named(getattr) + named(of) + text("__init__") + pickle.TUPLE2 + pickle.REDUCE
+    with pytest.raises(SeedError, match=r"asks for builtins\.getattr; a checkpoint has no use for it"):
+        read_metadata(written(tmp_path / "dcp", pickle.PROTO + b"\2" + call + pickle.STOP))
+
+
 @pytest.mark.parametrize("target", [dcp.MetadataIndex, dcp.Metadata, pathlib.PosixPath, torch.Size])
 def test_no_operation_changes_a_class(tmp_path: Path, target: type) -> None:
     """BUILD with a pair of states sets attributes of whatever stands on the stack, here of a class."""
