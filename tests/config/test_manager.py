@@ -86,7 +86,8 @@ def test_a_missing_file_is_named() -> None:
 def test_an_unknown_summary_method_is_refused(tmp_path: Path) -> None:
     text = MINIMAL + '[future_encoder]\nsummary_method = "median"\n'
     with pytest.raises(
-        ConfigError, match="summary_method' must be one of 'anticausal', 'mean', 'max', 'attention', 'query', got 'median'"
+        ConfigError,
+        match="summary_method' must be one of 'anticausal', 'mean', 'max', 'attention', 'query', got 'median'",
     ):
         parse_toml(tmp_path, text)
 
