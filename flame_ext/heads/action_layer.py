@@ -16,7 +16,7 @@ from flame_ext.heads.future_encoder import interval_factor, weight_in_step
 from flame_ext.heads.future_predictor import GatedMLP
 from flame_ext.heads.spec import LOSS_WEIGHT, Head, HeadBatch, HeadSection, HeadSpec
 from flame_ext.model.hf_causal_lm import parameters_of
-from flame_ext.objective.action import action_losses, candidate_mask
+from flame_ext.objective.action import Reward, action_losses, candidate_mask
 from flame_ext.objective.chunks import chunk_elements
 from flame_ext.objective.contrastive import info_nce
 from flame_ext.objective.cross_entropy import IGNORE_INDEX
@@ -47,7 +47,7 @@ class ActionLayerSection(HeadSection):
     tau: float = 0.1
     """Temperature of the rewards: softmax(cosine / tau) over the candidates."""
 
-    reward: Literal["future", "label", "uniform"] = "future"
+    reward: Reward = "future"
     """
     What rewards a candidate: 'future', the cosine above; 'label', being the true token (a reward without a future); 'uniform',
     nothing. The last two are there to compare with.

@@ -55,14 +55,14 @@ def action_losses(
         label_smoothing: in 0..1.
     """
     preferences = torch.log_softmax((scores / tau).masked_fill(~candidates, float("-inf")), dim=-1)
-    uniform = candidates / candidates.sum(dim=-1, keepdim=True)
     if reward == "future":
         biased = preferences.detach().clone()
         biased[:, 0] += gt_bias / tau
         rewards = (biased.log_softmax(dim=-1) if gt_bias else biased).exp()
     else:
-        rewards = uniform * (label_smoothing if reward == "label" else 1.0)
-        rewards[:, 0] += 1 - label_smoothing if reward == "label" else 0.0
+        shared = 1.0 if reward == "uniform" else label_smoothing
+        rewards = shared * candidates / candidates.sum(dim=-1, keepdim=True)
+        rewards[:, 0] += 1 - shared
     # The log-probability of a masked candidate, whose reward is 0, may be infinite: avoid 0 * inf.
     policy = -(rewards * log_probs.masked_fill(~candidates, 0.0)).sum(dim=-1)
     among = log_probs.masked_fill(~candidates, float("-inf")).log_softmax(dim=-1)

@@ -91,7 +91,8 @@ def read_weights(
             # Asked once a file, since every answer waits for the device.
             if not _all_true(sum_is for _, sum_is in finite):
                 for piece, _ in finite:
-                    _require_finite(piece, read_piece(read_box, piece.entry, piece.chunk, piece.box), check_finite)
+                    if not torch.isfinite(piece.local).all():
+                        _refuse(piece, read_piece(read_box, piece.entry, piece.chunk, piece.box), check_finite)
     for key, box in sorted(boxes.items()):
         if volume(box) > 0 and not tiles_exactly(box, written[key]):
             raise SeedError(
@@ -130,11 +131,9 @@ def _may_be_refused(piece: _Piece, check_finite: bool) -> bool:
     return check_finite or torch.finfo(stored).max > torch.finfo(dtype).max
 
 
-def _require_finite(piece: _Piece, values: Tensor, check_finite: bool) -> None:
-    """Raises a SeedError if not all of what was written is finite; ``values`` are the file's."""
+def _refuse(piece: _Piece, values: Tensor, check_finite: bool) -> None:
+    """Raises the SeedError of a piece that is not finite where it was written; ``values`` are the file's."""
     local = piece.local
-    if bool(torch.isfinite(local).all()):
-        return
     if bool(torch.isfinite(values).all()):
         raise SeedError(f"{piece} ({values.dtype}) overflows {local.dtype}; set training.dtype to a wider type")
     if check_finite:

@@ -42,7 +42,8 @@ class FutureRows:
         """The part that lies in ``rows`` of the B = ``batch_size`` sequences; it is compared with the same keys."""
         begin, end, _ = rows.indices(batch_size)
         selection, own, numbers = None, slice(begin, end), None
-        if self.selection is not None and self.numbers is not None:
+        if self.selection is not None:
+            assert self.numbers is not None
             own = slice(*(bisect_left(self.numbers, row) for row in (begin, end)))
             selection, numbers = self.selection[own] - begin, [number - begin for number in self.numbers[own]]
         first_key = self.first_key + own.start * self.doc_ids.shape[1]

@@ -145,9 +145,8 @@ class Teacher:
         def inputs_of(rows: slice) -> dict[str, Any]:
             documents = future.doc_ids[rows]
 
-            def pool(
-                _logits: Tensor, hidden_states: Tensor, _unembed: Any
-            ) -> Any:  # on the last stage, which has the head
+            # On the last stage, which has the head.
+            def pool(_logits: Tensor, hidden_states: Tensor, _unembed: Any) -> Any:
                 return self._runner.model.get_submodule(self._name)(hidden_states, documents)
 
             return {**attention_of(rows), "compute": pool}
