@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
+import warnings
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,9 @@ from transformers import OlmoConfig
 
 from flame_ext.model.attention import choose_kernels
 from flame_ext.objective.masks import anticausal_block_mask, anticausal_mask, doc_ids_from_eos
+from tests.benchmarks.common import rank_environment
 from tests.ranks import DEBUG_TOML, REPOSITORY
+from tests.step.test_waits import HEADS
 
 pytestmark = pytest.mark.gpu
 
@@ -31,17 +36,7 @@ STEPS = ("--lr_scheduler.total_steps=60", "--checkpoint.interval=2", "--checkpoi
 
 def run(dump_folder: Path, *options: str, on_cpu: bool = False) -> list[dict[str, Any]]:
     """Run the command in a process of its own, since CUDA does not survive a fork; returns its metrics."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    env = {
-        **os.environ,
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
+    env = os.environ | rank_environment()
     arguments = [
         f"--job.config_file={DEBUG_TOML}",
         f"--job.dump_folder={dump_folder}",
@@ -79,6 +74,36 @@ def test_a_save_from_pinned_memory_goes_on_with_the_same_bits(tmp_path: Path) ->
     assert [line["loss"] for line in again[-2:]] == [line["loss"] for line in unbroken[-2:]]
     after = load_file(export / "model.safetensors")
     assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+
+
+def waits_of_a_step(folder: str, *options: str) -> dict[str, int]:
+    """In a process of its own: how often the third step waits for the device, by file; "sys" is a kernel of torch's backward."""
+    from flame_ext.preflight.parse import parse
+    from flame_ext.trainer import FutureTrainer
+
+    os.environ.update(rank_environment())
+    arguments = [f"--job.config_file={DEBUG_TOML}", f"--job.dump_folder={folder}", "--seed.verify=none"]
+    trainer = FutureTrainer(parse([*arguments, "--training.global_batch_size=16", *options]))
+    trainer.checkpointer.load()
+    batches = trainer.batch_generator(trainer.dataloader)
+    for trainer.step in (1, 2):
+        trainer.train_step(batches)
+    trainer.step = 3
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer.train_step(batches)
+    torch.cuda.set_sync_debug_mode("default")
+    trainer.close()
+    return dict(Counter(Path(w.filename).stem for w in found if "synchronizing" in str(w.message)))
+
+
+@pytest.mark.parametrize("options", [(), ("--data.document_attention", *HEADS)], ids=["default", "heads"])
+def test_a_step_of_two_micro_batches_waits_twice(tmp_path: Path, options: tuple[str, ...]) -> None:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        waits = pool.submit(waits_of_a_step, str(tmp_path), *options).result(250)
+    waits.pop("sys", None)
+    assert waits == {"backward": 1, "reported": 1}
 
 
 def heads(length: int, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:

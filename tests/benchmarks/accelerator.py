@@ -50,6 +50,8 @@ PARTS = [
     Part(("seeding",), 90, 8),
     *(Part(("steps", row), 130, 9 + n) for n, row in enumerate(("action", "future and documents", "heads"))),
     Part(("parity", "float32", "dense"), 200, 20),
+    Part(("parity", "bfloat16", "dense", "compiled"), 200, 21),
+    Part(("parity", "bfloat16", "mixtures", "compiled"), 200, 21),
 ]
 
 

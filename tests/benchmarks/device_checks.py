@@ -94,7 +94,7 @@ def saving(machine: Machine) -> Results:
 # -- architectures ----------------------------------------------------------------------------------------------------
 
 
-def parity(machine: Machine, dtype: str, kind: str) -> Results:
+def parity(machine: Machine, dtype: str, kind: str, *compiled: str) -> Results:
     """Seeding of every tiny architecture with all proofs, and two steps of training with the teacher and the action layer."""
     from torchtitan.tools.logging import logger
 
@@ -114,7 +114,9 @@ def parity(machine: Machine, dtype: str, kind: str) -> Results:
             *(f"--job.config_file={DEBUG_TOML}", f"--job.dump_folder={folder / 'run'}", "--data.document_attention"),
             *(f"--model.hf_assets_path={folder / 'model'}", f"--checkpoint.initial_load_path={folder / 'model'}"),
             *(f"--training.mixed_precision_param={dtype}", "--training.local_batch_size=2", "--action_layer.enable"),
+            *(("--compile.enable",) if compiled else ()),
         ]
+        case = ", ".join([name, dtype, *compiled])
         torch._dynamo.reset()
         try:
             trainer = FutureTrainer(parse(options))
@@ -126,12 +128,12 @@ def parity(machine: Machine, dtype: str, kind: str) -> Results:
             parts = trainer.reported.reduced(trainer.reported.parts)
             finite = all(math.isfinite(value) for value in (*parts.values(), trainer.gradients.norm))
             measured = f"{difference:g}, {trainer.teacher._mask_form}, {time.monotonic() - begin:.0f} s"
-            yield check("logits of from_pretrained", f"{name}, {dtype}", finite and difference == 0, measured)
+            yield check("logits of from_pretrained", case, finite and difference == 0, measured)
             trainer.close()
             del trainer, batches
             gc.collect()
         except Exception as e:
-            yield check("logits of from_pretrained", f"{name}, {dtype}", False, f"{type(e).__name__}: {str(e)[:300]}")
+            yield check("logits of from_pretrained", case, False, f"{type(e).__name__}: {str(e)[:300]}")
 
 
 def enlarge_heads(config: Any) -> None:
