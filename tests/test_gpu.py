@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
-from transformers import OlmoConfig
+from transformers import AutoModelForCausalLM, OlmoConfig
 
-from flame_ext.model.attention import choose_kernels
+from flame_ext.model.attention import attention_options, choose_kernels
 from flame_ext.objective.masks import anticausal_block_mask, anticausal_mask, doc_ids_from_eos
 from tests.benchmarks.common import rank_environment
+from tests.benchmarks.device_checks import enlarge_heads
 from tests.ranks import DEBUG_TOML, REPOSITORY
 from tests.step.test_waits import HEADS
+from tests.tiny_models import CONFIGS
 
 pytestmark = pytest.mark.gpu
 
@@ -148,3 +151,24 @@ def test_attention_without_a_mask_may_take_the_fastest_kernel() -> None:
     choice = SDPBackend(torch._fused_sdp_choice(*tensors, is_causal=True))
     assert choice in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
     assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_soft_capped_attention_is_that_of_transformers_eager_code() -> None:
+    config = deepcopy(CONFIGS["gemma2"])
+    enlarge_heads(config)
+    assert attention_options(config) == {"attn_implementation": "flex_attention"}
+    torch.manual_seed(0)
+    eager, flex = (
+        AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation=name).cuda()
+        for name in ("eager", "flex_attention")
+    )
+    flex.load_state_dict(eager.state_dict())
+    tokens = torch.randint(3, 264, (2, 160), device="cuda")
+    logits = [model(tokens, use_cache=False).logits for model in (eager, flex)]
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
+    grads = [
+        torch.autograd.grad(o.log_softmax(-1)[..., 7].sum(), [*model.parameters()])
+        for o, model in zip(logits, (eager, flex), strict=True)
+    ]
+    for found, expected in zip(grads[1], grads[0], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())

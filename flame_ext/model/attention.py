@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchtitan.tools.utils import device_type
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, masking_utils
 
 from flame_ext.objective.masks import causal_block_mask, causal_mask
@@ -25,10 +26,18 @@ MaskForm = Literal["dense", "windows", "flex"]
 """A boolean tensor of T x T; blocks of one, where the window is short; FlexAttention's ``BlockMask``."""
 
 
-def attention_options(config: PreTrainedConfig) -> dict[str, Any]:
-    """Returns the options to build a model with: transformers before 5.21 lets SDPA drop the soft-capping of scores."""
-    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    return {"attn_implementation": "eager"} if capped else {}
+def attention_options(config: PreTrainedConfig, device_type: str = device_type) -> dict[str, Any]:
+    """Returns the options to build a model with, for a device of a type.
+
+    transformers before 5.21 lets SDPA drop the soft-capping of scores. FlexAttention has it where there are kernels for it, and
+    the eager attention, which makes all T x T scores, elsewhere.
+    """
+    text = config.get_text_config()
+    if getattr(text, "attn_logit_softcapping", None) is None:
+        return {}
+    dropout = getattr(text, "attention_dropout", 0.0)  # which FlexAttention does not know
+    flex = device_type == "cuda" and not dropout and flex_problem(config, device_type) is None
+    return {"attn_implementation": "flex_attention" if flex else "eager"}
 
 
 def attention_windows(config: PreTrainedConfig) -> dict[str, int]:

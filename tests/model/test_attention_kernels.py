@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
-from transformers import DeepseekV3Config, GPT2Config, OlmoConfig, PreTrainedConfig, Qwen3Config
+from transformers import DeepseekV3Config, Gemma2Config, GPT2Config, OlmoConfig, PreTrainedConfig, Qwen3Config
 
 from flame_ext.heads.future_encoder import PooledEncoder
-from flame_ext.model.attention import flex_problem, mask_form
+from flame_ext.model.attention import attention_options, flex_problem, mask_form
 from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
 from flame_ext.objective.masks import causal_mask
 from tests.tiny_models import save_tiny
@@ -89,3 +89,20 @@ def test_flex_attention_is_taken_where_it_can_be_compiled(config: PreTrainedConf
     assert mask_form("auto", model, torch.device("cuda")) == form
     assert mask_form("auto", model, torch.device("cpu")) == "windows"
     assert (flex_problem(config, "cuda") is None) == (form == "flex")
+
+
+@pytest.mark.parametrize(
+    ("config", "device_type", "expected"),
+    [
+        (OlmoConfig(), "cuda", None),
+        (Gemma2Config(), "cuda", "flex_attention"),
+        (Gemma2Config(), "cpu", "eager"),
+        (Gemma2Config(attention_dropout=0.1), "cuda", "eager"),
+        (Gemma2Config(head_dim=8), "cuda", "eager"),
+        (Gemma2Config(attn_logit_softcapping=None), "cuda", None),
+    ],
+)
+def test_soft_capped_scores_are_left_to_an_attention_that_caps_them(
+    config: PreTrainedConfig, device_type: str, expected: str | None
+) -> None:
+    assert attention_options(config, device_type).get("attn_implementation") == expected
