@@ -20,6 +20,9 @@ class HeadOptimization:
     warmup_steps: int | None = None
     """Warm-up of this head's learning rate; by default `lr_scheduler.warmup_steps`."""
 
+    freeze: bool = False
+    """Keep this head's parameters as the source has them. Its losses still train the backbone and other heads."""
+
 
 def is_head_key(key: str) -> bool:
     """Whether a state-dict key is that of a head's parameter or buffer."""

@@ -104,7 +104,8 @@ def _as_of_this_version(then: dict[str, Any], now: dict[str, Any]) -> dict[str, 
     """Returns a saved record; one of an earlier version with what was not recorded, or had another default, as it is ``now``."""
     # Without effect on a dense model, and before [moe] there were no others.
     then = {name: value for name, value in now.items() if name.startswith("moe.")} | then
-    then = {name: value for name, value in ADDED.items() if name in now} | then
+    added = ADDED | {f"{head}.freeze": False for head in HEAD_NAMES}
+    then = {name: value for name, value in added.items() if name in now} | then
     if "record.version" in then:
         return then
     files = {name for name in now if name.startswith("model.hf_assets_path/") and name not in then}

@@ -222,10 +222,10 @@ def _check(config: FlameJobConfig) -> Iterator[str]:
         yield f"action_layer.tau must be > 0 (cosines are divided by it), got {action.tau}"
     if action.ffn_hidden_size is not None and action.ffn_hidden_size < 1:
         yield f"action_layer.ffn_hidden_size must be >= 1, got {action.ffn_hidden_size}; leave it out for the backbone's"
-    if action.enable and action.loss_weight > 0 and action.model_loss_weight == 0:
+    if action.enable and action.loss_weight > 0 and action.model_loss_weight == 0 and not action.freeze:
         yield (
             "action_layer.model_loss_weight is 0 while loss_weight is not: nothing would train the head that gives the "
-            "rewards; set it above 0, or loss_weight to 0"
+            "rewards; set it above 0, loss_weight to 0, or freeze the head"
         )
     if not 0 <= action.label_smoothing <= 1:
         yield f"action_layer.label_smoothing must be in 0..1 (a share of the reward), got {action.label_smoothing}"

@@ -97,7 +97,7 @@ def freezing_heads(config: FlameJobConfig) -> list[str]:
 def attach_heads(model: HFCausalLM, config: FlameJobConfig) -> None:
     """Attach the enabled heads to a model on meta, before it is parallelised. In place.
 
-    Heads whose losses have weight 0 and frozen backbones require no gradients: DDP would wait for what never comes.
+    Heads whose losses have weight 0, and what is frozen, require no gradients: DDP would wait for what never comes.
     """
     if freezing_heads(config):
         model.requires_grad_(False)
@@ -106,7 +106,8 @@ def attach_heads(model: HFCausalLM, config: FlameJobConfig) -> None:
         heads = {name: build_head(name, values) for name, values in head_arguments(config, model).items()}
     for name, head in heads.items():
         spec = enabled[name]
-        head.requires_grad_(name in trained if spec.trains is None else spec.trains(config))
+        trains = name in trained if spec.trains is None else spec.trains(config)
+        head.requires_grad_(trains and not getattr(config, name).freeze)
         multiplications = (
             parameters_of(head) if spec.multiplications is None else spec.multiplications(head, model, config)
         )
@@ -120,7 +121,8 @@ def attach_heads(model: HFCausalLM, config: FlameJobConfig) -> None:
         )
         model.add_head(name, head, head.parameter_inits(), attached)
     model.remember_state()
-    sizes = ", ".join(f"{name} ({parameters_of(head):,})" for name, head in heads.items())
+    frozen = {name: ", frozen" * getattr(config, name).freeze for name in heads}
+    sizes = ", ".join(f"{name} ({parameters_of(head):,}{frozen[name]})" for name, head in heads.items())
     logger.info(f"Attached heads (parameters): {sizes}{'; the backbone is frozen' * bool(freezing_heads(config))}")
 
 
@@ -190,8 +192,8 @@ def check_heads(config: FlameJobConfig) -> Iterator[str]:
         teachers = " or ".join(f"{name}.enable" for name, spec in _heads.items() if spec.is_teacher)
         waiting = [name for name, spec in enabled.items() if spec.needs_future]
         yield from (f"{name}.enable needs {teachers}: its loss takes summaries of the future" for name in waiting)
-    if (freezing := freezing_heads(config)) and not trained_heads(config):
-        yield f"{freezing[0]}.freeze_backbone leaves nothing to train: enable the heads, with a loss_weight above 0"
+    if (freezing := freezing_heads(config)) and all(getattr(config, name).freeze for name in trained_heads(config)):
+        yield f"{freezing[0]}.freeze_backbone leaves nothing to train: enable the heads, with a loss_weight above 0 and without freeze"
 
 
 def check_heads_of_model(config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterator[str]:
@@ -208,6 +210,8 @@ def _check_optimization(name: str, section: HeadSection, config: FlameJobConfig)
     if section.warmup_steps is not None and section.warmup_steps < 0:
         yield f"{name}.warmup_steps must be >= 0, got {section.warmup_steps}; leave it out for lr_scheduler.warmup_steps"
     own_group = section.lr_scale != 1 or section.weight_decay is not None or section.warmup_steps is not None
+    if own_group and section.freeze:
+        yield f"{name}.freeze leaves nothing for {name}.lr_scale, weight_decay and warmup_steps: leave them out, or freeze"
     if own_group and config.optimizer.early_step_in_backward:
         yield (
             f"{name}.lr_scale, weight_decay and warmup_steps make a parameter group, which "

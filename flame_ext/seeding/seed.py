@@ -89,7 +89,20 @@ def match(target: SeedTarget, folder: Path, options: Seed) -> tuple[Source, Acco
     model = target.model
     needed = target.whole, model.tied_keys, model.computed_buffers, model.parameter_inits
     keys = account(*needed, source, options.new_parameters, options.ignore_source_keys, model.vocabulary_keys)
+    _require_frozen_heads(target, keys, source)
     return source, keys, differences
+
+
+def _require_frozen_heads(target: SeedTarget, keys: Account, source: Source) -> None:
+    """Raises the SeedError of a head that is to stay as the source has it, but is not there."""
+    frozen = {name for name, head in target.model.whole.heads.items() if head.optimization.freeze}
+    missing = [key for key in keys.initialised if key.split(".")[0] in frozen]
+    if missing:
+        name = missing[0].split(".")[0]
+        raise SeedError(
+            f"{source.path}: {name}.freeze keeps a head as the source has it, but {missing[0]!r} is not there: start from an export "
+            f"of a run that trained the head (checkpoint.initial_load_path = 'RUN/hf/step-N'), or drop {name}.freeze"
+        )
 
 
 def _log_casts(target: SeedTarget, source: Source, keys: Account) -> None:

@@ -272,6 +272,8 @@ def test_a_step_from_before_an_option_goes_on_with_what_was_done() -> None:
     then = {name: value for name, value in now.items() if name not in ADDED}
     assert check_unchanged(then, dict(now) | ADDED, [], "step-1") == []
     assert "loss.ce_weight: then 1.0, now 0.5" in refusal(then, dict(now) | ADDED | {"loss.ce_weight": 0.5})
+    then = {name: value for name, value in now.items() if not name.endswith(".freeze")}
+    assert len(now) - len(then) > 2 and check_unchanged(then, now, [], "step-1") == []
 
 
 def test_a_step_from_before_a_head_goes_on_without_it() -> None:

@@ -44,6 +44,8 @@ WITHOUT_HEADS = ("--future_encoder.no-enable", "--future_predictor.no-enable", "
         (["--future_predictor.lr_scale=2", "--optimizer.early_step_in_backward"], "which optimizer.early_step_in_backward does not have"),
         (["--future_predictor.freeze_backbone", "--future_encoder.loss_weight=0"], "freeze_backbone leaves nothing to train"),
         (["--future_predictor.freeze_backbone", *WITHOUT_HEADS], "freeze_backbone leaves nothing to train"),
+        (["--future_predictor.freeze_backbone", "--future_predictor.freeze"], "freeze_backbone leaves nothing to train"),
+        (["--future_predictor.freeze", "--future_predictor.lr_scale=2"], "future_predictor.freeze leaves nothing for"),
         (["--future_encoder.teacher_interval=0"], "future_encoder.teacher_interval must be >= 1"),
         (["--future_encoder.teacher_fraction=0"], "future_encoder.teacher_fraction must be in (0, 1]"),
         (["--future_encoder.teacher_fraction=0.3"], "must be a whole number of sequences; for 2 of them, set it to 0.25"),
