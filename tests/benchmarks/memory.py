@@ -8,16 +8,27 @@ depth is not; all of it is measured with everything in bfloat16. The device's ro
 from __future__ import annotations
 
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.common import Table, quartiles, ratios, spread, verdict
-from tests.benchmarks.jobs import Shape, column, one_by_one
-from tests.benchmarks.steps import CE, FUTURE, JOBS, NATIVE, QUICK, jobs_of
+from tests.benchmarks.jobs import PLAIN, Shape, column, one_by_one
+from tests.benchmarks.seeding import arguments, cases, launch, make_checkpoint
+from tests.benchmarks.steps import CE, FUTURE, JOBS, NATIVE, NO_FUTURE, QUICK, jobs_of
 
 GOAL = 1.15
 ON_CPU = Shape(layers=3, hidden=2048, intermediate=8192, heads=16, vocabulary=50304, batch=1, seq_len=512)
 OLMO_1B = Shape(layers=16, hidden=2048, intermediate=8192, heads=16, vocabulary=50304, batch=1, seq_len=512)
+HEADS = {
+    "no head": PLAIN,
+    "future predictor": (),
+    "+ action layer": ("--action_layer.enable",),
+    "summary_method = query": ("--future_encoder.summary_method=query",),
+    "mtp, parallel": (*NO_FUTURE, "--mtp.enable"),
+    "mtp, sequential": (*NO_FUTURE, "--mtp.enable", "--mtp.kind=sequential"),
+    **{name: (*NO_FUTURE, f"--{name}.enable") for name in ("token_order", "future_bag", "next_latent")},
+}
 IN_BFLOAT16 = ("--training.dtype=bfloat16", "--training.mixed_precision_param=bfloat16")
 
 
@@ -28,11 +39,13 @@ def measure(quick: bool = False) -> list[Table]:
     with tempfile.TemporaryDirectory() as scratch:
         jobs = jobs_of(shape, Path(scratch))
         found = one_by_one({name: jobs[name] for name in wanted}, steps=1, rounds=rounds, warm_up=2)
+    heads = heads_table(quick)
     whole = QUICK if quick else OLMO_1B
     with tempfile.TemporaryDirectory() as scratch:
         jobs = jobs_of(whole, Path(scratch), IN_BFLOAT16)
         in_bfloat16 = one_by_one({name: jobs[name] for name in (CE, FUTURE)}, steps=1, rounds=1, warm_up=1)
     return [
+        heads,
         table_of("memory", shape, found, "float32, one process; peak of the resident set over seeding and three steps"),
         table_of(
             "memory-olmo-1b",
@@ -41,6 +54,25 @@ def measure(quick: bool = False) -> list[Table]:
             "weights, gradients and moments in bfloat16, one process; peak of the resident set over seeding and two steps",
         ),
     ]
+
+
+def heads_table(quick: bool = False) -> Table:
+    """The table ``memory-heads``: what two ranks need for a dry run of the command with each head."""
+    rows, figures = [], {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "backbone"
+        make_checkpoint(folder, cases(quick)[0].config)
+        for head, options in HEADS.items():
+            begin = time.perf_counter()
+            command = *arguments(folder, f"{scratch}/{head}"), *options
+            peak = launch(2, "-m", "flame_ext.train", *command)
+            figures[head] = {"rank_gib": peak.largest_rank / 2**30, "all_gib": peak.total / 2**30}
+            sizes = (f"{value:.2f}" for value in figures[head].values())
+            rows.append([head, *sizes, f"{time.perf_counter() - begin:.0f}"])
+            print(*rows[-1], sep=" | ", flush=True)
+    columns = ["", "peak of a rank, GiB", "of both, GiB", "s from start to end"]
+    notes = ["`seed.dry_run`, FSDP over two ranks, float32 parameters: build, seed, proofs; proportional set sizes."]
+    return Table("memory-heads", columns, rows, notes, figures)
 
 
 def table_of(name: str, shape: Shape, found: dict[str, list[dict[str, Any]]], what: str) -> Table:
