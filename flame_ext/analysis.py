@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flame_ext.errors import SeedError
 from flame_ext.heads.registry import build_head
+from flame_ext.heads.spec import BackboneTeacher, FutureSummaries
+from flame_ext.model.attention import BOOLEAN_ATTENTION
 from flame_ext.seeding.sources.hf_safetensors import SINGLE_NAME
 from flame_ext.seeding.sources.safe_files import as_seed_error, contained_file, find_file, read_json, require_contained
 from flame_ext.seeding.sources.source import HEADS_FOLDER
@@ -22,6 +25,17 @@ class Prediction(NamedTuple):
     logits: Tensor  # (B, T, V)
     hidden_states: Tensor  # (B, T, D), after the final norm
     future: Tensor  # (B, T, D) float32 of unit length: the summary of the future that each position predicts
+
+
+class Information(NamedTuple):
+    """What each position of (B, T) tokens says of what follows, in nats; NaN where a position has nothing to be compared with."""
+
+    future: Tensor
+    """
+    (B, T) float32: cos(p_t, F_{t+1}) / temperature, less the logarithm of the mean of its exponential over the summaries of all
+    positions. Its mean is InfoNCE's lower bound of the mutual information of past and future, at most ln of their number.
+    """
+    next_token: Tensor  # (B, T) float32: -ln of the probability of the next token
 
 
 def load_future_heads(folder: str | Path) -> nn.ModuleDict:
@@ -66,3 +80,43 @@ def predict_future(model: PreTrainedModel, heads: nn.ModuleDict, input_ids: Tens
     finally:
         hook.remove()
     return Prediction(logits, captured[0], heads["future_predictor"](captured[0]))
+
+
+@torch.no_grad()
+def future_summaries(model: PreTrainedModel, heads: nn.ModuleDict, input_ids: Tensor) -> FutureSummaries:
+    """Returns the summaries of the future that the encoder of an export makes of (B, T) tokens, each row one document.
+
+    Raises a KeyError if there is no ``future_encoder``.
+    """
+    encoder, config = heads["future_encoder"], model.config
+    if not isinstance(encoder, BackboneTeacher):
+        return encoder(predict_future(model, heads, input_ids).hidden_states, torch.zeros_like(input_ids))
+    own = config._attn_implementation
+    try:
+        if own != "sdpa":  # which takes boolean masks as it is
+            config._attn_implementation = BOOLEAN_ATTENTION
+        mask = encoder.attention_mask(input_ids, None, "dense")
+        states = model.base_model(input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+    finally:
+        config._attn_implementation = own
+    return encoder.summaries(states, input_ids, None)
+
+
+@torch.no_grad()
+def future_information(
+    model: PreTrainedModel, heads: nn.ModuleDict, input_ids: Tensor, temperature: float
+) -> Information:
+    """Returns what backbone and predictor know of the future at each of (B, T) tokens, each row one document.
+
+    ``temperature`` is the ``future_encoder.temperature`` of training, where ``shift_k`` is 1.
+    """
+    prediction, summaries = predict_future(model, heads, input_ids), future_summaries(model, heads, input_ids)
+    valid = summaries.valid_mask[:, 1:]
+    keys = F.normalize(summaries.states[:, 1:].float(), dim=-1)
+    future, next_token = (torch.full(input_ids.shape, float("nan"), device=input_ids.device) for _ in range(2))
+    scores = prediction.future[:, :-1][valid] @ keys[valid].T / temperature
+    count = torch.tensor(float(len(scores)), device=scores.device)
+    future[:, :-1][valid] = scores.diagonal() - scores.logsumexp(dim=-1) + count.log()
+    logits = prediction.logits[:, :-1].float()
+    next_token[:, :-1] = F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")
+    return Information(future, next_token)

@@ -7,17 +7,19 @@ from collections.abc import Sequence
 
 from flame_ext.errors import UserError
 from flame_ext.files import expanded
-from flame_ext.tools import convert, inspect, plot
+from flame_ext.tools import convert, information, inspect, plot
 
 _PATHS = {"against", "assets", "config_file", "destination", "output", "path", "source"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code, 2 after a UserError, which is printed in one line."""
-    about = "Look at, compare and convert checkpoints; draw the curves of runs."
+    about = (
+        "Look at, compare and convert checkpoints; draw the curves of runs; measure what a model knows of the future."
+    )
     parser = argparse.ArgumentParser(prog="flame-ext", description=about)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (inspect, convert, plot):
+    for command in (inspect, convert, plot, information):
         command.add_parser(commands)
     options = parser.parse_args(arguments)
     if arguments is None:  # `| head` ends the command by the signal, not with exit code 1, which means "differs"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DEFAULT_METRICS = ("loss_ce", "loss_future", "future_top1")
-_FORMATS = (".png", ".svg", ".pdf")
+FORMATS = (".png", ".svg", ".pdf")
 
 Curve = tuple[list[int], list[float]]
 
@@ -32,8 +32,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     """Returns 0; every failure is raised as a UserError before anything is written."""
-    if options.output.suffix not in _FORMATS:
-        raise UserError(f"--output {str(options.output)!r}: expected a name that ends in {', '.join(_FORMATS)}")
+    if options.output.suffix not in FORMATS:
+        raise UserError(f"--output {str(options.output)!r}: expected a name that ends in {', '.join(FORMATS)}")
     labels = options.labels or [(path.parent if path.is_file() else path.resolve()).name for path in options.runs]
     if len(labels) != len(options.runs):
         raise UserError(f"--labels names {len(labels)}, for {len(options.runs)} runs; give one for each")
@@ -71,18 +71,25 @@ def read_metrics(path: Path) -> dict[str, Curve]:
     return curves
 
 
-def draw(runs: list[tuple[str, dict[str, Curve]]], metrics: list[str] | None = None) -> Figure:
-    """Draws a panel for each metric (None = the default ones, else the first three) with a line for each run (label, curves)."""
+def figure_class(command: str) -> type[Figure]:
+    """Returns matplotlib's figure; a UserError says how the command gets it where it is not installed."""
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
     except ImportError as e:
-        raise UserError(f"flame-ext plot draws with matplotlib: pip install 'flame_ext[plot]' ({e})") from e
+        raise UserError(f"flame-ext {command} draws with matplotlib: pip install 'flame_ext[plot]' ({e})") from e
+    return Figure
+
+
+def draw(runs: list[tuple[str, dict[str, Curve]]], metrics: list[str] | None = None) -> Figure:
+    """Draws a panel for each metric (None = the default ones, else the first three) with a line for each run (label, curves)."""
+    figure_of = figure_class("plot")
+    from matplotlib.ticker import MaxNLocator
+
     there = sorted({name for _, curves in runs for name in curves})
     metrics = metrics or [name for name in DEFAULT_METRICS if name in there] or there[:3]
     if absent := [name for name in metrics if name not in there]:
         raise UserError(f"no run has {', '.join(absent)}; there are: {', '.join(there)}")
-    figure = Figure(figsize=(4.2 * len(metrics), 3.2), dpi=120, layout="constrained")
+    figure = figure_of(figsize=(4.2 * len(metrics), 3.2), dpi=120, layout="constrained")
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for panel, name in zip(panels, metrics, strict=True):
         for number, (label, curves) in enumerate(runs):
