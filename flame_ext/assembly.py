@@ -5,18 +5,15 @@ from typing import Any
 
 from torch import nn
 from torchtitan.components.loss import LossFunction
-from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols import StateDictAdapter
-from torchtitan.protocols.model_converter import register_model_converter
-from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
 from flame_ext.config.sections import FlameJobConfig, loss_compile_backend
 from flame_ext.data.build import build_dataloader
 from flame_ext.data.sources import register_local_sources
 from flame_ext.data.tokenizer import build_tokenizer
 from flame_ext.heads.registry import CONVERTER_NAME, attach_heads
-from flame_ext.host.names import model_converters
+from flame_ext.host.names import TrainSpec, model_converters, register_model_converter, register_train_spec
 from flame_ext.model.hf_causal_lm import HFCausalLM, HFModelArgs, build_hf_causal_lm
 from flame_ext.model.parallelize import parallelize_hf_causal_lm
 from flame_ext.model.pipeline import pipeline_hf_causal_lm
@@ -42,7 +39,7 @@ def register() -> None:
 class FuturePredictionConverter:
     """``model.converters = ["future_prediction"]``: attaches the enabled heads to a :class:`HFCausalLM`."""
 
-    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims | None = None) -> None:
+    def __init__(self, job_config: FlameJobConfig, parallel_dims: ParallelDims | None = None) -> None:
         self.job_config = job_config
 
     def convert(self, model: HFCausalLM) -> None:

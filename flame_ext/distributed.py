@@ -25,9 +25,14 @@ def make_groups(step_timeout: timedelta) -> None:
     global _group, _step_group
     if dist.get_world_size() > 1:
         # That a rank does not come to this is to be noticed sooner.
-        _group = dist.new_group(backend="gloo", timeout=step_timeout)
+        _group = _all_ranks(step_timeout)
         dist.distributed_c10d._set_pg_timeout(_TIMEOUT, _group)
-        _step_group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=step_timeout)
+        _step_group = None if dist.get_backend() == "gloo" else _all_ranks(step_timeout)
+
+
+def _all_ranks(timeout: timedelta) -> dist.ProcessGroup:
+    group: Any = dist.new_group(backend="gloo", timeout=timeout)  # an integer only on ranks that it leaves out
+    return group
 
 
 def set_step_timeout(timeout: timedelta) -> None:

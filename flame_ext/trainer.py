@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torchtitan.train
 from torch import Tensor
 from torchtitan.components.checkpoint import DATALOADER
 from torchtitan.components.dataloader import DataloaderExhaustedError
@@ -22,6 +21,7 @@ from flame_ext.config.sections import FlameJobConfig
 from flame_ext.distributed import failing_together, is_main_rank, make_groups, set_step_timeout
 from flame_ext.errors import CheckpointError, ConfigError, UserError
 from flame_ext.heads.registry import shown_metrics, teacher_of
+from flame_ext.host.names import Trainer
 from flame_ext.host.patches import profiling_any_device, trainer_built_with
 from flame_ext.model.runner import ModelRunner, sum_of_parts
 from flame_ext.run.lock import FolderLock
@@ -35,7 +35,7 @@ from flame_ext.step.student import Student
 from flame_ext.step.teacher import Teacher
 
 
-class FutureTrainer(torchtitan.train.Trainer):
+class FutureTrainer(Trainer):
     """Trains a :class:`flame_ext.model.hf_causal_lm.HFCausalLM`, with or without heads. Signals are looked at before every step."""
 
     job_config: FlameJobConfig

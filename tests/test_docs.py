@@ -143,7 +143,7 @@ def test_the_map_of_the_house_names_files_that_are_there() -> None:
     assert {f"{folder}/" for folder in folders} <= named, "every folder has a row"
 
 
-def test_the_lowest_versions_are_those_that_are_tested() -> None:
+def test_the_lowest_and_newest_versions_are_those_that_are_tested() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     needed = [Requirement(text) for text in project["dependencies"]]
     lowest = {n.name: s.version for n in needed for s in n.specifier if s.operator == ">="}
@@ -155,6 +155,13 @@ def test_the_lowest_versions_are_those_that_are_tested() -> None:
     row = next(line for line in table.splitlines() if "make lowest" in line)
     versions = [Version(cell.strip()) for cell in row.split("|")[1:4]]
     assert versions == [Version(lowest[name]) for name in ("torch", "torchtitan", "transformers")]
+    (torch,) = (n.specifier for n in needed if n.name == "torch")
+    run = [Version(line.split("|")[1].strip()) for line in table.splitlines() if re.match(r"\| \d", line)]
+    assert all(version in torch for version in run)
+    beyond = Version(next(s.version for s in torch if s.operator == "<"))
+    assert (max(run).major, max(run).minor + 1) == (beyond.major, beyond.minor), "the newest that is allowed was run"
+    constraint = Requirement((REPOSITORY / ".ci" / "constraints.txt").read_text().splitlines()[-1])
+    assert any(version in constraint.specifier for version in run), "CI takes one that the table names"
 
 
 def anchors(document: Path) -> set[str]:

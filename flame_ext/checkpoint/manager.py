@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
-from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager, ModelWrapper
+from torchtitan.components.checkpoint import MODEL, AsyncMode
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import GarbageCollection
 
@@ -43,6 +43,7 @@ from flame_ext.distributed import (
 )
 from flame_ext.errors import CheckpointError
 from flame_ext.fault_injection import fault_point
+from flame_ext.host.names import CheckpointManager, ModelWrapper
 from flame_ext.seeding.sources.dcp import DcpReader
 
 RNG = "rng"

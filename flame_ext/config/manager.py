@@ -13,11 +13,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from torchtitan.config import ConfigManager, JobConfig
-
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError
 from flame_ext.files import expanded
+from flame_ext.host.names import ConfigManager, JobConfig
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchtitan.config import JobConfig, job_config
-
 from flame_ext.config.head_options import HEAD_NAMES
+from flame_ext.host.names import JobConfig, job_config
 
 
 @dataclass

@@ -4,9 +4,9 @@ from dataclasses import asdict
 from functools import partial
 
 from torchtitan.components.tokenizer import BaseTokenizer
-from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
 
+from flame_ext.config.sections import FlameJobConfig
 from flame_ext.data.loader import PackedDataloader
 from flame_ext.data.packing import PackedDocuments
 from flame_ext.data.sources import open_documents, sources_of
@@ -17,7 +17,7 @@ from flame_ext.hf_config import load_hf_config
 
 
 def build_dataloader(
-    dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig
+    dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: FlameJobConfig
 ) -> PackedDataloader:
     """Build the dataloader of this rank's lanes. With ``training.epochs``, set ``training.steps`` to the steps that these take.
 
@@ -61,7 +61,7 @@ def build_dataloader(
 
 
 def build_validation_dataloaders(
-    dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig
+    dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: FlameJobConfig
 ) -> dict[str, PackedDataloader]:
     """Returns the label of each of ``validation.sources``, "" for ``validation.dataset``, with its dataloader. Collective.
 
@@ -93,7 +93,7 @@ def _steps_of(data: PackedDocuments) -> int:
     return max(gathered(steps))
 
 
-def _vocab_size(tokenizer: BaseTokenizer, job_config: JobConfig) -> int:
+def _vocab_size(tokenizer: BaseTokenizer, job_config: FlameJobConfig) -> int:
     """The model's vocabulary size. Also checks that the tokenizer belongs to the model."""
     folder = job_config.model.hf_assets_path
     config = load_hf_config(folder, job_config.seed.trust_remote_code)

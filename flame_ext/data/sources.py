@@ -15,12 +15,11 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torchtitan.components.tokenizer import BaseTokenizer
-from torchtitan.config import JobConfig
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 from torchtitan.tools.logging import logger
 
-from flame_ext.config.sections import DataSource
+from flame_ext.config.sections import DataSource, FlameJobConfig
 from flame_ext.data.documents import Documents, IndexedDocuments, StreamedDocuments, Tokens
 from flame_ext.data.files import ENDINGS, flat_tokens, load_files, local_files, open_local, spread
 from flame_ext.data.python_stdlib import Split, read_stdlib
@@ -56,7 +55,7 @@ def _require_path(kind: str, path: str | None, section: str = "training") -> str
     return path
 
 
-def sources_of(config: JobConfig, section: str = "training") -> list[tuple[str, DataSource]]:
+def sources_of(config: FlameJobConfig, section: str = "training") -> list[tuple[str, DataSource]]:
     """Returns each source of ``training`` or ``validation`` with the name of the option that names it."""
     of_sources = "data" if section == "training" else section
     if sources := getattr(config, of_sources).sources:

@@ -5,21 +5,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
-from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
-from torchtitan.config import JobConfig
+from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 from transformers import AutoTokenizer, PreTrainedConfig, TokenizersBackend
 from transformers.models.auto.tokenization_auto import MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
 
+from flame_ext.config.sections import FlameJobConfig
 from flame_ext.data.documents import Tokens
 from flame_ext.distributed import failing_together
 from flame_ext.errors import ConfigError
+from flame_ext.host.names import HuggingFaceTokenizer
 
 # Compared between tokenizer.json and a tokenizer that AutoTokenizer rebuilt from its vocabulary.
 _SAMPLE = "The 12345 words, it'll do.\n\ndef f(x):\n    return x;\n\tné, 東京 😀 <s></s>"
 
 
-def build_tokenizer(job_config: JobConfig) -> HuggingFaceTokenizer:
+def build_tokenizer(job_config: FlameJobConfig) -> HuggingFaceTokenizer:
     """Builds the tokenizer of ``model.hf_assets_path``. Collective; raises ConfigError if AutoTokenizer cannot read it."""
     with failing_together(ConfigError):
         return AutoHuggingFaceTokenizer(job_config.model.hf_assets_path, job_config.seed.trust_remote_code)

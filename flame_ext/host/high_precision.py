@@ -6,7 +6,8 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torchtitan.config import JobConfig
+
+from flame_ext.host.names import JobConfig
 
 
 @contextmanager

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from torchtitan.config import JobConfig
-from torchtitan.protocols import BaseModelArgs
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightTransform
 
 from flame_ext.config.head_options import HeadOptimization
+from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError
 from flame_ext.hf_config import load_hf_config
+from flame_ext.host.names import BaseModelArgs
 from flame_ext.model.attention import BOOLEAN_ATTENTION, attention_options, choose_kernels, positions_in_order
 from flame_ext.model.context_parallel import ContextParallel
 from flame_ext.model.initialisation import ParameterInit
@@ -47,7 +47,7 @@ class HFModelArgs(BaseModelArgs):
     freeze_router: bool = False
     config: dict[str, Any] = field(default_factory=dict)
 
-    def update_from_config(self, job_config: JobConfig, **kwargs: Any) -> None:
+    def update_from_config(self, job_config: FlameJobConfig, **kwargs: Any) -> None:
         self.hf_assets_path = job_config.model.hf_assets_path
         self.trust_remote_code, moe = job_config.seed.trust_remote_code, job_config.moe
         self.experts_implementation, self.aux_loss_coef = moe.experts_implementation, moe.aux_loss_coef

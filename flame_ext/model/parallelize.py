@@ -12,14 +12,20 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
-from torchtitan.config.job_config import Compile
+from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
-from torchtitan.distributed.activation_checkpoint import apply_ac
-from torchtitan.distributed.tensor_parallel import maybe_enable_async_tp
 from torchtitan.tools.logging import logger
 
-from flame_ext.host.names import apply_compile, apply_ddp, disable_fsdp_gradient_division, op_sac_save_list
+from flame_ext.config.sections import FlameJobConfig
+from flame_ext.host.names import (
+    Compile,
+    apply_ac,
+    apply_compile,
+    apply_ddp,
+    disable_fsdp_gradient_division,
+    maybe_enable_async_tp,
+    op_sac_save_list,
+)
 from flame_ext.host.patches import compile_each_batch_shape
 from flame_ext.model.context_parallel import ContextParallel
 from flame_ext.model.expert_parallel import DispatchedExperts, apply_expert_parallel, placement_of_experts
@@ -31,7 +37,7 @@ from flame_ext.model.tensor_parallel import apply_tensor_parallel
 _SAVED_BESIDE = {torch.ops._c10d_functional.all_to_all_single.default}
 
 
-def parallelize_hf_causal_lm(model: HFCausalLM, parallel_dims: ParallelDims, job_config: JobConfig) -> HFCausalLM:
+def parallelize_hf_causal_lm(model: HFCausalLM, parallel_dims: ParallelDims, job_config: FlameJobConfig) -> HFCausalLM:
     """Applies the parallelisms of the job to a model on meta, in place. Preflight has refused those that it cannot have."""
     options = job_config.parallelism
     compile_model = job_config.compile.enable and "model" in job_config.compile.components
@@ -81,7 +87,9 @@ def parallelize_hf_causal_lm(model: HFCausalLM, parallel_dims: ParallelDims, job
     return model
 
 
-def apply_fsdp(model: HFCausalLM, mesh: DeviceMesh, job_config: JobConfig, experts_mesh: DeviceMesh | None) -> None:
+def apply_fsdp(
+    model: HFCausalLM, mesh: DeviceMesh, job_config: FlameJobConfig, experts_mesh: DeviceMesh | None
+) -> None:
     """Applies FSDP2 to the embedding, each decoder layer and head, the output embedding, and the root with tied embeddings.
 
     An output embedding that a head calls once more for each chunk of its states belongs to the root: it is gathered once, and its

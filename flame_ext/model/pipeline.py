@@ -12,14 +12,13 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import ScheduleGPipe, ScheduleLoopedBFS
 from torch.distributed.tensor import DTensor
 from torchtitan.components.loss import LossFunction
-from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
+from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
-from torchtitan.distributed.pipeline_parallel import build_pipeline_schedule
-from torchtitan.protocols import BaseModelArgs
-from torchtitan.protocols.train_spec import ParallelizeFunction
 from torchtitan.tools.logging import logger
 
+from flame_ext.config.sections import FlameJobConfig
 from flame_ext.distributed import gathered
+from flame_ext.host.names import BaseModelArgs, ParallelizeFunction, build_pipeline_schedule
 from flame_ext.model.hf_causal_lm import HFCausalLM, LossOutput, Stage
 from flame_ext.model.pipeline_stages import layers_of_stages, shares_embedding, stage_of
 from flame_ext.model.runner import ModelRunner, StageInputs, sum_of_parts
@@ -60,7 +59,7 @@ class Pipeline(ModelRunner):
     group: dist.ProcessGroup
 
     def __init__(
-        self, parts: list[HFCausalLM], parallel_dims: ParallelDims, config: JobConfig, device: torch.device
+        self, parts: list[HFCausalLM], parallel_dims: ParallelDims, config: FlameJobConfig, device: torch.device
     ) -> None:
         super().__init__(parts, parallel_dims)
         self.group, self._config, self._device = parallel_dims.get_mesh("pp").get_group(), config, device
@@ -203,7 +202,7 @@ class Pipeline(ModelRunner):
 def pipeline_hf_causal_lm(
     model: HFCausalLM,
     parallel_dims: ParallelDims,
-    job_config: JobConfig,
+    job_config: FlameJobConfig,
     device: torch.device,
     model_args: BaseModelArgs,
     parallelize_fn: ParallelizeFunction,

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
-from torchtitan.config.job_config import Parallelism
-from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_part
 
 from flame_ext.errors import ConfigError
+from flame_ext.host.names import Parallelism, generate_llm_fqn_per_model_part
 from flame_ext.model.hf_causal_lm import HFCausalLM, Stage
 
 # The supported schedules of torch: their stages lie on the ranks in turn, and their backward is not split in two.

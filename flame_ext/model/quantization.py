@@ -4,9 +4,9 @@ import copy
 from typing import Any
 
 from torch import nn
-from torchtitan.config import JobConfig
 
 from flame_ext.config.head_options import HEAD_NAMES
+from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError
 from flame_ext.model.hf_causal_lm import HFCausalLM
 
@@ -17,7 +17,7 @@ def with_names_of_transformers(name: str, converter: type[Any]) -> type[Any]:
     """Returns a converter of ``filter_fqns`` whose filter "output", torchtitan's name, also spares the output embedding."""
 
     class Converter(converter):
-        def __init__(self, job_config: JobConfig, parallel_dims: Any) -> None:
+        def __init__(self, job_config: FlameJobConfig, parallel_dims: Any) -> None:
             super().__init__(copy.deepcopy(job_config), parallel_dims)  # the list of filters is this converter's own
 
         def convert(self, model: HFCausalLM) -> None:

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from operator import attrgetter
 
 import torch
-from torchtitan.config.job_config import DataLoader
 from torchtitan.tools.utils import device_module
 
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError, SeedError
 from flame_ext.files import parse_size
 from flame_ext.heads.registry import trained_heads
+from flame_ext.host.names import DataLoader
 from flame_ext.preflight.parallelism import data_parallel_ranks, is_launched, replicated_alone
 from flame_ext.run.optimization import schedule_problem
 from flame_ext.seeding.names import parse_key_map

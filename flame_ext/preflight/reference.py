@@ -7,10 +7,10 @@ from types import NoneType
 from typing import get_args, get_type_hints
 
 from docstring_parser import parse_from_object
-from torchtitan.config import JobConfig
 
 from flame_ext.config.manager import spelled, table_in_list
 from flame_ext.heads.registry import job_config_class
+from flame_ext.host.names import JobConfig
 
 # torchtitan's options whose meaning or valid values differ here. tests/preflight/test_reference.py tries the refusals.
 TORCHTITAN_OPTIONS = {

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torchtitan.components.metrics import MetricsProcessor
-from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
+from flame_ext.config.sections import FlameJobConfig
 from flame_ext.files import METRICS_NAME
 from flame_ext.host.names import get_metrics_rank
 from flame_ext.run.wandb_run import continue_wandb_run
@@ -30,7 +30,7 @@ class FutureMetricsProcessor(MetricsProcessor):
     """Why a line could not be written."""
 
     def __init__(
-        self, job_config: JobConfig, parallel_dims: ParallelDims, _model_args: Any = None, tag: str | None = None
+        self, job_config: FlameJobConfig, parallel_dims: ParallelDims, _model_args: Any = None, tag: str | None = None
     ) -> None:
         self._folder, rank = Path(job_config.job.dump_folder), torch.distributed.get_rank()
         self._writes = rank == get_metrics_rank(parallel_dims, job_config)

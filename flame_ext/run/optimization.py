@@ -11,17 +11,17 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torchtitan.components.lr_scheduler import LRSchedulersContainer
-from torchtitan.components.lr_scheduler import build_lr_schedulers as build_torchtitan_lr_schedulers
-from torchtitan.components.optimizer import OptimizersContainer, OptimizersInBackwardContainer
-from torchtitan.components.optimizer import build_optimizers as build_torchtitan_optimizers
-from torchtitan.config import LRScheduler as LRSchedulerConfig
-from torchtitan.config import Optimizer as OptimizerConfig
+from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
 from flame_ext.config.head_options import HeadOptimization
 from flame_ext.errors import ConfigError
+from flame_ext.host.names import LRScheduler as LRSchedulerConfig
+from flame_ext.host.names import LRSchedulersContainer, OptimizersInBackwardContainer
+from flame_ext.host.names import Optimizer as OptimizerConfig
+from flame_ext.host.names import build_lr_schedulers as build_torchtitan_lr_schedulers
+from flame_ext.host.names import build_optimizers as build_torchtitan_optimizers
 from flame_ext.model.hf_causal_lm import HFCausalLM
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)

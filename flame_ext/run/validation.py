@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchtitan.components.validate import BaseValidator
-from torchtitan.config import JobConfig
 
+from flame_ext.config.sections import FlameJobConfig
 from flame_ext.data.build import build_validation_dataloaders
 from flame_ext.data.loader import PackedDataloader
 from flame_ext.distributed import failing_together, gathered
@@ -43,7 +43,7 @@ class FutureValidator(BaseValidator):
 
     def __init__(
         self,
-        job_config: JobConfig,
+        job_config: FlameJobConfig,
         metrics_processor: FutureMetricsProcessor,
         loaders: Mapping[str, PackedDataloader],  # by label, "" for ``validation.dataset``
     ) -> None:
@@ -95,7 +95,7 @@ class FutureValidator(BaseValidator):
 
 
 def build_validator(
-    job_config: JobConfig,
+    job_config: FlameJobConfig,
     dp_world_size: int,
     dp_rank: int,
     tokenizer: Any,

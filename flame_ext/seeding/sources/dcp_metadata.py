@@ -209,9 +209,9 @@ def _entry(record: Any, max_pieces: int) -> dcp.TensorStorageMetadata | dcp.Byte
 
 
 def _properties(record: Any) -> dcp.TensorProperties:
-    """Only the dtype matters to a reader; torch has given up the other properties."""
+    """Only the dtype matters to a reader; torch has given up the other properties. From 2.15 on it adds strides."""
     state = record.state if isinstance(record, _Record) else None
-    if type(state) is not tuple or len(state) != 5 or record.of != f"{dcp.__name__}.TensorProperties":
+    if type(state) is not tuple or len(state) not in (5, 6) or record.of != f"{dcp.__name__}.TensorProperties":
         raise TypeError(f"properties of a tensor are {_named(record)}")
     return dcp.TensorProperties(dtype=_typed(state[0], torch.dtype))
 

@@ -34,11 +34,19 @@ def named(cls: Any) -> bytes:
     return pickle.GLOBAL + f"{cls.__module__}\n{cls.__qualname__}\n".encode()
 
 
+def entries(metadata: dcp.Metadata) -> dict[str, Any]:
+    """What torch has read of each key, of its properties only the dtype."""
+    for entry in metadata.state_dict_metadata.values():
+        if isinstance(entry, dcp.TensorStorageMetadata):
+            entry.properties = dcp.TensorProperties(dtype=entry.properties.dtype)
+    return metadata.state_dict_metadata
+
+
 def test_it_is_what_torch_reads(tmp_path: Path) -> None:
     folder = save_dcp(STATE, tmp_path / "dcp")
     _, found = read_metadata(folder)
     expected = FileSystemReader(folder).read_metadata()
-    assert found.state_dict_metadata == expected.state_dict_metadata
+    assert found.state_dict_metadata == entries(expected)
     assert found.storage_data == expected.storage_data and found.planner_data == expected.planner_data
     assert {type(value) for value in found.storage_data.values()} == {_StorageInfo}
 
@@ -48,7 +56,20 @@ def test_every_protocol_is_read(tmp_path: Path, protocol: int) -> None:
     folder = save_dcp(STATE, tmp_path / "dcp")
     expected = FileSystemReader(folder).read_metadata()
     (folder / ".metadata").write_bytes(pickle.dumps(expected, protocol))
-    assert read_metadata(folder)[1].state_dict_metadata == expected.state_dict_metadata
+    assert read_metadata(folder)[1].state_dict_metadata == entries(expected)
+
+
+@pytest.mark.parametrize("more", [(), ((7, 1),)], ids=["until torch 2.14", "with strides"])
+def test_properties_are_read_as_every_torch_writes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[Any, ...]
+) -> None:
+    folder = save_dcp(STATE, tmp_path / "dcp")
+    expected = FileSystemReader(folder).read_metadata()
+    five = dcp.TensorProperties.__getstate__
+    monkeypatch.setattr(dcp.TensorProperties, "__getstate__", lambda self: five(self)[:5] + more)
+    raw = pickle.dumps(expected)
+    monkeypatch.undo()
+    assert read_metadata(written(folder, raw))[1].state_dict_metadata == entries(expected)
 
 
 def by_name(member: Any, _protocol: int) -> Any:
@@ -62,7 +83,7 @@ def test_members_of_enumerations_may_be_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(dcp._MEM_FORMAT_ENCODING, "__reduce_ex__", by_name)
     raw = pickle.dumps(expected)
     assert b"getattr" in raw
-    assert read_metadata(written(folder, raw))[1].state_dict_metadata == expected.state_dict_metadata
+    assert read_metadata(written(folder, raw))[1].state_dict_metadata == entries(expected)
 
 
 @pytest.mark.parametrize("of", [dcp.Metadata, dcp.MetadataIndex, pathlib.PosixPath])
