@@ -56,7 +56,9 @@ def compute(folder: str, method: str) -> tuple[float, float]:
     torch.set_num_threads(1)  # as torchrun has it
     source, config = open_source(folder), AutoConfig.from_pretrained(folder)
     float32, cpu = torch.float32, torch.device("cpu")
-    probe = Probe(torch.arange(128)[None], lambda x: x, contextlib.nullcontext, float32, float32, cpu, config.vocab_size)
+    probe = Probe(
+        torch.arange(128)[None], lambda x: x, contextlib.nullcontext, float32, float32, cpu, config.vocab_size
+    )
     touch_memory(Path(folder))
     sizes, done = [anonymous_gib()], threading.Event()
 

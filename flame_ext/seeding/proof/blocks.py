@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -42,9 +43,11 @@ def weights_by_blocks(
     for module in model.modules():
         computed = {name: b for name, b in module._buffers.items() if b is not None and not b.is_meta}
         module._buffers.update({name: buffer.to(device) for name, buffer in computed.items()})
-    mapping = get_model_conversion_mapping(model)
+    mapping: Any = get_model_conversion_mapping(model)
     loading = LoadStateDictConfig(device_map={"": device}, dtype=dtype, weight_mapping=mapping)
-    blocks = [(block, held) for block, all_of in _blocks(model) if (held := [name for name in all_of if name in sources])]
+    blocks = [
+        (block, held) for block, all_of in _blocks(model) if (held := [name for name in all_of if name in sources])
+    ]
     ahead: dict[int, Future[None]] = {}  # by the block's index; of one block, or of none
 
     def load(index: int) -> None:
@@ -69,9 +72,12 @@ def weights_by_blocks(
         if index + 1 < len(blocks):
             ahead[index + 1] = reader.submit(load, index + 1)
 
-    hooks = []
+    hooks: list[RemovableHandle] = []
     for index, (block, _) in enumerate(blocks):
-        hooks += [block.register_forward_pre_hook(partial(begin, index)), block.register_forward_hook(partial(unload, index))]
+        hooks += [
+            block.register_forward_pre_hook(partial(begin, index)),
+            block.register_forward_hook(partial(unload, index)),
+        ]
     with _without_progress_bars(), ThreadPoolExecutor(1) as reader:
         try:
             yield

@@ -47,7 +47,9 @@ class Reference:
             raise
         except Exception as e:  # what foreign code makes of absent weights may be anything
             reason = (str(e).strip().splitlines() or [""])[0]
-            logger.info(f"seed.verify = 'parity' loads all of the model, not a block at a time ({type(e).__name__}: {reason})")
+            logger.info(
+                f"seed.verify = 'parity' loads all of the model, not a block at a time ({type(e).__name__}: {reason})"
+            )
         return self.logits_of_whole(probe)
 
     def logits_by_blocks(self, probe: Probe) -> Tensor:
@@ -72,7 +74,7 @@ class Reference:
         self._require_memory(entries, probe.dtype, torch.device("cpu"), "all")
         stored = (tensor.key for entry in entries for tensor in entry.stored_tensors)
         if self.source.is_stock and not self.source.wrappers and all(rename(key, self.rules) == key for key in stored):
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 self.source.path, config=deepcopy(self.config), local_files_only=True, **self._options(probe.dtype)
             )
         else:
