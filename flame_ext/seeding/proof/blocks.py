@@ -51,7 +51,7 @@ def weights_by_blocks(
     ahead: dict[int, Future[None]] = {}  # by the block's index; of one block, or of none
 
     def load(index: int) -> None:
-        _, held = blocks[index]
+        held = blocks[index][1]
         convert_and_load_state_dict_in_model(model, read({sources[name] for name in held}), loading)
         loaded = {name: _get(model, sources[name]) for name in held}
         if lacking := [name for name, tensor in loaded.items() if tensor.is_meta]:
@@ -60,7 +60,7 @@ def weights_by_blocks(
         _put(model, {name: tensor.requires_grad_(False) for name, tensor in loaded.items()})
 
     def unload(index: int, *_: Any) -> None:
-        _, held = blocks[index]
+        held = blocks[index][1]
         _put(model, {name: absent[name] for name in {*held, *(sources[name] for name in held)}})
 
     def begin(index: int, *_: Any) -> None:
