@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def work_on_the_main_rank() -> list[object]:
         object_group,
         on_main_rank,
     )
+    from flame_ext.seeding.proof.parity import Probe, verify
 
     dist.init_process_group("gloo")
     make_groups(timedelta(seconds=60))
@@ -44,6 +46,16 @@ def work_on_the_main_rank() -> list[object]:
     found.append(gathered(dist.get_rank()))
     wait()
     BoxGatherer(state, {"weight": (2,)}, torch.device("cpu"))
+
+    def reference_logits(probe: Probe) -> torch.Tensor:
+        wait()
+        return probe.forward(probe.tokens)
+
+    zeros, cpu = (lambda tokens: torch.zeros(*tokens.shape, 8)), torch.device("cpu")
+    probe = Probe(
+        torch.ones(1, 4, dtype=torch.int64), zeros, nullcontext, torch.float32, torch.float32, cpu, vocab_size=8
+    )
+    found.append(verify("parity", probe, reference_logits, Path("source")).max_abs_diff)
     group = object_group()
     found.append(group._get_backend(torch.device("cpu")).options._timeout)
     dist.destroy_process_group()
@@ -53,7 +65,7 @@ def work_on_the_main_rank() -> list[object]:
 def test_ranks_wait_for_the_main_rank_beyond_the_timeout_of_a_step(tmp_path: Path) -> None:
     for rank in run_ranks(work_on_the_main_rank, 2, folder=tmp_path):
         assert rank.exit_code == 0, rank.output[-3000:]
-        assert rank.value == [0, [0, 1], timedelta(days=1)]
+        assert rank.value == [0, [0, 1], 0.0, timedelta(days=1)]
 
 
 def test_every_collective_of_objects_names_its_group_or_is_none() -> None:

@@ -2,7 +2,6 @@
 
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 from torchtitan.tools.logging import logger
@@ -15,7 +14,8 @@ from flame_ext.seeding.accounting import Account, account, require_same_function
 from flame_ext.seeding.names import in_model_names, parse_key_map, renamed
 from flame_ext.seeding.new_parameters import initialise
 from flame_ext.seeding.proof.attention import prove_attention
-from flame_ext.seeding.proof.parity import Probe, load_reference_model, verify
+from flame_ext.seeding.proof.parity import Probe, verify
+from flame_ext.seeding.proof.reference import Reference
 from flame_ext.seeding.proof.replicas import compare_replicas, weights_digest
 from flame_ext.seeding.read import logged_progress, read_weights
 from flame_ext.seeding.report import REPORT_NAME, SeedReport
@@ -60,8 +60,8 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
     digest = weights_digest(compare_replicas(target.state, target.whole, target.part), target.whole, keys.loaded)
     backbone = {*target.whole, *model.tied_keys} - {*model.parameter_inits}
     rules, trust = parse_key_map(options.key_map), options.trust_remote_code
-    load_reference = partial(load_reference_model, source, target.config, backbone, probe.dtype, trust, rules)
-    verification = verify(options.verify, probe, load_reference, folder)
+    reference = Reference(source, target.config, backbone, trust, rules)
+    verification = verify(options.verify, probe, reference.logits, folder)
     proved = [] if options.verify == "none" else prove_attention(probe)
     read = path, source.layout, keys, total_bytes, seconds, len(figures), source.digest
     report = SeedReport(*read, verification, revision, digest, differences)

@@ -2,24 +2,19 @@
 
 import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchtitan.tools.logging import logger
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from flame_ext.distributed import failing_together, gathered, is_main_rank
 from flame_ext.errors import SeedError
-from flame_ext.model.attention import attention_options
-from flame_ext.seeding.names import Rule, rename, unwrapped
-from flame_ext.seeding.sources.source import Source, read_entry
 
 # Plain text and a little code, long enough for any tokenizer.
 PROBE_TEXT = (
@@ -81,8 +76,8 @@ class Verification:
         return f"{words}, from_pretrained {self.reference_loss:.4f}, logits differ by at most {self.max_abs_diff:.3g}"
 
 
-def verify(mode: str, probe: Probe, load_reference: Callable[[], nn.Module], source: Path) -> Verification:
-    """Run the probe through the distributed model and, for "parity", through the reference model on the first rank. Collective.
+def verify(mode: str, probe: Probe, reference_logits: Callable[[Probe], Tensor], source: Path) -> Verification:
+    """Run the probe through the distributed model and, for "parity", the reference on the first rank, while the others wait. Collective.
 
     ``mode`` "none" only measures the loss, "finite" requires it to be finite, "parity" also compares logits. Raises SeedError on
     all ranks if loss or logits are not finite, or differ by more than :data:`TOLERANCE`.
@@ -91,7 +86,7 @@ def verify(mode: str, probe: Probe, load_reference: Callable[[], nn.Module], sou
     if mode == "parity":
         with failing_together(SeedError):
             if is_main_rank():
-                reference = reference_logits(probe, load_reference())
+                reference = reference_logits(probe)
                 gc.collect()  # torchtitan has switched automatic collection off
     # Compiled at the probe's shape, the layers would be compiled again, with dynamic shapes, at the batch's.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -121,67 +116,6 @@ def verify(mode: str, probe: Probe, load_reference: Callable[[], nn.Module], sou
             "source is not the trained model, its tokenizer is not this one, or a part (RoPE, an embedding, a norm) is dead."
         )
     return result
-
-
-def load_reference_model(
-    source: Source,
-    config: PreTrainedConfig,
-    backbone: set[str],
-    dtype: torch.dtype,
-    trust_remote_code: bool,
-    key_map: Sequence[Rule] = (),
-) -> PreTrainedModel:
-    """Load the ``backbone`` names of the source with ``from_pretrained``, on CPU; raise SeedError if the memory does not suffice."""
-    entries = {name: entry for name, entry in source.entries.items() if name in backbone}
-    nbytes = sum(entry.nbytes // entry.dtype.itemsize * dtype.itemsize for entry in entries.values())
-    available = available_memory()
-    if available is not None and nbytes > available:
-        raise SeedError(
-            f"{source.path}: seed.verify = 'parity' loads a second copy of the model ({nbytes / 2**30:.1f} GiB), but this machine "
-            f"has {available / 2**30:.1f} GiB of memory left; use seed.verify = 'finite', or run the proof once where there is more"
-        )
-    attention = attention_options(config)
-    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, **attention}
-    stored = {tensor.key: tensor for entry in entries.values() for tensor in entry.stored_tensors}
-    state = source.independent_state(stored.values())
-    if state is None and not source.wrappers and all(rename(key, key_map) == key for key in stored):
-        return AutoModelForCausalLM.from_pretrained(
-            source.path, config=deepcopy(config), local_files_only=True, **options
-        )
-    if state is None:
-        state = {key: read_entry(source, tensor) for key, tensor in stored.items()}
-    nesting = source.nesting
-    given = {key: unwrapped(rename(key, key_map, nesting), source.wrappers).removeprefix(nesting) for key in state}
-    weights = {given[key]: tensor for key, tensor in state.items()}
-    with torch.device("meta"):
-        model_class = type(AutoModelForCausalLM.from_config(config, **options))
-    return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **attention)
-
-
-def available_memory() -> int | None:
-    """Return the bytes that this machine has left; None if the system does not tell."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    values = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    return int(values["MemAvailable"].split()[0]) * 1024
-
-
-def reference_logits(probe: Probe, reference: nn.Module) -> Tensor:
-    """Return (1, T, V) float32 logits on CPU, computed on the trainer's device; raise SeedError if it lacks the memory."""
-    nbytes, left = sum(p.nbytes for p in reference.parameters()), _device_memory_left(probe.device)
-    if left is not None and nbytes > left:
-        raise SeedError(
-            f"seed.verify = 'parity' puts a second copy of the model ({nbytes / 2**30:.1f} GiB) on {probe.device}, which has "
-            f"{left / 2**30:.1f} GiB of memory left; shard the model further for the proof, or use seed.verify = 'finite'"
-        )
-    reference.to(probe.device).eval()
-    with torch.no_grad(), probe.autocast():
-        return reference(probe.tokens.to(probe.device), use_cache=False).logits.float().cpu()
-
-
-def _device_memory_left(device: torch.device) -> int | None:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> float:

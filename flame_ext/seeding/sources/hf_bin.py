@@ -1,7 +1,7 @@
 """Reads Hugging Face folders of ``.bin`` files, which are pickles, only if ``seed.allow_pickle`` is set."""
 
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flame_ext.errors import SeedError
 from flame_ext.seeding.sources.boxes import Box, full_box, inside
-from flame_ext.seeding.sources.hf_safetensors import read_folder
+from flame_ext.seeding.sources.hf_safetensors import keys_by_file, read_folder
 from flame_ext.seeding.sources.safe_files import as_seed_error
 from flame_ext.seeding.sources.source import Chunk, ReadBox, Source, TensorEntry
 
@@ -20,6 +20,15 @@ BIN_NAME = "pytorch_model.bin"
 
 
 class BinSource(Source):
+    is_stock = True
+
+    def independent_state(self, stored: Collection[TensorEntry]) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for file, keys in keys_by_file(stored).items():
+            tensors = _load(file)
+            state |= {key: tensors[key] for key in keys}
+        return state
+
     @contextmanager
     def open(self, file: Path) -> Iterator[ReadBox]:
         tensors = _load(file)

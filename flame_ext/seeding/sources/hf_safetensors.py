@@ -3,6 +3,7 @@
 import hashlib
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import _TYPES, load_file
+from safetensors.torch import _TYPES
 from torch import Tensor
 
 from flame_ext.errors import SeedError
@@ -30,13 +31,17 @@ _DTYPES: dict[str, Any] = {**_TYPES, "F8_E8M0": torch.float8_e8m0fnu}
 
 
 class SafetensorsSource(Source):
-    def independent_state(self, stored: Collection[TensorEntry]) -> dict[str, Tensor] | None:
-        if any((self.path / name).exists() for name in (SINGLE_NAME, INDEX_NAME)):
-            return None
-        # from_pretrained does not read files without an index.
-        files = {chunk.file for entry in stored for chunk in entry.chunks}
-        held = {key: tensor for file in files for key, tensor in load_file(file).items()}
-        return {entry.key: held[entry.key] for entry in stored}
+    @property
+    def is_stock(self) -> bool:
+        # from_pretrained does not read numbered files without an index.
+        return any((self.path / name).exists() for name in (SINGLE_NAME, INDEX_NAME))
+
+    def independent_state(self, stored: Collection[TensorEntry]) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for file, keys in keys_by_file(stored).items():
+            with safe_files.as_seed_error(f"{file}: cannot be read"), safe_open(file, framework="pt") as reader:
+                state |= {key: reader.get_tensor(key) for key in keys}
+        return state
 
     @contextmanager
     def open(self, file: Path) -> Iterator[ReadBox]:
@@ -47,6 +52,14 @@ class SafetensorsSource(Source):
                 return reader.get_slice(key)[inside(box, chunk.box)] if box else reader.get_tensor(key)
 
             yield read
+
+
+def keys_by_file(stored: Collection[TensorEntry]) -> dict[Path, list[str]]:
+    """Return the files of tensors that lie in one piece, each with its keys."""
+    files: dict[Path, list[str]] = defaultdict(list)
+    for entry in stored:
+        files[entry.chunks[0].file].append(entry.key)
+    return files
 
 
 def read_folder(

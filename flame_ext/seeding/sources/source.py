@@ -112,9 +112,14 @@ class Source(ABC):
         """Return the model's part as the writer of the files noted it."""
         return self
 
-    def independent_state(self, stored: Collection[TensorEntry]) -> dict[str, Tensor] | None:
-        """Read tensors in the files by other code than :meth:`open`'s, by the files' keys; None = ``from_pretrained`` can."""
-        return None
+    @property
+    def is_stock(self) -> bool:
+        """Whether ``from_pretrained`` reads the folder."""
+        return False
+
+    @abstractmethod
+    def independent_state(self, stored: Collection[TensorEntry]) -> dict[str, Tensor]:
+        """Read whole tensors, by the files' keys, as the library that wrote them does: without boxes. Views, where it maps files."""
 
     @abstractmethod
     def open(self, file: Path) -> AbstractContextManager[ReadBox]:
@@ -155,11 +160,7 @@ def rearranged(tensor: TracedTensor) -> TensorEntry:
 
 def read_tensor(source: Source, name: str) -> Tensor:
     """Read a tensor in its file's dtype, on CPU: a view of the mapped file if it lies in one piece. May raise SeedError."""
-    return read_entry(source, source.entries[name])
-
-
-def read_entry(source: Source, entry: TensorEntry) -> Tensor:
-    """Read a tensor of the source as :func:`read_tensor` does."""
+    entry = source.entries[name]
     whole = torch.empty(entry.shape if len(entry.chunks) != 1 else 0, dtype=entry.dtype)
     for file, chunks in groupby(sorted(entry.chunks, key=lambda c: (c.file, c.position)), key=lambda c: c.file):
         with source.open(file) as read_box:
