@@ -3,6 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -12,6 +13,7 @@ from torchtitan.tools.logging import logger
 
 from flame_ext.distributed import is_main_rank
 from flame_ext.errors import SeedError
+from flame_ext.seeding.copying import Copies
 from flame_ext.seeding.sources.boxes import Box, inside, intersection, local_part, tiles_exactly, volume
 from flame_ext.seeding.sources.source import Chunk, Source, TensorEntry, read_piece
 
@@ -51,7 +53,7 @@ def read_weights(
 ) -> int:
     """Fill, in place, the tensors of ``state`` that the source holds; returns the bytes that this rank has read.
 
-    Files are read in the order of their bytes; one slice is in memory at a time beside the parameters.
+    Files are read in the order of their bytes; at most two slices are in memory beside the parameters.
 
     Args:
         source: under the model's names.
@@ -76,23 +78,28 @@ def read_weights(
     total, done = sum(piece.nbytes for piece in pieces), 0
     written: dict[str, list[Box]] = defaultdict(list)
     pieces.sort(key=lambda piece: (piece.again, piece.chunk.file, piece.chunk.position))
-    for (_, file), group in groupby(pieces, key=lambda piece: (piece.again, piece.chunk.file)):
-        with source.open(file) as read_box:
-            finite: list[tuple[_Piece, Tensor]] = []
-            for piece in group:
-                _put(piece, read_piece(read_box, piece.entry, piece.chunk, piece.box))
-                if not piece.again and _may_be_refused(piece, check_finite):
-                    # A sum is finite only if every element is: one cheap pass over good weights. It is in the parameter's own
-                    # dtype, because torch on CPU sums in another one by way of a copy.
-                    finite.append((piece, piece.local.sum().isfinite()))
-                written[piece.key] += [] if piece.again else [piece.box]
-                done += piece.nbytes
-                progress(done, total)
-            # Asked once a file, since every answer waits for the device.
-            if not _all_true(sum_is for _, sum_is in finite):
-                for piece, _ in finite:
-                    if not torch.isfinite(piece.local).all():
-                        _refuse(piece, read_piece(read_box, piece.entry, piece.chunk, piece.box), check_finite)
+    with Copies() as copies:
+        for (again, file), group in groupby(pieces, key=lambda piece: (piece.again, piece.chunk.file)):
+            with source.open(file) as read_box:
+                summed: list[tuple[_Piece, list[Future[list[Tensor]]]]] = []
+                for piece in group:
+                    values = _checked(piece, read_piece(read_box, piece.entry, piece.chunk, piece.box))
+                    if again:
+                        _compare(piece, values)
+                    else:
+                        # A sum is finite only if every element is: one cheap look at good weights. It is in the parameter's own
+                        # dtype, because torch on CPU sums in another one by way of a copy.
+                        looked_at = _may_be_refused(piece, check_finite)
+                        summed.append((piece, copies.start(values, piece.local, looked_at)))
+                        written[piece.key].append(piece.box)
+                    done += piece.nbytes
+                    progress(done, total)
+                copies.finish()
+                # Asked once a file, since every answer waits for the device.
+                if not _all_finite(s for _, futures in summed for future in futures for s in future.result()):
+                    for piece, _ in summed:
+                        if _may_be_refused(piece, check_finite) and not torch.isfinite(piece.local).all():
+                            _refuse(piece, read_piece(read_box, piece.entry, piece.chunk, piece.box), check_finite)
     for key, box in sorted(boxes.items()):
         if volume(box) > 0 and not tiles_exactly(box, written[key]):
             raise SeedError(
@@ -101,23 +108,25 @@ def read_weights(
     return done
 
 
-def _all_true(answers: Iterable[Tensor]) -> bool:
-    """Whether all of the () answers are true. With CPU offload buffers are on another device than parameters."""
-    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
-    for answer in answers:
-        by_device[answer.device].append(answer)
-    return all(bool(torch.stack(of_device).all()) for of_device in by_device.values())
+def _all_finite(sums: Iterable[Tensor]) -> bool:
+    """Whether all of the () sums are. With CPU offload buffers are on another device than parameters."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for one in sums:
+        alike[one.device, one.dtype].append(one)
+    return all(bool(torch.stack(some).isfinite().all()) for some in alike.values())
 
 
-def _put(piece: _Piece, values: Tensor) -> None:
-    """Write the piece, or compare it if it is written already."""
-    local = piece.local
-    if values.shape != local.shape or values.dtype != piece.stored.dtype:
+def _checked(piece: _Piece, values: Tensor) -> Tensor:
+    """Return the values, if they are of the shape and dtype that the header says."""
+    if values.shape != piece.local.shape or values.dtype != piece.stored.dtype:
         raise SeedError(f"{piece} is {list(values.shape)} {values.dtype} now: the file has changed")
-    values = values.to(local.device)  # before the cast: the file's dtype is often the smaller one
-    if not piece.again:
-        local.copy_(values)
-    elif not torch.equal(local, values.to(local.dtype)):
+    return values
+
+
+def _compare(piece: _Piece, values: Tensor) -> None:
+    """Compare a piece with what is written already."""
+    local = piece.local
+    if not torch.equal(local, values.to(local.device).to(local.dtype)):
         raise SeedError(
             f"{piece} differs from {piece.key!r}, but the model ties them; set tie_word_embeddings = false in config.json, or remove one"
         )
