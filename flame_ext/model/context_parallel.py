@@ -59,6 +59,10 @@ class SequenceParts:
         """Returns this rank's (n,) int64 positions."""
         return self.order(seq_len, device).chunk(self.ranks)[self.rank]
 
+    def places(self, seq_len: int, device: torch.device) -> Tensor:
+        """Returns the (T,) int64 places of all positions in :meth:`order`."""
+        return self.order(seq_len, device)
+
     def shard(self, tensor: Tensor) -> Tensor:
         """Cuts (B, T, …) down to this rank's (B, n, …)."""
         return tensor
@@ -104,6 +108,7 @@ class ContextParallel(SequenceParts):
         self.mesh, self._load_balancer = mesh, load_balancer
         self.rank, self.ranks, self.chunks = mesh.get_local_rank(), mesh.size(), 2 if load_balancer else 1
         self._orders: dict[int, Tensor] = {}
+        self._places: dict[int, Tensor] = {}
         self._halos: dict[tuple[int, int], _Halo] = {}
         for name in ("sdpa", BOOLEAN_ATTENTION, "flex_attention"):
             AttentionInterface.register(self.attention_name(name), partial(_attend, name, mesh))
@@ -120,6 +125,11 @@ class ContextParallel(SequenceParts):
             (positions,), _ = cp_shard(self.mesh, (every,), None, self._load_balancer)
             self._orders[seq_len] = self.joined(positions)[0]
         return self._orders[seq_len]
+
+    def places(self, seq_len: int, device: torch.device) -> Tensor:
+        if seq_len not in self._places:
+            self._places[seq_len] = self.order(seq_len, device).argsort()
+        return self._places[seq_len]
 
     def shard(self, tensor: Tensor) -> Tensor:
         return tensor.index_select(1, self.positions(tensor.shape[1], tensor.device))
@@ -138,7 +148,7 @@ class ContextParallel(SequenceParts):
 
     def unshard(self, part: Tensor) -> Tensor:
         gathered = self.joined(part.detach())
-        return gathered[:, self.order(gathered.shape[1], part.device).argsort()]
+        return gathered[:, self.places(gathered.shape[1], part.device)]
 
     def _halo(self, seq_len: int, steps: int, device: torch.device) -> "_Halo":
         if (seq_len, steps) not in self._halos:

@@ -185,7 +185,7 @@ def _check_context(config: FlameJobConfig, degree: int) -> Iterator[str]:
     balancer, rotation = options.context_parallel_load_balancer, options.context_parallel_rotate_method
     tensor_degree = options.tensor_parallel_degree
     sharing = degree * max(1, tensor_degree)
-    if data_parallel_ranks(config) is None and is_launched():
+    if data_parallel_ranks(config) is None:
         product = f"{name}_degree ({degree}) times parallelism.tensor_parallel_degree ({tensor_degree})"
         product += f" times parallelism.pipeline_parallel_degree ({options.pipeline_parallel_degree})"
         yield f"{product} must divide the number of processes ({_processes()})"

@@ -56,7 +56,7 @@ class FutureRows:
         """The (b * n,) rows of the bank with the summaries at t + shift of this rank's positions t; 0 where there is no pair."""
         (sequences, seq_len), device = self.pairs.shape, self.pairs.device
         ahead = (parts.positions(seq_len, device) + shift).clamp_max(seq_len - 1)
-        place, length = parts.order(seq_len, device).argsort()[ahead], seq_len // parts.ranks
+        place, length = parts.places(seq_len, device)[ahead], seq_len // parts.ranks
         owner = place.div(length, rounding_mode="floor")
         row = self.first_key + (owner - parts.rank) * self.keys_of_rank + place - owner * length
         rows = row + length * torch.arange(sequences, device=device)[:, None]
