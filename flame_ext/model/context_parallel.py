@@ -184,10 +184,12 @@ def _halo(order: list[int], ranks: int, rank: int, chunks: int, steps: int, devi
     slots = [of * count + slot for of, every in enumerate(received) for slot in every] + [rank * count + s for s in own]
     found = {order[slot]: at for at, slot in enumerate(slots)}
     places = [found.get(end + 1 + step, len(slots)) for end in ends[rank] for step in range(steps)]
-    sent_slots = [slot for every in sent for slot in every]
-    tensors = (torch.tensor(values, dtype=torch.int64, device=device) for values in (sent_slots, own, places))
-    sent_tensor, own_tensor, places_tensor = tensors
-    return _Halo(sent_tensor, list(map(len, sent)), list(map(len, received)), own_tensor, places_tensor)
+
+    def on_device(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    counts = [len(every) for every in sent], [len(every) for every in received]
+    return _Halo(on_device([slot for every in sent for slot in every]), *counts, on_device(own), on_device(places))
 
 
 def joined(values: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
