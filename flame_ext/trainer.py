@@ -56,14 +56,14 @@ class FutureTrainer(Trainer):
         config, dims, device = self.job_config, self.parallel_dims, self.device
         self.runner = getattr(self, "pp_schedule", None) or ModelRunner(self.model_parts, dims)
         self.model = self.runner.model
-        eos_id, batch_mesh = getattr(self.tokenizer, "eos_id", None), dims.get_optional_mesh("batch")
+        eos_id, positions_mesh = getattr(self.tokenizer, "eos_id", None), dims.get_optional_mesh("loss")
         # A new object for each use: one that is entered twice, one inside the other, is left on for good.
         autocast = self.autocast = partial(copy, self.maybe_enable_amp)
         self.stopwatch = Stopwatch(device)
-        self.planner = Planner(config, eos_id, batch_mesh, device)
+        self.planner = Planner(config, eos_id, dims.get_optional_mesh("batch"), device)
         self.teacher: Teacher | None = None
         if teacher_of(config) is not None:
-            self.teacher = Teacher(self.runner, config, eos_id, batch_mesh, autocast, device, self.stopwatch)
+            self.teacher = Teacher(self.runner, config, eos_id, positions_mesh, autocast, device, self.stopwatch)
         self.losses = Losses(self.runner, config, self.teacher)
         prepared = self.post_dataloading_process
         self.student = Student(

@@ -206,7 +206,7 @@ class RunHooks(CheckpointHooks):
             device=self._device,
             vocab_size=self._model.config.get_text_config().vocab_size,
             seq_len=training.seq_len,
-            logits_in_parts=None if self._model.context is None else self._logits_in_parts,
+            logits_in_parts=self._logits_in_parts if self._model.context.is_split else None,
             summaries=None if self._summaries is None else partial(self._anticausal_states, KeptRoutes()),
             summaries_remedy=self._summaries_remedy,
             rounds_alike=not self._model.whole.routing.problem,
@@ -220,11 +220,9 @@ class RunHooks(CheckpointHooks):
     def _logits_in_parts(self, tokens: Tensor) -> Tensor:
         """Does the same by context parallelism. Collective."""
         context, tokens = self._model.context, tokens.to(self._device)
-        assert context is not None
         inputs = {**self._attention_of({"input": tokens}, slice(None)), "compute": whole_logits}
         found = self._evaluated(context.shard(tokens), lambda _rows: inputs)
-        assert found is not None
-        return context.unshard(found[0])
+        return self._runner.from_last(None if found is None else context.unshard(found[0]))
 
     def _evaluated(self, tokens: Tensor, inputs_of: StageInputs) -> list[Any] | None:
         for part in self._runner.parts:

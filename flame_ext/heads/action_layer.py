@@ -255,6 +255,7 @@ HEAD = HeadSpec(
     needs_future=True,
     candidates=lambda section: section.top_k,
     uses_embedding=True,
+    takes_parts=True,
     uses_logits=False,
     check=_check,
     check_model=_check_model,

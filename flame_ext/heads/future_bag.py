@@ -14,7 +14,6 @@ from flame_ext.config.sections import FlameJobConfig
 from flame_ext.heads.spec import HeadBatch, HeadSpec, WeightedHeadSection
 from flame_ext.heads.upcoming import UpcomingTokensHead, new_tokens, vocabulary_arguments
 from flame_ext.model.initialisation import Constant, ParameterInit
-from flame_ext.objective.windows import upcoming_tokens
 
 
 @dataclass
@@ -63,7 +62,7 @@ class FutureBag(UpcomingTokensHead):
 
 def future_bag_loss(head: FutureBag, batch: HeadBatch) -> dict[str, Tensor]:
     """The loss of this micro-batch's positions, for each place in the bag, over the labelled tokens of the step."""
-    upcoming = upcoming_tokens(batch.input_ids, batch.doc_ids, head.window)[..., 1:]
+    upcoming = batch.upcoming(head.window)[..., 1:]
     loss, probability = head(batch.hidden_states, upcoming, batch.compile_backend).unbind()
     return {
         "loss_future_bag": loss / ((head.window - 1) * batch.tokens_in_step),
@@ -84,6 +83,7 @@ HEAD = HeadSpec(
     build=FutureBag,
     arguments=_arguments,
     loss=future_bag_loss,
+    takes_parts=True,
     uses_logits=False,
     check=_check,
     shown=("future_bag_probability",),

@@ -1,6 +1,6 @@
 """``[future_encoder]``: the summary F_t of what follows position t, which is the target of the prediction."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from flame_ext.config.head_options import at_least
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.heads.spec import LOSS_WEIGHT, BackboneTeacher, FutureSummaries, Head, HeadSection, HeadSpec
 from flame_ext.model.attention import MaskForm, attention_windows, flex_problem, mask_problem
+from flame_ext.model.context_parallel import WHOLE, SequenceParts
 from flame_ext.objective.masks import (
     anticausal_block_mask,
     anticausal_mask,
@@ -112,23 +113,30 @@ class AnticausalEncoder(BackboneTeacher):
         self.future_k = future_k
         self.windows = dict(windows or {"full_attention": 0})
 
-    def attention_mask(self, input_ids: Tensor, doc_ids: Tensor | None, form: MaskForm) -> Any:
+    def attention_mask(
+        self, input_ids: Tensor, doc_ids: Tensor | None, form: MaskForm, parts: SequenceParts = WHOLE
+    ) -> Any:
         """The mask (:mod:`flame_ext.objective.masks`), or one for each layer type if the backbone has several."""
-        masks = {kind: self._mask(input_ids, doc_ids, window, form) for kind, window in self.windows.items()}
+        masks = {kind: self._mask(input_ids, doc_ids, window, form, parts) for kind, window in self.windows.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
-    def summaries(self, states: Tensor, input_ids: Tensor, doc_ids: Tensor | None) -> FutureSummaries:
-        return FutureSummaries(states, has_future(torch.zeros_like(input_ids) if doc_ids is None else doc_ids))
+    def summaries(
+        self, states: Tensor, input_ids: Tensor, doc_ids: Tensor | None, parts: SequenceParts = WHOLE
+    ) -> FutureSummaries:
+        valid_mask = has_future(torch.zeros_like(input_ids) if doc_ids is None else doc_ids)
+        return FutureSummaries(states, parts.shard(valid_mask))
 
-    def _mask(self, input_ids: Tensor, doc_ids: Tensor | None, window: int, form: MaskForm) -> Tensor | BlockMask:
+    def _mask(
+        self, input_ids: Tensor, doc_ids: Tensor | None, window: int, form: MaskForm, parts: SequenceParts
+    ) -> Tensor | BlockMask:
         # A causal window of w is w - 1 positions beside the own one, which an anti-causal layer does not attend to.
         reach = min((k for k in (self.future_k, max(1, window - 1) if window else 0) if k), default=0)
-        seq_len = input_ids.shape[1]
-        if form == "flex":
-            return anticausal_block_mask(seq_len, reach, doc_ids, device=input_ids.device)
-        if form == "windows" and window_is_short(seq_len, reach):
-            return anticausal_window_mask(seq_len, reach, doc_ids, device=input_ids.device)
-        return anticausal_mask(seq_len, reach, doc_ids, device=input_ids.device)
+        seq_len, device = input_ids.shape[1], input_ids.device
+        if form == "windows" and window_is_short(seq_len, reach) and not parts.is_split:
+            return anticausal_window_mask(seq_len, reach, doc_ids, device)
+        rows = parts.positions(seq_len, device), parts.order(seq_len, device)
+        make = anticausal_block_mask if form == "flex" else anticausal_mask
+        return make(seq_len, reach, doc_ids, device, *(rows if parts.is_split else ()))
 
 
 class PooledEncoder(Head):
@@ -152,38 +160,66 @@ class PooledEncoder(Head):
             self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
             self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, hidden_states: Tensor, doc_ids: Tensor) -> FutureSummaries:
-        """(B, T, D) causal hidden states and (B, T) document numbers to summaries in float32 (by attention: as they came)."""
-        valid_mask = has_future(doc_ids)
+    def forward(self, hidden_states: Tensor, doc_ids: Tensor, parts: SequenceParts = WHOLE) -> FutureSummaries:
+        """(B, n, D) causal hidden states of this rank's positions, and (B, T) document numbers, to summaries in float32 (by attention:
+        as they came).
+        """
+        valid_mask = parts.shard(has_future(doc_ids))
         if self.method in ("attention", "query"):
-            states = self._attend(hidden_states, doc_ids)
+            states = self._attend(hidden_states, doc_ids, valid_mask, parts)
         elif self.method == "max":
-            states = reduce_following(hidden_states.float(), doc_ids, self.future_k, torch.maximum, float("-inf"))
+            states = self._reduce(hidden_states.float(), doc_ids, parts, torch.maximum, float("-inf"))
         else:
-            states = reduce_following(hidden_states.float(), doc_ids, self.future_k, torch.add, 0.0)
+            states = self._reduce(hidden_states.float(), doc_ids, parts, torch.add, 0.0)
             ones = torch.ones_like(doc_ids, dtype=states.dtype)[..., None]
-            states = states / reduce_following(ones, doc_ids, self.future_k, torch.add, 0.0).clamp_min(1.0)
+            count = parts.shard(reduce_following(ones, doc_ids, self.future_k, torch.add, 0.0))
+            states = states / count.clamp_min(1.0)
         return FutureSummaries(torch.where(valid_mask[..., None], states, 0.0), valid_mask)
 
-    def _attend(self, hidden_states: Tensor, doc_ids: Tensor) -> Tensor:
-        # Row i attends to i .. i + future_k - 1, itself included: no row is empty. It is the summary of i - 1.
-        position = torch.arange(doc_ids.shape[1], device=doc_ids.device)
-        ahead = position[None, :] - position[:, None]
-        allowed = (ahead >= 0) if self.future_k == 0 else (ahead >= 0) & (ahead < self.future_k)
-        mask = allowed & (doc_ids[:, None, :, None] == doc_ids[:, None, None, :])
+    def _reduce(
+        self, states: Tensor, doc_ids: Tensor, parts: SequenceParts, combine: Callable[..., Tensor], empty: float
+    ) -> Tensor:
+        if not parts.is_split:
+            return reduce_following(states, doc_ids, self.future_k, combine, empty)
+        batch_size, seq_len = doc_ids.shape
+        length = states.shape[1] // parts.chunks
+        if 0 < self.future_k < seq_len - 1:  # what a window reads behind a chunk comes from other ranks
+            values = parts.following(states, self.future_k).flatten(0, 1)
+            documents = parts.shard_ahead(doc_ids, self.future_k, -1).flatten(0, 1)
+            found = reduce_following(values, documents, self.future_k, combine, empty)[:, :length]
+            return found.unflatten(0, (batch_size, -1)).flatten(1, 2)
+        # To the end of the document: of each later chunk, one vector is enough, of the document that it begins with.
+        values, documents = states.unflatten(1, (parts.chunks, -1)), parts.shard_ahead(doc_ids, 0, -1)
+        inside = reduce_following(values.flatten(0, 1), documents.flatten(0, 1), 0, combine, empty).view_as(values)
+        beginnings = parts.joined(combine(values[:, :, 0], inside[:, :, 0]))
+        firsts = parts.order(seq_len, doc_ids.device).view(-1, length)[:, 0]
+        own, last = parts.positions(seq_len, doc_ids.device).view(-1, length)[:, 0], documents[:, :, -1]
+        reached = (firsts > own[:, None]) & (doc_ids[:, None, firsts] == last[..., None])  # (B, chunks, chunks of all)
+        later = torch.full_like(values[:, :, 0], empty)
+        for number in range(len(firsts)):
+            later = combine(later, torch.where(reached[..., number, None], beginnings[:, None, number], empty))
+        continued = torch.where((documents == last[..., None])[..., None], later[:, :, None], empty)
+        return combine(inside, continued).flatten(1, 2)
+
+    def _attend(self, hidden_states: Tensor, doc_ids: Tensor, valid_mask: Tensor, parts: SequenceParts) -> Tensor:
+        # Row t attends to t + 1 .. t + future_k; where nothing follows, to itself, since no row may be empty.
+        seq_len, device = doc_ids.shape[1], doc_ids.device
+        rows, columns = parts.positions(seq_len, device), parts.order(seq_len, device)
+        ahead = columns[None, :] - rows[:, None]
+        allowed = (ahead > 0) if self.future_k == 0 else (ahead > 0) & (ahead <= self.future_k)
+        mask = allowed & (doc_ids[:, rows, None] == doc_ids[:, None, columns]) | ((ahead == 0) & ~valid_mask[..., None])
 
         def split(states: Tensor) -> Tensor:
             return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-        asking = hidden_states.roll(1, dims=1) if self.method == "query" else hidden_states
-        query, key, value = (
-            split(self.q_proj(asking)),
-            split(self.k_proj(hidden_states)),
-            split(self.v_proj(hidden_states)),
-        )
+        asking = hidden_states
+        if self.method == "attention":
+            asking = parts.following(hidden_states, 1)[:, :, 1:].flatten(1, 2)
+        keys_and_values = torch.cat([self.k_proj(hidden_states), self.v_proj(hidden_states)], dim=-1)
+        key, value = map(split, parts.joined(keys_and_values).chunk(2, dim=-1))
         with sdpa_kernel(_KERNELS):
-            states = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
-        return states.roll(-1, dims=1)
+            states = F.scaled_dot_product_attention(split(self.q_proj(asking)), key, value, attn_mask=mask[:, None])
+        return states.transpose(1, 2).flatten(2)
 
 
 def build_future_encoder(
@@ -318,6 +354,7 @@ HEAD = HeadSpec(
     arguments=_arguments,
     trains=lambda config: config.future_encoder.loss_weight > 0 and not config.future_encoder.detach_targets,
     is_teacher=True,
+    takes_parts=True,
     uses_logits=False,
     check=_check,
     check_model=_check_model,

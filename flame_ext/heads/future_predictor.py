@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -78,14 +77,12 @@ def future_loss(head: FuturePredictor, batch: HeadBatch) -> dict[str, Tensor]:
     future = batch.future
     assert future is not None
     predictions = head(future.hidden_states).flatten(0, 1)
-    pairs = future.pairs.flatten()
-    rows = torch.arange(len(pairs), device=pairs.device)
     out = info_nce(
         predictions,
         future.bank.keys,
-        pairs,
+        future.pairs.flatten(),
         future.bank.pair_mask,
-        torch.where(pairs, rows + (future.first_key + future.shift), 0),
+        future.targets,
         batch.config.future_encoder.temperature,
         batch.compile_backend,
     )
@@ -127,6 +124,7 @@ HEAD = HeadSpec(
     loss=future_loss,
     weights=_weights,
     needs_future=True,
+    takes_parts=True,
     uses_logits=False,
     check=_check,
     shown=("future_top1",),

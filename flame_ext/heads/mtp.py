@@ -16,13 +16,13 @@ from flame_ext.config.sections import FlameJobConfig
 from flame_ext.heads.spec import Head, HeadBatch, HeadSpec, WeightedHeadSection
 from flame_ext.hf_config import is_part_of_transformers
 from flame_ext.model.attention import BOOLEAN_ATTENTION, attention_options, attention_windows
+from flame_ext.model.context_parallel import ContextParallel
 from flame_ext.model.experts import has_experts
 from flame_ext.model.hf_causal_lm import attention_multiplications, parameters_of, parameters_on_meta
 from flame_ext.model.initialisation import Constant, ParameterInit, Uniform
 from flame_ext.objective.chunks import chunk_elements, sum_over_chunks
 from flame_ext.objective.cross_entropy import IGNORE_INDEX, cross_entropy_loss
 from flame_ext.objective.masks import causal_mask
-from flame_ext.objective.windows import upcoming_tokens
 
 
 @dataclass
@@ -40,10 +40,11 @@ class MtpSection(WeightedHeadSection):
 
 
 class Within(NamedTuple):
-    """What keeps a layer within documents."""
+    """What keeps a layer within documents, or within what precedes the positions of a part of the sequences."""
 
-    mask: Tensor  # (B, 1, T, T) bool
-    positions: Tensor  # (B, T), from 0 in each document
+    mask: Tensor  # (B or 1, 1, n, T) bool
+    positions: Tensor  # (B, n), from 0 in each document
+    attention: str  # transformers' name for it
 
 
 class MtpBlock(Head):
@@ -71,11 +72,11 @@ class MtpBlock(Head):
         return next((layers for layers in lists if len(layers) == 1), None)
 
     def forward(self, hidden_states: Tensor, embeddings: Tensor | None, within: Within | None) -> Tensor:
-        """(B, T, D) states and, if sequential, embeddings to (B, T, D); attention is causal, and ``within`` documents."""
+        """(B, n, D) states and, if sequential, embeddings to (B, n, D); attention is causal, and ``within`` documents."""
         if self.sequential:
             assert embeddings is not None
             hidden_states = self.proj(torch.cat([self.state_norm(hidden_states), self.token_norm(embeddings)], dim=-1))
-        self.decoder.config._attn_implementation = self.own_attention if within is None else BOOLEAN_ATTENTION
+        self.decoder.config._attn_implementation = self.own_attention if within is None else within.attention
         given = {} if within is None else {"attention_mask": within.mask, "position_ids": within.positions}
         return self.decoder(inputs_embeds=hidden_states, use_cache=False, **given).last_hidden_state
 
@@ -115,7 +116,7 @@ class Mtp(Head):
         return [layers for block in self.blocks if (layers := cast(MtpBlock, block).layers) is not None]
 
     def forward(self, hidden_states: Tensor, embeddings: Tensor | None = None, within: Within | None = None) -> Tensor:
-        """(B, T, D) states and, if sequential, (k, B, T, D) embeddings of the tokens at t+1 .. t+k to (k, B, T, D) states.
+        """(B, n, D) states and, if sequential, (k, B, n, D) embeddings of the tokens at t+1 .. t+k to (k, B, n, D) states.
 
         The output embedding makes of the i-th the logits of the token at t+1+i.
         """
@@ -144,15 +145,16 @@ def mtp_loss(head: Mtp, batch: HeadBatch) -> dict[str, Tensor]:
     """
     unembed, depth = batch.unembed, len(head.blocks)
     assert unembed is not None
-    upcoming = upcoming_tokens(batch.input_ids, batch.doc_ids, depth + 1).movedim(-1, 0)[1:]  # (k, B, T)
+    upcoming = batch.upcoming(depth + 1).movedim(-1, 0)[1:]  # (k, B, n)
     labels = upcoming.masked_fill(upcoming < 0, IGNORE_INDEX)
     embeddings = None
     if head.kind == "sequential":
         assert batch.embed is not None
-        with torch.no_grad():
-            embedded = batch.embed(batch.input_ids).to(batch.hidden_states.dtype)
+        tokens, _, parts = batch.sequences
         # What stands after the end of the sequence is read for nothing: no label depends on it.
-        embeddings = torch.stack([embedded.roll(-1 - number, dims=1) for number in range(depth)])
+        ahead = torch.cat([parts.shard(tokens.roll(-1 - number, dims=1)) for number in range(depth)])
+        with torch.no_grad():
+            embeddings = batch.embed(ahead).to(batch.hidden_states.dtype).unflatten(0, (depth, -1))
     states = head(batch.hidden_states, embeddings, _documents(head, batch))
 
     def of_chunk(states: Tensor, labels: Tensor) -> Tensor:
@@ -164,14 +166,21 @@ def mtp_loss(head: Mtp, batch: HeadBatch) -> dict[str, Tensor]:
 
 
 def _documents(head: Mtp, batch: HeadBatch) -> Within | None:
-    if not batch.config.data.document_attention:
+    _, documents, parts = batch.sequences
+    within = batch.config.data.document_attention
+    if not (within or parts.is_split):
         return None
-    positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
+    (batch_size, seq_len), device = documents.shape, documents.device
+    queries, keys = parts.positions(seq_len, device), parts.order(seq_len, device)
     (window,) = attention_windows(cast(MtpBlock, head.blocks[0]).decoder.config).values()
-    begins = torch.ones_like(batch.doc_ids, dtype=torch.bool)
-    begins[:, 1:] = batch.doc_ids[:, 1:] != batch.doc_ids[:, :-1]
-    first = torch.where(begins, positions, 0).cummax(dim=1).values
-    return Within(causal_mask(batch.doc_ids, window, positions, positions), positions - first)
+    mask, positions = causal_mask(documents if within else None, window, queries, keys), queries.expand(batch_size, -1)
+    if within:
+        begins = torch.ones_like(documents, dtype=torch.bool)
+        begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        first = torch.where(begins, torch.arange(seq_len, device=device), 0).cummax(dim=1).values
+        positions = positions - parts.shard(first)
+    attention = ContextParallel.attention_name(BOOLEAN_ATTENTION) if parts.is_split else BOOLEAN_ATTENTION
+    return Within(mask, positions, attention)
 
 
 def _arguments(section: MtpSection, backbone: Any) -> dict[str, Any]:
@@ -239,6 +248,7 @@ HEAD = HeadSpec(
     multiplications=_multiplications,
     uses_embedding=True,
     uses_unembedding=True,
+    takes_parts=True,
     uses_logits=False,
     check=_check,
     check_model=_check_model,

@@ -13,7 +13,6 @@ from flame_ext.config.sections import FlameJobConfig
 from flame_ext.heads.spec import Head, HeadBatch, HeadSpec, WeightedHeadSection
 from flame_ext.model.hf_causal_lm import parameters_of
 from flame_ext.objective.chunks import chunk_elements, sum_over_chunks
-from flame_ext.objective.windows import upcoming_tokens
 
 
 @dataclass
@@ -41,7 +40,7 @@ class NextLatent(Head):
         """(…, D) states and (…, D) embeddings of the tokens after them to (…, D) predictions of the states of these tokens.
 
         With ``counted`` to the sums of the loss instead, of S steps from each of N positions on; it is (N, S) bool: whether the
-        state s = 1 .. S positions further on is a target. Then there are (N, D) states, and embeddings of their own tokens. Returns
+        state s = 1 .. S rows further on is a target. Then there are (N, D) states, and embeddings of their own tokens. Returns
         (2,) float32: the distances, a mean over D for each target, and the cosines of the first step.
         """
         if counted is None:
@@ -77,12 +76,17 @@ def next_latent_loss(head: NextLatent, batch: HeadBatch) -> dict[str, Tensor]:
     embeddings stay the language model's. Values are sums over this micro-batch's positions, over the labelled tokens of the step.
     """
     assert batch.embed is not None
-    steps = batch.config.next_latent.steps
-    counted = upcoming_tokens(batch.input_ids, batch.doc_ids, steps) >= 0
+    steps, states, input_ids = batch.config.next_latent.steps, batch.hidden_states, batch.input_ids
+    counted, (tokens, _, parts) = batch.upcoming(steps) >= 0, batch.sequences
+    if parts.is_split:  # behind each chunk come the rows that follow it, which are targets only
+        later = parts.following(states.detach(), steps)[:, :, -steps:]
+        counted, states = (values.unflatten(1, (parts.chunks, -1)) for values in (counted, states))
+        states, counted = torch.cat([states, later], dim=2), F.pad(counted, (0, 0, 0, steps))
+        input_ids = parts.shard_ahead(tokens, steps, 0)
     with torch.no_grad():
-        embeddings = batch.embed(batch.input_ids).to(batch.hidden_states.dtype)
-    states, embeddings = batch.hidden_states.flatten(0, 1), embeddings.flatten(0, 1)
-    distance, cosine = head(states, embeddings, counted.flatten(0, 1)).unbind()
+        embeddings = batch.embed(input_ids.flatten(0, -2)).to(states.dtype)
+    flat = states.flatten(0, -2), embeddings.flatten(0, -2), counted.flatten(0, -2)
+    distance, cosine = head(*flat).unbind()
     return {
         "loss_next_latent": distance / (steps * batch.tokens_in_step),
         "next_latent_cosine": cosine / batch.tokens_in_step,
@@ -108,6 +112,7 @@ HEAD = HeadSpec(
     loss=next_latent_loss,
     multiplications=lambda head, _backbone, config: config.next_latent.steps * parameters_of(head),
     uses_embedding=True,
+    takes_parts=True,
     uses_logits=False,
     check=_check,
     shown=("next_latent_cosine",),

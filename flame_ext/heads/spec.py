@@ -11,9 +11,11 @@ from transformers import PreTrainedConfig
 from flame_ext.config.head_options import HeadOptimization
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.model.attention import MaskForm
+from flame_ext.model.context_parallel import WHOLE, SequenceParts
 from flame_ext.model.hf_causal_lm import Unembed
 from flame_ext.model.initialisation import ParameterInit, linear_inits
 from flame_ext.objective.cross_entropy import TokenLogProbs
+from flame_ext.objective.windows import upcoming_tokens
 
 
 @dataclass
@@ -56,26 +58,32 @@ class Head(nn.Module):
 class FutureSummaries(NamedTuple):
     """The summaries of the future that a teacher computes from a batch."""
 
-    states: Tensor  # (B, T, D); finite everywhere
+    states: Tensor  # (B, n, D) of this rank's n positions; finite everywhere
     valid_mask: Tensor
-    """(B, T) bool: positions that have a future in their document. What ``states`` holds elsewhere means nothing."""
+    """(B, n) bool: positions that have a future in their document. What ``states`` holds elsewhere means nothing."""
 
 
 class BackboneTeacher(Head):
     """Base of a teacher that summarises by a second, gradient-free forward of the backbone under another mask; any other teacher
-    is called with the student's (b, T, D) hidden states and (b, T) document numbers.
+    is called with the student's (b, n, D) hidden states and (b, T) document numbers. n is T, unless context parallelism gives this rank a
+    part of the positions: then there is one more argument ``parts``, which says what part.
     """
 
     remedy = ""  # What to do if a backbone does not obey the mask, for the message of the proof at step 0
 
-    def attention_mask(self, input_ids: Tensor, doc_ids: Tensor | None, form: MaskForm) -> Any:
+    def attention_mask(
+        self, input_ids: Tensor, doc_ids: Tensor | None, form: MaskForm, parts: SequenceParts = WHOLE
+    ) -> Any:
         """The ``attention_mask`` of the second forward of (B, T) tokens, in a form that the backbone's attention understands;
-        ``doc_ids`` is (B, T) if summaries stop at the end of their document, else None.
+        ``doc_ids`` is (B, T) if summaries stop at the end of their document, else None. Rows are the positions of this rank, and
+        columns those of all ranks, in the order that ``parts`` gives.
         """
         raise NotImplementedError
 
-    def summaries(self, states: Tensor, input_ids: Tensor, doc_ids: Tensor | None) -> FutureSummaries:
-        """The summaries from the (B, T, D) last hidden states of that forward."""
+    def summaries(
+        self, states: Tensor, input_ids: Tensor, doc_ids: Tensor | None, parts: SequenceParts = WHOLE
+    ) -> FutureSummaries:
+        """The summaries from the (B, n, D) last hidden states of that forward."""
         raise NotImplementedError
 
 
@@ -90,26 +98,35 @@ class KeyBank(NamedTuple):
 class FutureBatch(NamedTuple):
     """The b sequences of a micro-batch whose future is predicted, and the summaries that predictions are compared with."""
 
-    hidden_states: Tensor  # (b, T, D), after the final norm
-    labels: Tensor  # (b, T)
-    log_probs: TokenLogProbs  # (b * T, 1 + K): log-probabilities of the labels and of the K likeliest tokens
-    pairs: Tensor  # (b, T) bool: positions t with a valid summary at t + shift, in their document
+    hidden_states: Tensor  # (b, n, D), after the final norm
+    labels: Tensor  # (b, n)
+    log_probs: TokenLogProbs  # (b * n, 1 + K): log-probabilities of the labels and of the K likeliest tokens
+    pairs: Tensor  # (b, n) bool: positions t with a valid summary at t + shift, in their document
     bank: KeyBank
-    first_key: int  # Row of the bank where the b * T summaries of these sequences begin
+    first_key: int  # Row of the bank where the b * n summaries of these positions begin
+    targets: Tensor  # (b * n,) rows of the bank with the summaries at t + shift; 0 where there is no pair
     shift: int  # The prediction at t is compared with the summary at t + shift
     pairs_in_step: Tensor | float  # () number of pairs in the whole step, over all ranks and micro-batches
     positions_in_step: Tensor | float  # () number of positions with a future and a next token in the whole step
 
 
-class HeadBatch(NamedTuple):
-    """One micro-batch of this rank, as a head's loss sees it."""
+class Sequences(NamedTuple):
+    """The tokens of whole sequences, and which of their positions this rank has."""
 
-    hidden_states: Tensor  # (B, T, D), after the final norm
-    logits: Tensor  # (B, T, V), of the language model
     input_ids: Tensor  # (B, T)
-    labels: Tensor  # (B, T): the next token, or -100 where there is none
+    doc_ids: Tensor  # (B, T)
+    parts: SequenceParts = WHOLE
+
+
+class HeadBatch(NamedTuple):
+    """One micro-batch of this rank, as a head's loss sees it: n positions of each sequence, all T without context parallelism."""
+
+    hidden_states: Tensor  # (B, n, D), after the final norm
+    logits: Tensor  # (B, n, V), of the language model
+    input_ids: Tensor  # (B, n)
+    labels: Tensor  # (B, n): the next token, or -100 where there is none
     doc_ids: (
-        Tensor  # (B, T): equal where tokens are of one document; all 0 where neither dataloader nor EOS tokens tell
+        Tensor  # (B, n): equal where tokens are of one document; all 0 where neither dataloader nor EOS tokens tell
     )
     tokens_in_step: Tensor  # () number of labelled tokens in the whole step, over all ranks and micro-batches
     config: Any = None  # The job's configuration, with the section of every head
@@ -117,11 +134,22 @@ class HeadBatch(NamedTuple):
     """The backbone's input embedding, token ids (…) to vectors (…, D); None unless the spec ``uses_embedding``."""
     unembed: Unembed | None = None
     """
-    States of the head's own, as after a final norm, (B, T, D), to logits (B, T, V), a DTensor under loss parallelism; None unless
+    States of the head's own, as after a final norm, (B, n, D), to logits (B, n, V), a DTensor under loss parallelism; None unless
     the spec ``uses_unembedding``.
     """
     future: FutureBatch | None = None  # None on a step without a teacher, on which heads that ``needs_future`` rest
     compile_backend: str | None = None  # The backend of ``torch.compile`` for a loss's arithmetic; None = not compiled
+    whole: Sequences | None = None  # None: they are those above
+
+    @property
+    def sequences(self) -> Sequences:
+        """The whole sequences of which these are the positions."""
+        return self.whole or Sequences(self.input_ids, self.doc_ids)
+
+    def upcoming(self, window: int) -> Tensor:
+        """The (B, n, window) tokens at t + 1 .. t + window, wherever they are; -1 where the document of t has ended."""
+        tokens, documents, parts = self.sequences
+        return upcoming_tokens(tokens, documents, window, parts.positions(tokens.shape[1], tokens.device))
 
 
 @dataclass(frozen=True)
@@ -189,6 +217,12 @@ class HeadSpec:
     """
     The head, the backbone and the job to the multiplications of a forward of the loss for each token, from which throughput in
     operations and MFU follow. None: one for each of the head's parameters.
+    """
+
+    takes_parts: bool = False
+    """
+    Whether the loss is right for a part of each sequence's positions, as context parallelism gives it, which is refused otherwise. It
+    is if it takes each position by itself, or what follows it by ``batch.upcoming`` and ``batch.sequences.parts.following``.
     """
 
     uses_logits: bool = True

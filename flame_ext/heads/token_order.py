@@ -11,7 +11,6 @@ from flame_ext.config.head_options import at_least
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.heads.spec import HeadBatch, HeadSpec, WeightedHeadSection
 from flame_ext.heads.upcoming import UpcomingTokensHead, new_tokens, vocabulary_arguments
-from flame_ext.objective.windows import upcoming_tokens
 
 # A token at distance d has e^(1 - d) of the weight of the next one: beyond this, less than 1e-27.
 _REACH = 64
@@ -55,8 +54,7 @@ class TokenOrder(UpcomingTokensHead):
 def token_order_loss(head: TokenOrder, batch: HeadBatch) -> dict[str, Tensor]:
     """The loss of this micro-batch's positions over the labelled tokens of the step, and the share of next tokens ranked first."""
     window = min(batch.config.token_order.window, _REACH)
-    upcoming = upcoming_tokens(batch.input_ids, batch.doc_ids, window)
-    loss, hits = head(batch.hidden_states, upcoming, batch.compile_backend).unbind()
+    loss, hits = head(batch.hidden_states, batch.upcoming(window), batch.compile_backend).unbind()
     return {"loss_token_order": loss / batch.tokens_in_step, "token_order_top1": hits / batch.tokens_in_step}
 
 
@@ -73,6 +71,7 @@ HEAD = HeadSpec(
     build=TokenOrder,
     arguments=_arguments,
     loss=token_order_loss,
+    takes_parts=True,
     uses_logits=False,
     check=_check,
     shown=("token_order_top1",),

@@ -100,7 +100,7 @@ def mask_form(teacher_attention: str, model: HFCausalLM, device: torch.device) -
         return "flex" if teacher_attention == "flex" else "dense"
     if device.type == "cuda" and model._supports_flex_attn and flex_problem(model.config, device.type) is None:
         return "flex"
-    return "windows" if model._supports_attention_backend else "dense"
+    return "windows" if model._supports_attention_backend and not model.context.is_split else "dense"
 
 
 def causal_attention(
@@ -113,24 +113,22 @@ def causal_attention(
     """Returns the forward's arguments beside the tokens; an empty dict if the model's own causal mask is right.
 
     ``input_dict`` has the dataloader's (B, T) tensors: "input", and "doc_ids" and "positions" if there are documents;
-    ``rows`` are the sequences to use. With a ``model.context`` the first call for a sequence length is collective.
+    ``rows`` are the sequences to use. Where ``model.context`` splits them, the first call for a sequence length is collective.
     """
     context = model.context
     within = within_documents and "doc_ids" in input_dict
-    if not within and context is None:
+    if not within and not context.is_split:
         return {}
     batch_size, seq_len = input_dict["input"][rows].shape
-    queries = keys = torch.arange(seq_len, device=device)
-    if context is not None:
-        queries, keys = context.positions(seq_len), context.order(seq_len)
+    queries, keys = context.positions(seq_len, device), context.order(seq_len, device)
     doc_ids, positions = None, queries.expand(batch_size, -1)
     if within:
         doc_ids, positions = (input_dict[name][rows].to(device) for name in ("doc_ids", "positions"))
-        positions = positions if context is None else context.shard(positions)
+        positions = context.shard(positions)
     make = causal_block_mask if mask_form("auto", model, device) == "flex" else causal_mask
     masks = {kind: make(doc_ids, window, queries, keys) for kind, window in attention_windows(model.config).items()}
     mask = masks if len(masks) > 1 else next(iter(masks.values()))
-    return {"attention_mask": mask, "position_ids": positions, "part_of_sequence": context is not None}
+    return {"attention_mask": mask, "position_ids": positions, "part_of_sequence": context.is_split}
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from flame_ext.errors import ConfigError
 from flame_ext.hf_config import load_hf_config
 from flame_ext.host.names import BaseModelArgs
 from flame_ext.model.attention import BOOLEAN_ATTENTION, attention_options, choose_kernels, positions_in_order
-from flame_ext.model.context_parallel import ContextParallel
+from flame_ext.model.context_parallel import WHOLE, ContextParallel, SequenceParts
 from flame_ext.model.initialisation import ParameterInit
 from flame_ext.model.routing import RouteListener, Routing, first_router, prepare_routers, resting_parameters
 
@@ -150,7 +150,7 @@ class HFCausalLM(nn.Module):
     tied_keys: dict[str, str]  # a tied parameter's name, e.g. of lm_head, to the one that the state dict keeps
     computed_buffers: list[str]  # names of the buffers that are in no state dict (RoPE frequencies and the like)
     own_attention: str  # transformers' name of the attention that the backbone uses with its own masks
-    context: ContextParallel | None = None  # splits sequences over ranks; None = they are whole
+    context: SequenceParts = WHOLE  # a ContextParallel splits sequences over ranks
     routing: Routing = Routing()  # the routers of the whole model; none in a dense one
     stage: Stage = Stage(0, 1)  # the whole model is the only stage
     of_whole: tuple[HFCausalLM, ...] = ()  # the whole model; in a tuple, so that it does not become a child

@@ -73,7 +73,8 @@ class Pipeline(ModelRunner):
         # The dtype of the hidden states: under pipeline parallelism there is no mixed precision but FSDP's.
         mixed = isinstance(parts[0], FSDPModule)
         self._dtype = TORCH_DTYPE_MAP[training.mixed_precision_param if mixed else training.dtype]
-        self._stages = self._build_stages(config.parallelism.pipeline_parallel_microbatch_size, training.seq_len)
+        length = training.seq_len // parts[0].context.ranks  # of sequences on a rank
+        self._stages = self._build_stages(config.parallelism.pipeline_parallel_microbatch_size, length)
         # The last stage's forward computes the loss itself, since FSDP gathers the heads only while it runs.
         self._schedule = build_pipeline_schedule(config, self._stages, lambda output, _target: output)
         self._forward_only: dict[tuple[int, int, int], tuple[Any, list[_Stage]]] = {}

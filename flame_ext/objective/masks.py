@@ -56,11 +56,20 @@ def causal(doc_ids: Tensor | None, window: int, queries: Tensor, keys: Tensor) -
 
 
 def anticausal_mask(
-    seq_len: int, future_k: int = 0, doc_ids: Tensor | None = None, device: torch.device | str = "cpu"
+    seq_len: int,
+    future_k: int = 0,
+    doc_ids: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    queries: Tensor | None = None,
+    keys: Tensor | None = None,
 ) -> Tensor:
-    """Evaluates :func:`anticausal` as a (B, 1, T, T) bool tensor on ``device``, where ``doc_ids`` are; B is 1 without them."""
-    position = torch.arange(seq_len, device=device)
-    return _dense(anticausal(future_k, doc_ids), doc_ids, position[None, :, None], position)
+    """Evaluates :func:`anticausal` as a (B, 1, n, m) bool tensor on ``device``, where ``doc_ids`` are; B is 1 without them.
+
+    Its rows are for the (n,) positions ``queries`` and its columns for the (m,) ``keys``, all T of them if not given.
+    """
+    every = torch.arange(seq_len, device=device)
+    rows, columns = (every if positions is None else positions for positions in (queries, keys))
+    return _dense(anticausal(future_k, doc_ids), doc_ids, rows[None, :, None], columns)
 
 
 def anticausal_window_mask(
@@ -87,10 +96,22 @@ def window_is_short(seq_len: int, future_k: int) -> bool:
 
 
 def anticausal_block_mask(
-    seq_len: int, future_k: int = 0, doc_ids: Tensor | None = None, device: torch.device | str = "cpu"
+    seq_len: int,
+    future_k: int = 0,
+    doc_ids: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    queries: Tensor | None = None,
+    keys: Tensor | None = None,
 ) -> BlockMask:
-    """Makes the FlexAttention form of :func:`anticausal`; without ``doc_ids`` it fits any number of sequences."""
-    return _blocks(anticausal(future_k, doc_ids), doc_ids, seq_len, seq_len, torch.device(device))
+    """Makes the FlexAttention form of :func:`anticausal_mask`; without ``doc_ids`` it fits any number of sequences."""
+    allowed = anticausal(future_k, doc_ids)
+    if queries is None or keys is None:
+        return _blocks(allowed, doc_ids, seq_len, seq_len, torch.device(device))
+
+    def of_positions(b: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return allowed(b, head, queries[row], keys[column])
+
+    return _blocks(of_positions, doc_ids, len(queries), len(keys), queries.device)
 
 
 def causal_mask(doc_ids: Tensor | None, window: int, queries: Tensor, keys: Tensor) -> Tensor:

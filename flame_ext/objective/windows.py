@@ -34,12 +34,17 @@ def reduce_following(
     return result
 
 
-def upcoming_tokens(input_ids: Tensor, doc_ids: Tensor, window: int) -> Tensor:
-    """Returns the (B, T, W) tokens at t + 1 .. t + W of (B, T) ``input_ids``; -1 where the document of t has ended."""
-    steps = torch.arange(1, window + 1, device=input_ids.device)
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[:, None] + steps
-    ahead = positions.clamp_max(input_ids.shape[1] - 1)
-    same = (positions < input_ids.shape[1]) & (doc_ids[:, ahead] == doc_ids[:, :, None])
+def upcoming_tokens(input_ids: Tensor, doc_ids: Tensor, window: int, positions: Tensor | None = None) -> Tensor:
+    """Returns the (B, n, W) tokens at t + 1 .. t + W of (B, T) ``input_ids``; -1 where the document of t has ended.
+
+    The n positions t are ``positions``, or all T.
+    """
+    length = input_ids.shape[1]
+    if positions is None:
+        positions = torch.arange(length, device=input_ids.device)
+    later = positions[:, None] + torch.arange(1, window + 1, device=input_ids.device)
+    ahead = later.clamp_max(length - 1)
+    same = (later < length) & (doc_ids[:, ahead] == doc_ids[:, positions, None])
     return torch.where(same, input_ids[:, ahead], -1)
 
 

@@ -185,16 +185,15 @@ def _check_context(config: FlameJobConfig, degree: int) -> Iterator[str]:
     balancer, rotation = options.context_parallel_load_balancer, options.context_parallel_rotate_method
     tensor_degree = options.tensor_parallel_degree
     sharing = degree * max(1, tensor_degree)
-    if _processes() % sharing:
+    if data_parallel_ranks(config) is None:
         product = f"{name}_degree ({degree}) times parallelism.tensor_parallel_degree ({tensor_degree})"
+        product += f" times parallelism.pipeline_parallel_degree ({options.pipeline_parallel_degree})"
         yield f"{product} must divide the number of processes ({_processes()})"
-    if heads := enabled_heads(config):
+    if heads := [head for head, spec in enabled_heads(config).items() if not spec.takes_parts]:
         yield (
-            f"{name}_degree > 1 goes without heads ({', '.join(heads)} enabled): their losses take whole sequences, of which a rank "
-            "has a part; scale with FSDP, or with tensor_parallel_degree, whose sequence parallelism shares out activations"
+            f"{name}_degree > 1 gives a rank a part of each sequence, and the spec of {', '.join(heads)} does not say that its loss is "
+            "right for one: set takes_parts = True if it is (docs/extending.md), disable it, or scale with FSDP or tensor_parallel_degree"
         )
-    if options.pipeline_parallel_degree > 1:
-        yield f"{name}_degree > 1 does not go with parallelism.pipeline_parallel_degree > 1; take tensor parallelism or FSDP beside it"
     if balancer not in LOAD_BALANCERS:
         known = ", ".join(map(repr, LOAD_BALANCERS))
         yield f"{name}_load_balancer must be one of {known}, got {balancer!r}: all layers and micro-batches share one order of positions"

@@ -46,7 +46,7 @@ TORCHTITAN_OPTIONS = {
     "quantize.linear.float8.enable_fsdp_float8_all_gather": "refused with the proofs of step 0 (`seed.verify`), which need high precision",
     "parallelism.tensor_parallel_degree": "divides heads, widths, vocabulary and `seq_len` ([parallelism.md](parallelism.md#tensor))",
     "parallelism.enable_async_tensor_parallel": "refused without an accelerator, and without a compiled model",
-    "parallelism.context_parallel_degree": "without heads and pipelines ([parallelism.md](parallelism.md#context))",
+    "parallelism.context_parallel_degree": "ranks that share each sequence ([parallelism.md](parallelism.md#context))",
     "parallelism.context_parallel_load_balancer": '`"headtail"`, or none',
     "parallelism.context_parallel_rotate_method": '`"allgather"`',
     "parallelism.expert_parallel_degree": "divides the experts, and FSDP's ranks ([parallelism.md](parallelism.md#expert))",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from flame_ext.config.sections import FlameJobConfig, loss_compile_backend
 from flame_ext.errors import ConfigError
 from flame_ext.heads.registry import enabled_heads, loss_weights, trained_heads
-from flame_ext.heads.spec import FutureBatch, HeadBatch, HeadSpec
+from flame_ext.heads.spec import FutureBatch, HeadBatch, HeadSpec, Sequences
 from flame_ext.model.hf_causal_lm import LossOutput, Unembed
 from flame_ext.model.runner import ModelRunner
 from flame_ext.objective.cross_entropy import TokenLogProbs, cross_entropy_sum, token_log_probs, weighted_sum
@@ -51,21 +51,20 @@ class StudentLosses:
     run: Losses
     plan: StepPlan
     future: FutureRows | None
-    inputs: Tensor  # (B, T), or this rank's positions under context parallelism; labels as well
-    labels: Tensor
-    doc_ids: Tensor
+    inputs: Tensor  # (B, n) of this rank's positions
+    labels: Tensor  # (B, n)
+    whole: Sequences
 
     def rows(self, rows: slice) -> StudentLosses:
         """The losses of a part of the sequences."""
         if rows == slice(None):
             return self
-        future = None if self.future is None else self.future.rows(rows, len(self.labels))
-        return replace(
-            self, future=future, inputs=self.inputs[rows], labels=self.labels[rows], doc_ids=self.doc_ids[rows]
-        )
+        future = None if self.future is None else self.future.rows(rows, *self.labels.shape)
+        whole = Sequences(self.whole.input_ids[rows], self.whole.doc_ids[rows], self.whole.parts)
+        return replace(self, future=future, inputs=self.inputs[rows], labels=self.labels[rows], whole=whole)
 
     def __call__(self, logits: Tensor, hidden_states: Tensor, unembed: Unembed | None = None) -> LossOutput:
-        """(B, T, V) logits, a DTensor under loss parallelism, and (B, T, D) hidden states after the final norm to the losses."""
+        """(B, n, V) logits, a DTensor under loss parallelism, and (B, n, D) hidden states after the final norm to the losses."""
         labels, run = self.labels.flatten(), self.run
         candidates = run.candidates if self.plan.has_future else 0
         log_probs = token_log_probs(logits.flatten(0, 1), labels, candidates, run.compile_backend)
@@ -77,9 +76,12 @@ class StudentLosses:
             loss = options.mix_ce * loss + (1 - options.mix_ce) * parts["loss_dft"]
         if options.ce_weight != 1:
             loss = options.ce_weight * loss
-        tensors = (hidden_states, logits, self.inputs, self.labels, self.doc_ids)
+        doc_ids = self.whole.parts.shard(self.whole.doc_ids)
+        tensors = (hidden_states, logits, self.inputs, self.labels, doc_ids)
         future = self._future(hidden_states, log_probs)
-        batch = HeadBatch(*tensors, self.plan.tokens, run.config, None, unembed, future, run.compile_backend)
+        batch = HeadBatch(
+            *tensors, self.plan.tokens, run.config, None, unembed, future, run.compile_backend, self.whole
+        )
         for name, spec in run.heads.items():
             if spec.needs_future and batch.future is None:
                 continue
@@ -99,15 +101,16 @@ class StudentLosses:
         if future is None:
             return None
         hidden_states = future.select(hidden_states)
-        bank, first_key = future.bank, future.first_key
-        if bank is None:
+        parts = self.whole.parts
+        if future.bank is None:
             assert self.run.teacher is not None
-            bank, first_key = self.run.teacher.pool(hidden_states, future, plan.shift)
+            future = replace(future, **self.run.teacher.pool(hidden_states, future, plan.shift))
+        assert future.bank is not None
         shape, labels = self.labels.shape, future.select(self.labels)
         selected = TokenLogProbs(*(future.select(values.unflatten(0, shape)).flatten(0, 1) for values in log_probs))
-        return FutureBatch(
-            hidden_states, labels, selected, future.pairs, bank, first_key, plan.shift, plan.pairs, plan.positions
-        )
+        keys = future.bank, future.first_key, future.targets(plan.shift, parts), plan.shift
+        pairs = parts.shard(future.pairs)
+        return FutureBatch(hidden_states, labels, selected, pairs, *keys, plan.pairs, plan.positions)
 
     def _losses_of(self, name: str, spec: HeadSpec, batch: HeadBatch) -> dict[str, Tensor]:
         assert spec.loss is not None

@@ -15,6 +15,7 @@ from flame_ext.config.sections import FlameJobConfig
 from flame_ext.data.packing import PADDING
 from flame_ext.heads.registry import loss_weights, teacher_of, trained_heads
 from flame_ext.heads.spec import KeyBank
+from flame_ext.model.context_parallel import SequenceParts
 from flame_ext.objective.cross_entropy import IGNORE_INDEX
 from flame_ext.objective.masks import doc_ids_from_eos, has_future, pair_mask
 
@@ -31,23 +32,35 @@ class FutureRows:
     pairs: Tensor  # (b, T) bool: positions t with a valid summary at t + shift, in their document
     bank: KeyBank | None = None
     """None until the teacher has run; it stays None for summaries that are pooled in the student's forward."""
-    first_key: int = 0  # Row of the bank where the b * T summaries of these sequences begin
+    first_key: int = 0  # Row of the bank where this rank's b * n summaries of these sequences begin
+    keys_of_rank: int = 0  # Number of rows of the bank from each rank
     numbers: list[int] | None = None  # The selection, on the host
 
     def select(self, values: Tensor) -> Tensor:
         """(B, …) to (b, …)."""
         return values if self.selection is None else values[self.selection]
 
-    def rows(self, rows: slice, batch_size: int) -> FutureRows:
-        """The part that lies in ``rows`` of the B = ``batch_size`` sequences; it is compared with the same keys."""
+    def rows(self, rows: slice, batch_size: int, length: int) -> FutureRows:
+        """The part that lies in ``rows`` of the B = ``batch_size`` sequences; it is compared with the same keys. ``length``: n."""
         begin, end, _ = rows.indices(batch_size)
         selection, own, numbers = None, slice(begin, end), None
         if self.selection is not None:
             assert self.numbers is not None
             own = slice(*(bisect_left(self.numbers, row) for row in (begin, end)))
             selection, numbers = self.selection[own] - begin, [number - begin for number in self.numbers[own]]
-        first_key = self.first_key + own.start * self.doc_ids.shape[1]
-        return FutureRows(selection, self.doc_ids[own], self.pairs[own], self.bank, first_key, numbers)
+        first_key = self.first_key + own.start * length
+        doc_ids, pairs = self.doc_ids[own], self.pairs[own]
+        return FutureRows(selection, doc_ids, pairs, self.bank, first_key, self.keys_of_rank, numbers)
+
+    def targets(self, shift: int, parts: SequenceParts) -> Tensor:
+        """The (b * n,) rows of the bank with the summaries at t + shift of this rank's positions t; 0 where there is no pair."""
+        (sequences, seq_len), device = self.pairs.shape, self.pairs.device
+        ahead = (parts.positions(seq_len, device) + shift).clamp_max(seq_len - 1)
+        place, length = parts.places(seq_len, device)[ahead], seq_len // parts.ranks
+        owner = place.div(length, rounding_mode="floor")
+        row = self.first_key + (owner - parts.rank) * self.keys_of_rank + place - owner * length
+        rows = row + length * torch.arange(sequences, device=device)[:, None]
+        return torch.where(parts.shard(self.pairs), rows, 0).flatten()
 
 
 @dataclass

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flame_ext.config.sections import FlameJobConfig
+from flame_ext.heads.spec import Sequences
 from flame_ext.model.attention import causal_attention
 from flame_ext.model.routing import Routes
 from flame_ext.model.runner import ModelRunner
@@ -44,7 +45,8 @@ class Student:
         if self._teacher is not None:
             self._teacher.teach(plan, microbatch, lambda rows: self.attention(microbatch.inputs, rows))
         inputs, labels, _, _ = self._prepared({"input": microbatch.inputs["input"]}, microbatch.labels)
-        losses = StudentLosses(self._losses, plan, microbatch.future, inputs, labels, microbatch.doc_ids)
+        whole = Sequences(microbatch.inputs["input"], microbatch.doc_ids, self._runner.model.context)
+        losses = StudentLosses(self._losses, plan, microbatch.future, inputs, labels, whole)
 
         def inputs_of(rows: slice) -> dict[str, Any]:
             return {**self.attention(microbatch.inputs, rows), "compute": losses.rows(rows), "routes": routes}

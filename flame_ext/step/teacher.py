@@ -27,7 +27,7 @@ _NO_KEYS = KeyBank(torch.empty(0), torch.empty(0), torch.empty(0))
 
 
 class Teacher:
-    """Makes the summaries of a model with a head that ``is_teacher``; ``mesh`` is that of the ranks that have different data.
+    """Makes the summaries of a model with a head that ``is_teacher``; ``mesh`` is that of the ranks that have different positions.
 
     Raises a ConfigError if summaries have to respect documents, and the tokenizer has no EOS.
     """
@@ -43,7 +43,9 @@ class Teacher:
         stopwatch: Stopwatch,
     ) -> None:
         self._runner, self._mesh, self._autocast = runner, mesh, autocast
-        self._device, self._stopwatch = device, stopwatch
+        self._device, self._stopwatch, self._parts = device, stopwatch, runner.model.context
+        # Without "parts", a teacher is called as one that knows of whole sequences alone.
+        self._given: dict[str, Any] = {"parts": self._parts} if self._parts.is_split else {}
         name = teacher_of(config)
         assert name is not None
         self._name, self._options = name, getattr(config, name)
@@ -74,12 +76,12 @@ class Teacher:
             return
         taught = [(_future(m), self._taught(m)) for m in plan.microbatches]
         banks = [self._bank(summaries, future, plan.shift) for future, summaries in taught if summaries is not None]
-        bank, first = _NO_KEYS, 0
+        found: dict[str, Any] = {"bank": _NO_KEYS, "first_key": 0}
         if banks:
-            bank, first = self._gathered(KeyBank(*(torch.cat(parts) for parts in zip(*banks, strict=True))))
+            found = self._shared(KeyBank(*(torch.cat(parts) for parts in zip(*banks, strict=True))))
         for future, _ in taught:
-            future.bank, future.first_key = bank, first
-            first += future.doc_ids.numel()
+            _set(future, found)
+            found["first_key"] += future.doc_ids.numel() // self._parts.ranks
 
     def teach(self, plan: StepPlan, microbatch: MicroBatch, attention_of: StageInputs) -> None:
         """Fill the bank of a micro-batch before the student's forward, where it is not known yet. Collective.
@@ -91,30 +93,36 @@ class Teacher:
             return
         if self.anticausal:
             summaries = self._taught(microbatch)
-            future.bank = _NO_KEYS if summaries is None else self._bank(summaries, future, plan.shift)
+            found = None if summaries is None else self._shared(self._bank(summaries, future, plan.shift))
+            _set(future, found or {"bank": _NO_KEYS})
         elif self._runner.cuts(len(microbatch.labels)):
             self._pool_before(plan, microbatch, attention_of)
 
     def summaries(
         self, input_ids: Tensor, doc_ids: Tensor | None = None, routes: RouteListener | None = None
     ) -> FutureSummaries | None:
-        """(B, T) tokens and document numbers (None = each sequence is one) to anti-causal summaries (B, T, D). Collective.
+        """(B, T) tokens and document numbers (None = each sequence is one) to anti-causal summaries (B, n, D). Collective.
 
         None on ranks of a pipeline without the last stage. The routers of a mixture report to ``routes``.
         """
-        input_ids, encoder = input_ids.to(self._device), self._encoder
+        input_ids, encoder, parts = input_ids.to(self._device), self._encoder, self._parts
         assert isinstance(encoder, BackboneTeacher)
 
         def inputs_of(rows: slice) -> dict[str, Any]:
-            documents = None if doc_ids is None else doc_ids[rows]
-            mask = encoder.attention_mask(input_ids[rows], documents, self._mask_form)
-            return {"attention_mask": mask, "output": "hidden_states", "routes": routes}
+            tokens, documents = input_ids[rows], None if doc_ids is None else doc_ids[rows]
+            mask = encoder.attention_mask(tokens, documents, self._mask_form, **self._given)
+            inputs = {"attention_mask": mask, "output": "hidden_states", "routes": routes}
+            if parts.is_split:
+                positions = parts.positions(tokens.shape[1], tokens.device).expand(len(tokens), -1)
+                inputs |= {"position_ids": positions, "part_of_sequence": True}
+            return inputs
 
         with self._autocast(), self._without_dropout():
-            states = self._runner.forward(input_ids, inputs_of)
+            states = self._runner.forward(parts.shard(input_ids), inputs_of)
         if states is None:
             return None
-        return encoder.summaries(states[0] if len(states) == 1 else torch.cat(states), input_ids, doc_ids)
+        joined = states[0] if len(states) == 1 else torch.cat(states)
+        return encoder.summaries(joined, input_ids, doc_ids, **self._given)
 
     def summaries_of_one(self, input_ids: Tensor, routes: RouteListener | None = None) -> Tensor | None:
         """As :meth:`summaries`, from (1, T) tokens of one document to (1, T, D).
@@ -123,13 +131,15 @@ class Teacher:
         """
         batch = input_ids.repeat(self._sequences, 1).to(self._device)
         found = self.summaries(batch, torch.zeros_like(batch) if self._with_documents else None, routes)
-        return None if found is None else found.states[:1]
+        return None if found is None else self._parts.unshard(found.states[:1])
 
-    def pool(self, hidden_states: Tensor, future: FutureRows, shift: int) -> tuple[KeyBank, int]:
-        """Pool the student's (b, T, D) hidden states into a bank; also returns the row where this rank's summaries begin."""
+    def pool(self, hidden_states: Tensor, future: FutureRows, shift: int) -> dict[str, Any]:
+        """Pool the student's (b, n, D) hidden states into a bank; returns it and where this rank's summaries lie in it, by field."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._options.detach_targets):
-            summaries = self._runner.model.get_submodule(self._name)(hidden_states, future.doc_ids)
-            return self._shared(self._bank(summaries, future, shift))
+            return self._shared(self._bank(self._pooled(hidden_states, future.doc_ids), future, shift))
+
+    def _pooled(self, hidden_states: Tensor, doc_ids: Tensor) -> FutureSummaries:
+        return self._runner.model.get_submodule(self._name)(hidden_states, doc_ids, **self._given)
 
     def _taught(self, microbatch: MicroBatch) -> FutureSummaries | None:
         future = _future(microbatch)
@@ -147,40 +157,39 @@ class Teacher:
 
             # On the last stage, which has the head.
             def pool(_logits: Tensor, hidden_states: Tensor, _unembed: Any) -> Any:
-                return self._runner.model.get_submodule(self._name)(hidden_states, documents)
+                return self._pooled(hidden_states, documents)
 
             return {**attention_of(rows), "compute": pool}
 
         with self._autocast(), self._without_dropout(), self._stopwatch.measure("teacher"):
-            parts = self._runner.forward(microbatch.inputs["input"], inputs_of)
+            parts = self._runner.forward(self._parts.shard(microbatch.inputs["input"]), inputs_of)
         future.bank = _NO_KEYS
         if parts is not None:
             summaries = FutureSummaries(*map(torch.cat, zip(*parts, strict=True)))
-            future.bank, future.first_key = self._shared(self._bank(summaries, future, plan.shift))
+            _set(future, self._shared(self._bank(summaries, future, plan.shift)))
 
     def _bank(self, summaries: FutureSummaries, future: FutureRows, shift: int) -> KeyBank:
         keys = F.normalize(summaries.states.float(), dim=-1).to(self._key_dtype)
         targets = torch.zeros_like(future.pairs)
         targets[:, shift:] = future.pairs[:, :-shift]
-        return KeyBank(keys.flatten(0, 1), targets.flatten(), summaries.valid_mask.flatten())
+        return KeyBank(keys.flatten(0, 1), self._parts.shard(targets).flatten(), summaries.valid_mask.flatten())
 
-    def _shared(self, bank: KeyBank) -> tuple[KeyBank, int]:
-        return self._gathered(bank) if self._options.negatives == "global" else (bank, 0)
+    def _shared(self, bank: KeyBank) -> dict[str, Any]:
+        """The banks of all ranks, or of those that share the same sequences, and where this rank's is, by field. Collective."""
+        own, mesh = len(bank.keys), self._mesh if self._options.negatives == "global" else self._parts.mesh
+        bank = bank if mesh is None else self._gathered(bank, mesh)
+        return {"bank": bank, "first_key": mesh.get_local_rank() * own if mesh else 0, "keys_of_rank": own}
 
-    def _gathered(self, bank: KeyBank) -> tuple[KeyBank, int]:
-        """The banks of all data-parallel ranks, and the row where this rank's begins. Collective."""
-        if self._mesh is None:
-            return bank, 0
-        group = self._mesh.get_group()
+    def _gathered(self, bank: KeyBank, mesh: DeviceMesh) -> KeyBank:
+        group = mesh.get_group()
         # With a gradient, each rank's comes back to where the key is from, as the sum over ranks.
         gather = funcol.all_gather_tensor_autograd if bank.keys.requires_grad else funcol.all_gather_tensor
         masks = torch.stack([bank.pair_mask, bank.valid_mask], dim=1).to(torch.uint8)
         pair, valid = funcol.all_gather_tensor(masks, 0, group).bool().unbind(dim=1)
-        first = self._mesh.get_local_rank() * len(bank.keys)
         keys: Any = gather(bank.keys, 0, group)
         if isinstance(keys, funcol.AsyncCollectiveTensor) and not keys.requires_grad:
             keys = keys.wait()  # else every operation on a tile would ask whether the collective has ended
-        return KeyBank(keys, pair, valid), first
+        return KeyBank(keys, pair, valid)
 
     @contextmanager
     def _without_dropout(self) -> Iterator[None]:
@@ -193,6 +202,11 @@ class Teacher:
         finally:
             for part in switch:
                 part.train()
+
+
+def _set(future: FutureRows, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(future, name, value)
 
 
 def _future(microbatch: MicroBatch) -> FutureRows:

@@ -202,9 +202,9 @@ def write_text(folder: Path) -> Path:
     return folder
 
 
-def build(job: Job, shape: Shape | None, backbone: str | None, text: str | None, folder: str) -> Any:
-    """A trainer at step 0, seeded or, torchtitan's, random. Once in a process."""
-    os.environ.update(rank_environment())
+def build(job: Job, shape: Shape | None, backbone: str | None, text: str | None, folder: str, *rank: int) -> Any:
+    """A trainer at step 0, seeded or, torchtitan's, random. Once in a process, which is ``rank``: its number, of how many, port."""
+    os.environ.update(rank_environment(*rank))
     os.chdir(REPOSITORY)
     prepare_host()
     if job.kind == "host":

@@ -27,4 +27,4 @@ def arguments(_section: object, backbone: nn.Module) -> dict[str, int]:
     return {"in_features": config.hidden_size, "out_features": config.vocab_size}
 
 
-register_head("next_byte", HeadSpec(NextByte, arguments, loss))
+register_head("next_byte", HeadSpec(NextByte, arguments, loss, takes_parts=True))

@@ -17,7 +17,7 @@ from flame_ext.config.sections import Loss
 from flame_ext.errors import CheckpointError, ConfigError
 from flame_ext.heads import registry
 from flame_ext.heads.registry import build_head, check_heads, enabled_heads, job_config_class, register_head
-from flame_ext.heads.spec import HeadBatch, HeadSpec, WeightedHeadSection
+from flame_ext.heads.spec import HeadBatch, HeadSpec, Sequences, WeightedHeadSection
 from flame_ext.step.losses import Losses, StudentLosses
 from flame_ext.step.plan import StepPlan
 from tests.ranks import TINY_OLMO, train
@@ -93,7 +93,8 @@ def losses_of(model: nn.Module, weight: float, tokens: float, *batch: torch.Tens
     model.get_input_embeddings = lambda: None
     run = Losses(SimpleNamespace(model=model, needs_all_gradients=False), config, None)
     plan = StepPlan([], tokens, int(tokens), registry.loss_weights("mine", config) if run.heads else {})
-    return StudentLosses(run, plan, None, *batch)
+    inputs, labels, doc_ids = batch
+    return StudentLosses(run, plan, None, inputs, labels, Sequences(inputs, doc_ids))
 
 
 def test_the_cross_entropy_is_weighed_and_mixed(registered: HeadSpec) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flame_ext.errors import ConfigError, SeedError
+from flame_ext.heads import registry
 from flame_ext.run.metrics import FutureMetricsProcessor
 from flame_ext.seeding.proof.attention import prove_context_parallel
 from flame_ext.train import parse
@@ -33,6 +35,8 @@ from tests.tiny_models import CONFIGS
 
 DOCUMENTS = ["--data.document_attention"]
 FULL = ["--activation_checkpoint.mode=full"]
+NEXT = ["--mtp.enable", "--mtp.depth=2", "--token_order.enable", "--future_bag.enable", "--next_latent.enable"]
+FURTHER = [*NEXT, "--mtp.kind=sequential", "--next_latent.steps=20"]  # beyond a chunk
 IN_ORDER = ["--parallelism.context_parallel_load_balancer=None"]
 
 # Architecture and what is tried with it: job to options of its own.
@@ -41,9 +45,10 @@ JOBS: dict[str, list[str]] = {
     "llama-scaled-rope+documents": DOCUMENTS,
     "gemma2+documents": [*DOCUMENTS, *FULL],
     "olmo2+op": PER_OP,
+    "olmo2+heads": [*FURTHER, *DOCUMENTS],
 }
 COVERED = {
-    "cp2": ["olmo-tied", "llama-scaled-rope+documents"],
+    "cp2": ["olmo-tied", "llama-scaled-rope+documents", "olmo2+heads"],
     "fsdp2-cp2": ["gemma2+documents", "olmo2+op"],
 }
 
@@ -84,22 +89,31 @@ def test_a_run_is_that_of_a_single_process_and_goes_on_as_one(tmp_path: Path) ->
     """Figures that are counted for sequences, not for their parts; validation; steps that are saved."""
     texts = [json.dumps({"text": f"Document {n} is read more than once. " * (n + 2)}) for n in range(12)]
     (tmp_path / "few.jsonl").write_text("\n".join(texts))
-    options = [*NO_HEADS, "--training.dataset=json", f"--training.dataset_path={tmp_path / 'few.jsonl'}"]
+    options = ["--action_layer.enable", "--next_latent.enable", "--training.dataset=json"]
+    options += [f"--training.dataset_path={tmp_path / 'few.jsonl'}", "--checkpoint.last_save_in_hf"]
     options += ["--validation.enable", "--validation.freq=1", "--validation.steps=2"]
     options += ["--validation.seq_len=64", "--validation.local_batch_size=2", "--validation.dataset=python_stdlib"]
     unbroken = train(tmp_path / "unbroken", *options, ranks=1, steps=3)
     shared = [*options, CP2, "--training.local_batch_size=4", "--checkpoint.allow_config_change=training.steps"]
     run = train(tmp_path / "shared", *shared, ranks=2, steps=2)
     folder = resumed_from(run, 2, tmp_path / "tail")
+    exported = resumed_from(run, 2, tmp_path / "exported")
+    train(exported, *options, ranks=1, steps=2)  # which only exports
+    files = list((exported / "hf" / "step-2").rglob("*.safetensors"))
+    assert len(files) == 2, "the model and its heads"
+    for path in files:
+        assert path.read_bytes() == (run.dump_folder / path.relative_to(exported)).read_bytes(), path
     tail = train(folder, *options, ranks=1, steps=3)
     assert_resumed_exactly(tail, run.dump_folder / "checkpoint" / "step-2")
     assert max(unbroken.values("epochs/few.jsonl")) > 0
-    for name in ("loss", "loss_ce", "grad_norm", "tokens_seen", "epochs/few.jsonl"):
+    losses = ("loss", "loss_ce", "loss_future", "loss_action", "loss_action_model", "loss_next_latent")
+    for name in (*losses, "future_keys", "grad_norm", "tokens_seen", "epochs/few.jsonl"):
         # Adam divides small gradients by themselves: a step on, roundings of 1e-7 are 1e-6.
         assert run.values(name) == pytest.approx(unbroken.values(name)[:2], rel=1e-5), name
         assert tail.values(name) == pytest.approx(unbroken.values(name), rel=1e-5), name
-    held_out = [[json.loads(line)["loss_ce"] for line in lines] for lines in map(validated, (run, unbroken))]
-    assert held_out[0] == pytest.approx(held_out[1][:2], rel=1e-5)
+    for name in losses[1:]:
+        held_out = [[json.loads(line)[name] for line in lines] for lines in map(validated, (run, unbroken))]
+        assert held_out[0] == pytest.approx(held_out[1][:2], rel=1e-5), name
 
 
 def test_figures_of_the_host_are_of_whole_sequences() -> None:
@@ -162,8 +176,8 @@ def seed_with_keys_out_of_order(dump_folder: str) -> str:
     order = ContextParallel.order
     try:
         with (
-            mock.patch.object(ContextParallel, "positions", lambda self, n: order(self, n).chunk(2)[dist.get_rank()]),
-            mock.patch.object(ContextParallel, "order", lambda _self, seq_len: torch.arange(seq_len)),
+            mock.patch.object(ContextParallel, "positions", lambda self, *n: order(self, *n).chunk(2)[dist.get_rank()]),
+            mock.patch.object(ContextParallel, "order", lambda _self, seq_len, _device: torch.arange(seq_len)),
         ):
             trainer.checkpointer.load()
     except SeedError as e:
@@ -211,8 +225,7 @@ def refusal(folder: Path, config: PreTrainedConfig, *options: str, world_size: i
     [
         (["--parallelism.context_parallel_degree=0", *NO_HEADS], "context_parallel_degree must be >= 1"),
         (["--parallelism.context_parallel_degree=3", *NO_HEADS], "must divide the number of processes (4)"),
-        ([], "goes without heads (future_encoder, future_predictor enabled)"),
-        (["--parallelism.pipeline_parallel_degree=2", *NO_HEADS], "does not go with parallelism.pipeline_parallel_degree > 1"),
+        (["--parallelism.pipeline_parallel_degree=3"], "pipeline_parallel_degree (3) must divide the number of processes (4)"),
         (["--parallelism.context_parallel_load_balancer=ptrr", *NO_HEADS], "must be one of 'headtail', None, got 'ptrr'"),
         (["--parallelism.context_parallel_rotate_method=alltoall", *NO_HEADS], "must be 'allgather', got 'alltoall'"),
         (["--training.seq_len=62", *NO_HEADS], "training.seq_len (62) must be a multiple of 4"),
@@ -223,6 +236,13 @@ def refusal(folder: Path, config: PreTrainedConfig, *options: str, world_size: i
 )  # fmt: skip
 def test_options_that_do_not_go_together_are_refused(tmp_path: Path, options: list[str], expected: str) -> None:
     assert expected in refusal(tmp_path, LlamaConfig(**_SHAPE), *options)
+
+
+def test_a_head_that_does_not_say_that_it_takes_parts_is_refused(tmp_path: Path) -> None:
+    spec = replace(registry._heads["next_latent"], takes_parts=False)
+    with mock.patch.dict(registry._heads, {"next_latent": spec}):
+        message = refusal(tmp_path, LlamaConfig(**_SHAPE), "--next_latent.enable")
+    assert "the spec of next_latent does not say" in message and "takes_parts = True" in message
 
 
 @pytest.mark.parametrize(

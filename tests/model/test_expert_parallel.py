@@ -142,8 +142,7 @@ VARIANTS: dict[str, list[str]] = {
     ("layout", "kind"),
     [
         *((layout, "+heads") for layout in ("fsdp2", "ddp2", "ep2", "ep4", "fsdp4-ep2", "hsdp4-ep2")),
-        *((layout, "+heads") for layout in ("tp2-ep2", "fsdp2-tp2-ep2", "fsdp2-tp2-ep4")),
-        *((layout, "") for layout in ("cp2-ep2", "fsdp2-cp2-ep4")),  # which goes without heads
+        *((layout, "+heads") for layout in ("tp2-ep2", "fsdp2-tp2-ep2", "fsdp2-tp2-ep4", "cp2-ep2", "fsdp2-cp2-ep4")),
         *((layout, "variants") for layout in ("ep2", "fsdp4-ep2")),
     ],
 )

@@ -360,6 +360,46 @@ def test_every_schedule_and_product_is_one_process(model: str, heads: tuple[str,
 
 
 @pytest.mark.matrix
+@pytest.mark.parametrize("more", ["", "fsdp", "tp"])
+def test_stages_of_parts_of_sequences_are_one_process(more: str, tmp_path: Path) -> None:
+    """With context parallelism, and more beside it: heads, pooled summaries, held-out text, the proofs of step 0."""
+    cp = (PP2, "--parallelism.context_parallel_degree=2")
+    size = "--parallelism.pipeline_parallel_microbatch_size"
+    others = {"": (), "fsdp": ("--training.local_batch_size=2",), "tp": ("--parallelism.tensor_parallel_degree=2",)}
+    of_others = (
+        "--mtp.enable",
+        "--next_latent.enable",
+        "--next_latent.steps=9",
+        "--future_bag.enable",
+        "--token_order.enable",
+    )
+    gradients = ("--future_encoder.summary_method=query", "--future_encoder.no-detach_targets", schedule("GPipe"))
+    whole = f"{size}={2 if more == 'fsdp' else BATCH}"
+    cases = {
+        "pooled": ("olmo2", CASES["pooled"][1], (schedule("GPipe"),)),
+        "gradients": ("olmo2", gradients, (whole,)),
+        "interleaved": ("llama-scaled-rope", of_others, (schedule("Interleaved1F1B"),)),
+        "plain": ("llama-scaled-rope", PLAIN, (schedule("GPipe"),)),
+    }
+    if more != "fsdp":  # where a fraction would be other sequences
+        cases["everything"] = ("olmo-tied", (*EVERYTHING, *of_others), (schedule("1F1B"),))
+    models = {name: assets(name, tmp_path / "models" / name) for name in MODELS}
+    for where, world_size, options in (("one", 1, ()), ("parts", 8 if more else 4, (*cp, *others[more]))):
+        jobs = [
+            Job(tmp_path / where / name, models[model], (*common, *options, *(in_stages if options else ())))
+            for name, (model, common, in_stages) in cases.items()
+        ]
+        jobs_on(world_size, jobs, tmp_path / where / "logs")
+    for name in cases:
+        assert_same_run(metrics_of(tmp_path / "parts" / name), metrics_of(tmp_path / "one" / name))
+    if "everything" in cases:
+        files = (tmp_path / where / "everything" / "validation.jsonl" for where in ("one", "parts"))
+        expected, found = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+        for line, other in zip(found, expected, strict=True):
+            assert line == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", [n for n in CONFIGS if not n.startswith(("gpt2", "falcon"))])
 def test_every_architecture_in_stages_is_from_pretrained(name: str, tmp_path: Path) -> None:
     folder = assets(name, tmp_path / "model")

@@ -85,7 +85,7 @@ def test_parts_of_a_micro_batch_keep_their_keys(selection: torch.Tensor | None) 
     future = FutureRows(
         selection, doc_ids, pairs, bank, first_key=100, numbers=None if selection is None else selection.tolist()
     )
-    parts = [future.rows(slice(begin, begin + 1), 5) for begin in range(5)]
+    parts = [future.rows(slice(begin, begin + 1), 5, 6) for begin in range(5)]
     values = torch.arange(5)
     assert (
         torch.cat([part.select(values[i : i + 1]) for i, part in enumerate(parts)]).tolist()
