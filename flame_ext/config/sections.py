@@ -22,7 +22,7 @@ class Seed:
 
     verify: Literal["finite", "parity", "none"] = "finite"
     """What is proved after seeding. 'finite': every weight that was read is finite. 'parity': also, loss and logits on fixed tokens
-    equal those of `from_pretrained` (rank 0 holds a second copy of the model for the time of the comparison). 'none': neither. In
+    equal those of `from_pretrained` (rank 0 reads the source once more, and holds two layers of it at a time). 'none': neither. In
     all cases every element was written exactly once, and a loss near chance gives a warning."""
 
     ignore_source_keys: list[str] = field(default_factory=list)

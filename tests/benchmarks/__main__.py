@@ -17,7 +17,7 @@ from typing import Any
 
 from tests.benchmarks.common import Table, as_json, facts, facts_line, into_page
 
-TOPICS = ("startup", "seeding", "steps", "memory", "context", "mixtures", "objective", "data", "accelerator")
+TOPICS = ("startup", "seeding", "parity", "steps", "memory", "context", "mixtures", "objective", "data", "accelerator")
 
 
 def main(arguments: list[str] | None = None) -> None:

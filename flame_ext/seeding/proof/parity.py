@@ -2,8 +2,9 @@
 
 import gc
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,7 @@ def verify(mode: str, probe: Probe, reference_logits: Callable[[Probe], Tensor],
             if is_main_rank():
                 reference = reference_logits(probe)
                 gc.collect()  # torchtitan has switched automatic collection off
-    # Compiled at the probe's shape, the layers would be compiled again, with dynamic shapes, at the batch's.
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with not_compiled():
         logits = probe.forward(probe.tokens).float().cpu()
     loss = next_token_loss(logits, probe.tokens)
     result = Verification(mode, loss=loss)
@@ -116,6 +116,16 @@ def verify(mode: str, probe: Probe, reference_logits: Callable[[Probe], Tensor],
             "source is not the trained model, its tokenizer is not this one, or a part (RoPE, an embedding, a norm) is dead."
         )
     return result
+
+
+@contextmanager
+def not_compiled() -> Iterator[None]:
+    """How both models run, without gradients: layers that are compiled at the probe's shape would be compiled again, with dynamic
+    shapes, at the batch's, and FlexAttention's compiled kernels do not round as its operators do.
+    """
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+        yield
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> float:

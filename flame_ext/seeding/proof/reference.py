@@ -19,10 +19,10 @@ from torchtitan.tools.logging import logger
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from flame_ext.errors import SeedError
-from flame_ext.model.attention import attention_options
+from flame_ext.model.attention import attention_options, choose_kernels
 from flame_ext.seeding.names import Rule, rename, unwrapped
 from flame_ext.seeding.proof.blocks import weights_by_blocks
-from flame_ext.seeding.proof.parity import Probe
+from flame_ext.seeding.proof.parity import Probe, not_compiled
 from flame_ext.seeding.sources.source import Source, TensorEntry
 
 
@@ -127,7 +127,8 @@ class Reference:
 
 def _run(model: PreTrainedModel, probe: Probe) -> Tensor:
     model.eval()
-    with torch.no_grad(), probe.autocast():
+    choose_kernels(model.config, None, probe.tokens.shape[1])  # as before a forward of the trainer's
+    with not_compiled(), probe.autocast():
         logits: Tensor = model(probe.tokens.to(probe.device), use_cache=False).logits
         return logits.float().cpu()
 
