@@ -7,9 +7,11 @@ import logging
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -54,6 +56,23 @@ def test_by_blocks_the_logits_are_those_of_from_pretrained(tmp_path: Path, name:
     folder = save_tiny(name, tmp_path / name, max_shard_size="50KB")
     for dtype in (torch.float32, torch.bfloat16):
         assert torch.equal(reference(folder, folder).logits_by_blocks(probe(dtype)), stock_logits(folder, dtype)), dtype
+
+
+@pytest.mark.parametrize(("name", "cudnn"), [("olmo-tied", True), ("olmo3-sliding-window", False)])
+def test_it_attends_by_the_kernels_of_the_trainers_model_not_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, cudnn: bool
+) -> None:
+    attend, seen = F.scaled_dot_product_attention, []
+
+    def watched(*args: Tensor, **options: Any) -> Tensor:
+        seen.append((torch.backends.cuda.cudnn_sdp_enabled(), torch._dynamo.eval_frame._stance.stance))
+        return attend(*args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    torch.backends.cuda.enable_cudnn_sdp(not cudnn)
+    folder = save_tiny(name, tmp_path / name)
+    reference(folder, folder).logits_by_blocks(probe())
+    assert seen == [(cudnn, "force_eager")] * 3
 
 
 @pytest.mark.parametrize("kind", ["bin", "numbered", "dcp", "dcp-nested", "as-the-model", "renamed", "wrapped"])
