@@ -233,6 +233,7 @@ def synchronise() -> None:
 
 def worker(pipe: Connection, *arguments: Any) -> None:
     """A step for each message; answers with wall and CPU seconds, parts of the step, and the peak of memory."""
+    import torch
     from torchtitan.tools.logging import logger
 
     logger.setLevel("ERROR")
@@ -248,6 +249,8 @@ def worker(pipe: Connection, *arguments: Any) -> None:
         found = {"wall": time.perf_counter() - wall, "cpu": cpu_seconds() - cpu, "peak_gib": _peak_gib()}
         pipe.send({**found, "parts": parts, "flops_per_token": trainer.metrics_processor.num_flops_per_token})
     trainer.close()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # else ranks wait for each other at their ends
 
 
 def _peak_gib() -> float:

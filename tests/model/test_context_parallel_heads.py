@@ -14,9 +14,10 @@ import torch.distributed as dist
 from flame_ext.errors import SeedError
 from flame_ext.model.context_parallel import _halo
 from flame_ext.objective.masks import anticausal_block_mask, anticausal_mask
+from tests.faults.test_resume import assert_resumed_exactly, resumed_from, train
 from tests.layouts import COMPILE, CP2, PER_OP, assert_same_step, steps
 from tests.model.test_context_parallel import DOCUMENTS, FURTHER, IN_ORDER, NEXT
-from tests.ranks import DEBUG_TOML, run_ranks
+from tests.ranks import DEBUG_TOML, TrainRun, run_ranks
 
 
 def pooled(method: str, window: int = 0) -> list[str]:
@@ -104,6 +105,23 @@ def test_every_head_under_every_layout(models: Path, tmp_path: Path, layout: str
     for rank in steps(models, tmp_path, layout, jobs, *text):
         for name in jobs:
             assert_same_step(rank[name], expected[name])
+
+
+@pytest.mark.matrix
+def test_a_run_goes_on_under_other_layouts(tmp_path: Path) -> None:
+    """From one process to ranks that share sequences, to stages of such ranks, and back; the losses are those of one process."""
+    options = [*short_documents(tmp_path), "--action_layer.enable", "--mtp.enable", "--next_latent.enable"]
+    unbroken = train(tmp_path / "unbroken", *options, ranks=1)
+    layouts = [(4, 2, [CP2]), (4, 4, [CP2, "--parallelism.pipeline_parallel_degree=2"]), (1, 4, [])]
+    run: TrainRun = unbroken
+    for step, (ranks, batch, more) in enumerate(layouts, start=1):
+        folder = resumed_from(run, step, tmp_path / f"{step}")
+        before = run.dump_folder / "checkpoint" / f"step-{step}"
+        layout = [*more, f"--training.local_batch_size={batch}"]
+        run = train(folder, *options, *layout, ranks=ranks, steps=step + 1)
+        assert_resumed_exactly(run, before)
+    for name in ("loss", "loss_ce", "loss_future", "loss_action", "loss_mtp", "loss_next_latent", "grad_norm"):
+        assert run.values(name) == pytest.approx(unbroken.values(name), rel=1e-4), name
 
 
 def seed_with_another_mask(dump_folder: str) -> str:
