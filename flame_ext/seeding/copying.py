@@ -4,7 +4,7 @@ are summed, to a device through pinned memory, so that reading overlaps with cop
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from threading import Semaphore
@@ -46,21 +46,22 @@ class Copies:
         self._pool.shutdown(cancel_futures=True)
         torch.set_num_threads(self._torch_threads)  # a thread that sets its own sets that of threads to come
 
-    def start(self, values: Tensor, destination: Tensor, summed: bool) -> "list[Future[list[Tensor]]]":
+    def start(self, values: Tensor, destination: Tensor, summed: bool) -> list[Future[list[Tensor]]]:
         """Begin to copy; waits for earlier ones only. The futures have the () sums of the blocks, if ``summed``."""
+        return [self.fill(_given(part), place, summed) for part, place in _blocks(values, destination, _TASK_BYTES)]
+
+    def fill(self, make: Callable[[], Tensor], destination: Tensor, summed: bool = False) -> Future[list[Tensor]]:
+        """Begin to copy what ``make`` returns, which a thread calls; as :meth:`start` in all else."""
         device = destination.device
         if device.type != "cpu" and device not in self._lanes:
             self._lanes[device] = [_Lane(device) for _ in range(self._threads)]
             self._idle[device] = SimpleQueue()
             for lane in self._lanes[device]:
                 self._idle[device].put(lane)
-        begun = []
-        for block in _blocks(values, destination, _TASK_BYTES):
-            self._free.acquire()
-            begun.append(self._pool.submit(self._copy, *block, summed))
-            begun[-1].add_done_callback(lambda _: self._free.release())
-        self._started += begun
-        return begun
+        self._free.acquire()
+        self._started.append(self._pool.submit(self._copy, make, destination, summed))
+        self._started[-1].add_done_callback(lambda _: self._free.release())
+        return self._started[-1]
 
     def finish(self) -> None:
         """Wait until all is copied, on a device as its current stream sees it; raises what a thread has raised."""
@@ -72,18 +73,26 @@ class Copies:
                 lane.join()
 
     @torch.no_grad()
-    def _copy(self, values: Tensor, destination: Tensor, summed: bool) -> list[Tensor]:
-        if destination.device.type != "cpu":
-            lane = self._idle[destination.device].get()
-            try:
-                return lane.copy(values, destination, summed)
-            finally:
-                self._idle[destination.device].put(lane)
-        sums = []
-        for part, place in _blocks(values, destination, _CACHED_BYTES):
-            place.copy_(part)
-            sums += [place.sum()] if summed else []
-        return sums
+    def _copy(self, make: Callable[[], Tensor], destination: Tensor, summed: bool) -> list[Tensor]:
+        if destination.device.type == "cpu":
+            return _copied_to_cpu(make(), destination, summed)
+        lane = self._idle[destination.device].get()
+        try:
+            return lane.copied(make(), destination, summed)
+        finally:
+            self._idle[destination.device].put(lane)
+
+
+def _given(values: Tensor) -> Callable[[], Tensor]:
+    return lambda: values
+
+
+def _copied_to_cpu(values: Tensor, destination: Tensor, summed: bool) -> list[Tensor]:
+    sums = []
+    for part, place in _blocks(values, destination, _CACHED_BYTES):
+        place.copy_(part)
+        sums += [place.sum()] if summed else []
+    return sums
 
 
 class _Lane:
@@ -95,22 +104,25 @@ class _Lane:
         self.stream.wait_stream(self.module.current_stream(device))  # which may be writing to the destinations still
         self.buffers: deque[tuple[Tensor, torch.Event]] = deque()
 
-    def copy(self, values: Tensor, destination: Tensor, summed: bool) -> list[Tensor]:
-        with self.module.stream(self.stream):  # and so its device, since that is each thread's own
-            if len(self.buffers) < 2:
-                self.buffers.append((torch.empty(_TASK_BYTES, dtype=torch.uint8, pin_memory=True), self.module.Event()))
-            else:
-                self.buffers.rotate(1)
-            buffer, copied = self.buffers[-1]
-            copied.synchronize()
-            pinned = buffer[: values.nbytes].view(values.dtype).view(values.shape)
-            pinned.copy_(values)
-            on_device = pinned.to(
-                self.device, non_blocking=True
-            )  # the cast comes after: the file's dtype is often smaller
-            copied.record()
-            destination.copy_(on_device)
-            return [destination.sum()] if summed else []
+    def copied(self, values: Tensor, destination: Tensor, summed: bool) -> list[Tensor]:
+        self.module.set_device(self.device)  # each thread has its own, and would else touch the first one
+        sums = []
+        with self.module.stream(self.stream):
+            for part, place in _blocks(values, destination, _TASK_BYTES):
+                if len(self.buffers) < 2:
+                    buffer = torch.empty(_TASK_BYTES, dtype=torch.uint8, pin_memory=True)
+                    self.buffers.append((buffer, self.module.Event()))
+                else:
+                    self.buffers.rotate(1)
+                buffer, emptied = self.buffers[-1]
+                emptied.synchronize()
+                pinned = buffer[: part.nbytes].view(part.dtype).view(part.shape)
+                pinned.copy_(part)
+                on_device = pinned.to(self.device, non_blocking=True)  # cast later: the file's dtype is often smaller
+                emptied.record()
+                place.copy_(on_device)
+                sums += [place.sum()] if summed else []
+        return sums
 
     def join(self) -> None:
         """Have the current stream wait for this one."""

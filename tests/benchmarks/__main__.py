@@ -29,6 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--markdown", type=Path, help="a file for the tables, or one that has places for them")
     parser.add_argument("--budget", type=float, default=560.0, help="seconds for the topic accelerator")
     parser.add_argument("--parts", default="", help="of the topic accelerator, by their beginnings: debug,steps future")
+    parser.add_argument("--layers", type=int, help="of the topic seeding: one size alone, of 16, 8 and 4")
+    parser.add_argument("--ranks", type=int, help="of the topic seeding: one number of ranks alone, of 1, 2 and 4")
     options = parser.parse_args(arguments)
     topics = options.only.split(",")
     if unknown := [topic for topic in topics if topic not in TOPICS]:
@@ -39,11 +41,10 @@ def main(arguments: list[str] | None = None) -> None:
     environment = dict(os.environ)
     for topic in topics:
         begin = time.monotonic()
-        more = (
-            {"budget": options.budget, "only": [*filter(None, options.parts.split(","))]}
-            if topic == "accelerator"
-            else {}
-        )
+        more: dict[str, Any] = {
+            "accelerator": {"budget": options.budget, "only": [*filter(None, options.parts.split(","))]},
+            "seeding": {"layers": options.layers, "ranks": options.ranks},
+        }.get(topic, {})
         tables = importlib.import_module(f"tests.benchmarks.{topic}").measure(quick=options.quick, **more)
         os.environ.clear()
         os.environ.update(environment)

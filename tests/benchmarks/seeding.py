@@ -1,9 +1,10 @@
 """Seeding an OLMo-1B-shaped model on CPU, against other ways to get the same bytes into float32 tensors, in the same run.
 
-    python -m tests.benchmarks.seeding [--runs 3] [--folder DIR] [--json FILE]
+    python -m tests.benchmarks.seeding [--runs 5] [--layers 16] [--ranks 1] [--folder DIR] [--json FILE]
 
-Makes a random checkpoint of 1.18 B parameters (bfloat16, sharded, 2.4 GB; kept if ``--folder`` is given). Then, on one, two
-and four processes under torchrun, in every run:
+Makes a random checkpoint of 1.18 B parameters (bfloat16, sharded, 2.4 GB; kept if ``--folder`` is given), and smaller ones of a half
+and a quarter of its layers; ``--layers`` and ``--ranks`` take one of them. Then, on one, two and four processes under torchrun, in
+every run, which is printed as it ends:
 
 * the trainer is built; rank 0 alone, with all cores, copies every tensor into a fresh float32 one with safetensors and
   nothing else ("plain copy"), and does the same through DCP's ``HuggingFaceStorageReader``; then the trainer seeds itself,
@@ -228,25 +229,28 @@ def with_layers(layers: int, **changes: int) -> OlmoConfig:
     return OlmoConfig(**{**OLMO_1B.to_dict(), "num_hidden_layers": layers, **changes})
 
 
-def cases(quick: bool) -> list[Case]:
-    """OLMo-1B, and a half and a quarter of its layers, on 1, 2 and 4 ranks."""
+def cases(quick: bool, layers: int | None = None, ranks: int | None = None) -> list[Case]:
+    """OLMo-1B, and a half and a quarter of its layers, on 1, 2 and 4 ranks; of one size, and on one number of ranks, if given."""
     if quick:
         tiny = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
-        return [Case("tiny", with_layers(2, **tiny, vocab_size=512), processes) for processes in (1, 2)]
-    models = {f"OLMo-1B, {layers} layers": with_layers(layers) for layers in (16, 8, 4)}
-    return [Case(label, config, processes) for label, config in models.items() for processes in (1, 2, 4)]
+        model = with_layers(2, **tiny, vocab_size=512)
+        return [Case("tiny", model, processes) for processes in ([ranks] if ranks else (1, 2))]
+    models = {f"OLMo-1B, {n} layers": with_layers(n) for n in ([layers] if layers else (16, 8, 4))}
+    return [Case(label, config, n) for label, config in models.items() for n in ([ranks] if ranks else (1, 2, 4))]
 
 
 def seed_case(case: Case, folder: Path, runs: int) -> dict[str, Any]:
     """Seconds of each run and way, parameters, and the peak of memory of a dry run of the command itself."""
     row: dict[str, Any] = {name: [] for name in ("plain", "reader", "seeding", "digest")}
-    for _ in range(runs):
+    for run in range(1, runs + 1):
         with tempfile.TemporaryDirectory() as dump_folder:
             launch(case.processes, "-m", "tests.benchmarks.seeding", "--rank-of", str(folder), dump_folder)
             for name in ("plain", "reader", "digest"):
                 row[name].append(float((Path(dump_folder) / name).read_text()))
             report = json.loads((Path(dump_folder) / "seed_report.json").read_text())
             row["seeding"].append(report["seconds"])
+        last = {name: f"{times[-1]:.2f}" for name, times in row.items()}
+        print(f"{case.label}, {case.processes} ranks, run {run} of {runs}, s: {last}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as dump_folder:
         peak = launch(case.processes, "-m", "flame_ext.train", *arguments(folder, dump_folder))
         row["written"] = sum(f.stat().st_size for f in Path(dump_folder).rglob("*") if f.is_file())
@@ -274,41 +278,48 @@ def tables(found: list[dict[str, Any]], offline: list[dict[str, Any]]) -> list[T
     columns += ["seeding / plain copy", "digests, s", "peak of a rank, GiB", "of all, GiB"]
     cells, notes = [], []
     for row in found:
-        ratio = quartiles(ratios(row["seeding"], row["plain"]))[1]
+        ratio = spread(ratios(row["seeding"], row["plain"]))
         times = [spread(row[name]) for name in ("plain", "reader", "seeding")]
         memory = [f"{row[name]:.2f}" for name in ("rank_peak_gib", "peak_gib")]
         size = f"{row['source_bytes'] / 1e9:.2f}"
-        compared = [f"{ratio:.2f}x", spread(row["digest"])]
+        compared = [f"{ratio}x" if len(row["plain"]) == 1 else ratio, spread(row["digest"])]
         cells.append([row["case"], size, str(row["processes"]), *times, *compared, *memory])
-    first = found[0]
-    ratio = quartiles(ratios(first["seeding"], first["plain"]))[1]
-    total = [sum(run["seconds"]) for run in offline]
-    parts = [quartiles([run["seconds"][i] for run in offline])[1] for i in range(3)]
-    notes.append(
-        f"The offline way, in one process: {spread(total)} s (from_pretrained {parts[0]:.1f}, dcp.save {parts[1]:.1f}, dcp.load "
-        f"{parts[2]:.1f}), {offline[0]['bytes']:,} bytes written; seeding wrote {first['written']:,} (its report)."
-    )
-    faster = quartiles(total)[1] / quartiles(first["seeding"])[1]
-    notes.append(
-        verdict("Seeding to the plain copy, one rank", ratio, 1.3)
-        + " "
-        + verdict("The offline way to seeding, one rank", faster, 20, at_most=False)
-    )
+    for row in found:
+        ratio = quartiles(ratios(row["seeding"], row["plain"]))[1]
+        notes.append(verdict(f"Seeding to the plain copy, {row['case']}, {row['processes']} ranks", ratio, 1.1))
+    if offline:
+        first = found[0]
+        total = [sum(run["seconds"]) for run in offline]
+        parts = [quartiles([run["seconds"][i] for run in offline])[1] for i in range(3)]
+        faster = quartiles(total)[1] / quartiles(first["seeding"])[1]
+        notes += [
+            f"The offline way, in one process: {spread(total)} s (from_pretrained {parts[0]:.1f}, dcp.save {parts[1]:.1f}, "
+            f"dcp.load {parts[2]:.1f}), {offline[0]['bytes']:,} bytes written; seeding wrote {first['written']:,} (its report).",
+            verdict(f"The offline way to seeding, {first['processes']} ranks", faster, 20, at_most=False),
+        ]
     return [Table("seeding", columns, cells, notes, {"rows": found, "offline": offline})]
 
 
-def measure(quick: bool = False, runs: int | None = None, kept: Path | None = None) -> list[Table]:
+def measure(
+    quick: bool = False,
+    runs: int | None = None,
+    kept: Path | None = None,
+    layers: int | None = None,
+    ranks: int | None = None,
+) -> list[Table]:
     """The table ``seeding``.
 
     Args:
         quick: a tiny model.
-        runs: of each row.
+        runs: of each row; five unless it says so.
         kept: folder for the first case's checkpoint, which stays there, or lies there already.
+        layers: of OLMo-1B's shape; None = 16, 8 and 4.
+        ranks: None = 1, 2 and 4. The offline way is left out where one number is given.
     """
-    runs = runs or (1 if quick else 3)
+    runs = runs or (1 if quick else 5)
     found, offline, folders = [], [], {}
     with tempfile.TemporaryDirectory() as temporary:
-        for case in cases(quick):
+        for case in cases(quick, layers, ranks):
             folder = folders.setdefault(case.label, Path(temporary) / case.label.replace(" ", "_"))
             if kept is not None and not found:
                 folder = folders[case.label] = kept
@@ -316,13 +327,16 @@ def measure(quick: bool = False, runs: int | None = None, kept: Path | None = No
                 make_checkpoint(folder, case.config)
             plain_copy(folder)  # fills the page cache
             found.append(seed_case(case, folder, runs))
-            offline = offline or offline_runs(folder, runs)
+            if not (offline or ranks):
+                offline = offline_runs(folder, runs)
     return tables(found, offline)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--layers", type=int, help="one size alone")
+    parser.add_argument("--ranks", type=int, help="one number of ranks alone")
     parser.add_argument("--folder", type=Path, help="where the OLMo-1B checkpoint is made, or lies already; kept")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     parser.add_argument("--rank-of", nargs=2, help=argparse.SUPPRESS)
@@ -332,7 +346,7 @@ def main() -> None:
         return rank_main(Path(args.rank_of[0]), args.rank_of[1])
     if args.offline_of:
         return offline_main(*map(Path, args.offline_of))
-    (table,) = measure(runs=args.runs, kept=args.folder)
+    (table,) = measure(runs=args.runs, kept=args.folder, layers=args.layers, ranks=args.ranks)
     print(f"torch {torch.__version__}, CPU, {psutil.cpu_count()} cores\n\n{table.markdown()}")
     if args.json:
         args.json.write_text(json.dumps(table.figures, indent=2))

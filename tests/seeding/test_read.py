@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from functools import partial
 from itertools import accumulate, product
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 
 from flame_ext.errors import SeedError
 from flame_ext.model.initialisation import Uniform
+from flame_ext.seeding import copying
 from flame_ext.seeding.accounting import account
 from flame_ext.seeding.names import in_model_names
 from flame_ext.seeding.new_parameters import initialise
@@ -178,12 +181,26 @@ def save_mixture(folder: Path) -> Path:
     return folder
 
 
+class InThisThread(Executor):
+    """A pool in which nothing is parallel: the profiler sees the thread that it is started in."""
+
+    def __init__(self, *args: object, **options: object) -> None: ...
+
+    def submit(self, function, /, *args, **options):
+        future: Future = Future()
+        future.set_result(function(*args, **options))
+        return future
+
+
 def allocated(run: Callable[[], object], mapped: int) -> int:
     """The most bytes of tensors that a function has allocated at one time, torch's own copies inside of operations included.
 
     A file that is mapped counts as an allocation for the profiler; those of ``mapped`` bytes are left out.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with (
+        mock.patch.object(copying, "ThreadPoolExecutor", InThisThread),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled,
+    ):
         run()
     assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
     events = profiled.profiler.kineto_results.events()
@@ -247,7 +264,10 @@ def test_no_rank_makes_the_whole_of_a_large_new_parameter() -> None:
     from flame_ext.seeding import new_parameters
 
     with LargestTensor() as largest:
-        new_parameters._fill_uniform(local, ((4096, 8192), (0, 2048)), shape, 0.5, 0, "head.weight")
+        for draw, rows in new_parameters._uniform_blocks(
+            local, ((4096, 8192), (0, 2048)), shape, 0.5, 0, "head.weight"
+        ):
+            rows.copy_(draw())
     assert 0 < largest.nbytes <= 64 * MIB
     whole = torch.empty(shape)
     initialise({"head.weight": whole}, {"head.weight": Uniform(0.5)}, 0)
