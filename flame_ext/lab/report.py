@@ -42,7 +42,7 @@ def student(freedom: int) -> float:
     if freedom <= len(_STUDENT):
         return _STUDENT[freedom - 1]
     z = NormalDist().inv_cdf(0.975)
-    return z + (z**3 + z) / (4 * freedom)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,21 @@ def write_report(folder: Path) -> list[Path]:
 
     Raises a UserError if the folder is not a plan's or no run is done, and, after table and JSON, if matplotlib is missing.
     """
+    about, tasks = gather(folder)
+    target, figures = folder / "report", summary(tasks)
+    files = [target / "report.md", target / "report.json"]
+    write_json(files[1], about | {"tasks": figures})
+    files[0].write_text(markdown(about, figures), encoding="utf-8")
+    for task, budgets in tasks.items():
+        figure = draw(task, budgets)
+        for ending in ("png", "svg"):
+            files.append(target / f"{task}.{ending}")
+            figure.savefig(files[-1])
+    return files
+
+
+def gather(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Results]]]:
+    """Reads the plan's name and how many runs are done, and the results of each task and budget."""
     try:
         said = json.loads((folder / PLAN).read_text())
     except (OSError, ValueError) as e:
@@ -75,19 +90,9 @@ def write_report(folder: Path) -> list[Path]:
     found = [json.loads(file.read_text()) for run in said["runs"] if (file := folder / run / RESULT).is_file()]
     if not found:
         raise UserError(f"{folder}: none of {len(said['runs'])} runs is done yet")
-    tasks = {
-        task: _of_task([r for r in found if r["run"]["task"] == task]) for task in {r["run"]["task"]: 0 for r in found}
-    }
-    target = folder / "report"
-    files = [target / "report.md", target / "report.json"]
-    write_json(files[1], {"plan": said["name"], "done": len(found), "of": len(said["runs"]), "tasks": summary(tasks)})
-    files[0].write_text(markdown(said["name"], len(found), len(said["runs"]), summary(tasks)), encoding="utf-8")
-    for task, budgets in tasks.items():
-        figure = draw(task, budgets)
-        for ending in ("png", "svg"):
-            files.append(target / f"{task}.{ending}")
-            figure.savefig(files[-1])
-    return files
+    names = list(dict.fromkeys(result["run"]["task"] for result in found))
+    tasks = {task: _of_task([result for result in found if result["run"]["task"] == task]) for task in names}
+    return {"plan": said["name"], "done": len(found), "of": len(said["runs"])}, tasks
 
 
 def _of_task(found: list[dict[str, Any]]) -> dict[str, Results]:
@@ -137,9 +142,13 @@ def summary(tasks: dict[str, dict[str, Results]]) -> dict[str, Any]:
     }
 
 
-def markdown(name: str, done: int, of: int, tasks: dict[str, Any]) -> str:
-    """The tables, from :func:`summary`."""
-    lines = [f"# {name}", "", f"{done} of {of} runs. Mean over seeds ± half of the 95 % interval (Student's t)."]
+def markdown(about: dict[str, Any], tasks: dict[str, Any]) -> str:
+    """The tables, from :func:`gather` and :func:`summary`."""
+    lines = [
+        f"# {about['plan']}",
+        "",
+        f"{about['done']} of {about['of']} runs. Mean over seeds ± half of the 95 % interval (Student's t).",
+    ]
     for task, budgets in tasks.items():
         lines += ["", f"## {task}", "", f"![{task}]({task}.png)"]
         for budget, objectives in budgets.items():

@@ -6,6 +6,7 @@ import random
 import re
 from collections import Counter
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,19 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[str],
         assert read.task == task and len(tokenizer) == vocabulary_size(task)
         parts = []
         for rows in (read.train, read.test):
-            assert rows.shape[1] == task.length and (rows[:, -1] == tokenizer.eos_token_id).all() and (rows[:, :-1] > 1).all()
+            assert (
+                rows.shape[1] == task.length
+                and (rows[:, -1] == tokenizer.eos_token_id).all()
+                and (rows[:, :-1] > 1).all()
+            )
             texts = [tokenizer.decode(row[:-1]) for row in rows]
             if name == "text":  # pieces of letters of two bytes need not be texts
-                assert sum(tokenizer(text)["input_ids"] == row[:-1].tolist() for text, row in zip(texts, rows, strict=True)) > 10
+                assert (
+                    sum(
+                        tokenizer(text)["input_ids"] == row[:-1].tolist() for text, row in zip(texts, rows, strict=True)
+                    )
+                    > 10
+                )
             else:
                 assert [tokenizer(text)["input_ids"] for text in texts] == rows[:, :-1].tolist()
             parts.append(texts)
@@ -88,7 +98,7 @@ def test_a_path_star_is_one_and_its_answer_leads_to_the_goal(said: dict[str, Any
         assert Counter(a for a, _ in edges)[start] == 3 and max(Counter(b for _, b in edges).values()) == 1
         leaves = {b for _, b in edges} - set(following)
         assert len(leaves) == 3 and goal in leaves and path[0] == start and path[-1] == goal and len(path) == 4
-        assert all(edge in edges for edge in zip(path, path[1:], strict=False))
+        assert all(edge in edges for edge in pairwise(path))
         # Nothing but the graph tells the way: its first edge is at any place among those of the start.
         first_listed[[b for a, b in edges if a == start].index(path[1])] += 1
     assert all(count == pytest.approx(700 / 3, abs=50) for count in first_listed.values()) and len(first_listed) == 3
@@ -105,7 +115,9 @@ def test_siblings_have_their_parent(said: dict[str, Any]) -> None:
 def test_triangles_are_of_edges_that_are_trained_on(said: dict[str, Any]) -> None:
     train, test = ([row.split()[1:] for row in part] for part in said["triangles"])
     edges = {frozenset(row[:2]) for row in train if row[:2] * 3 == row}
-    assert len(edges) == len(train) - 60 and edges == {frozenset(map(str, e)) for e in np.argwhere(TASKS["triangles"]._linked)}
+    assert len(edges) == len(train) - 60 and edges == {
+        frozenset(map(str, e)) for e in np.argwhere(TASKS["triangles"]._linked)
+    }
     for a, b, b_again, c, c_again, a_again in [row for row in train if row[:2] * 3 != row] + test:
         assert (a, b, c) == (a_again, b_again, c_again) and {frozenset(e) for e in ((a, b), (b, c), (c, a))} <= edges
 
@@ -215,7 +227,10 @@ def test_rows_are_those_of_the_seed(said: dict[str, Any], name: str) -> None:
     [
         (["path_star", "--nodes", "8"], "nodes must be >= 9, the nodes of G(2, 5), got 8"),
         (["path_star", "--path_length", "1"], "path_length must be >= 2, got 1"),
-        (["siblings", "--parents", "2", "--children", "5"], "train + test = 5500, but with these parameters only 20 different"),
+        (
+            ["siblings", "--parents", "2", "--children", "5"],
+            "train + test = 5500, but with these parameters only 20 different",
+        ),
         (["global_constraint", "--early", "1", "--gap", "1", "--modulus", "3"], "only 9 different examples"),
         (["triangles", "--neighbours", "100"], "neighbours must be < nodes = 100"),
         (["countdown", "--largest", "10"], "largest must be >= operand = 20"),
