@@ -203,6 +203,7 @@ def draw(task: str, budgets: dict[str, Results]) -> Figure:
                 alpha=1 - 0.5 * place,
             )
     bars.set_xticks(range(len(whole)), list(whole), rotation=20, fontsize=8)
+    bars.set_ylim(0, None if shown == "loss_answer" else 1)
     also = ", light: at equal compute" if len(budgets) > 1 else ""
     bars.set_title(f"{FIGURES[shown]}{also}", fontsize=10)
     for panel in (over_tokens, over_operations, bars):

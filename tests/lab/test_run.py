@@ -120,3 +120,20 @@ def test_another_plan_in_the_folder_is_refused(prepared: Path, tmp_path: Path, c
     assert main(["lab", "run", str(TINY), "--output", str(folder)]) == 2
     assert "was begun with 'lr = 0.03', and the plan now says 'lr = 0.003'" in capsys.readouterr().err
     assert not (folder / ".lock").exists(), "the folder is free again"
+
+
+def test_a_run_that_fails_does_not_keep_the_others_from_running(
+    prepared: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        assert int(environment["OMP_NUM_THREADS"]) >= 1
+        fails = "echo what is wrong > {0}/log.txt; exit 3"
+        done = """echo '{{"figures": {{"exact": 0.5, "accuracy_by_position": [1.0]}}}}' > {0}/result.json"""
+        return subprocess.Popen(["sh", "-c", (fails if "/star/mtp/" in str(folder) else done).format(folder)])
+
+    monkeypatch.setattr("flame_ext.lab.run._start", start)
+    assert main(["lab", "run", str(TINY), "--output", str(prepared), "--jobs=2"]) == 2
+    found = capfd.readouterr()
+    assert "1 of 4 runs failed, the first with: what is wrong (" in found.err and found.err.count("\n") == 1
+    assert found.out.count("exact 0.5000") == 3 and "runs/star/mtp/tokens-seed-0: failed with exit code 3, see" in found.out
+    assert len([*prepared.glob("runs/*/*/*/result.json")]) == 3
