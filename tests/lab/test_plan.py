@@ -15,6 +15,7 @@ else:
 
 from flame_ext.lab.plan import Run, as_toml, merged, read_plan
 from flame_ext.tools.main import main
+from tests.documents import blocks
 from tests.ranks import REPOSITORY
 
 TINY = REPOSITORY / "configs" / "lab" / "tiny.toml"
@@ -47,6 +48,13 @@ def test_options_of_an_objective_are_above_those_of_its_task_and_of_all(tmp_path
         *((40, 2.0), (40, 3e-3), (7, 2.0), (7, 1.0))
     ]
     assert plan.section.name == "plan"
+
+
+def test_plans_that_are_shown_are_plans(tmp_path: Path) -> None:
+    (shown,) = (block for block in blocks(REPOSITORY / "docs" / "lab.md") if block.file == "plan.toml")
+    (tmp_path / "plan.toml").write_text(shown.text)
+    assert len(list(read_plan(tmp_path / "plan.toml").runs())) == 2 * 2 * 5
+    assert all(list(read_plan(file).runs()) for file in TINY.parent.glob("*.toml"))
 
 
 @pytest.mark.parametrize(

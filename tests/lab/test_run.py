@@ -135,5 +135,8 @@ def test_a_run_that_fails_does_not_keep_the_others_from_running(
     assert main(["lab", "run", str(TINY), "--output", str(prepared), "--jobs=2"]) == 2
     found = capfd.readouterr()
     assert "1 of 4 runs failed, the first with: what is wrong (" in found.err and found.err.count("\n") == 1
-    assert found.out.count("exact 0.5000") == 3 and "runs/star/mtp/tokens-seed-0: failed with exit code 3, see" in found.out
+    assert (
+        found.out.count("exact 0.5000") == 3
+        and "runs/star/mtp/tokens-seed-0: failed with exit code 3, see" in found.out
+    )
     assert len([*prepared.glob("runs/*/*/*/result.json")]) == 3
