@@ -29,6 +29,7 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")  # a folder's
 _OWN = (  # options that the lab sets itself, for every run alike
     *("job.dump_folder", "model.name", "model.flavor", "model.hf_assets_path", "checkpoint.initial_load_path"),
     *("data.sources", "validation.sources", "training.dataset", "training.dataset_path", "training.epochs"),
+    *("checkpoint.enable", "checkpoint.last_save_in_hf", "checkpoint.export_dtype", "validation.enable"),
     *("training.seq_len", "validation.seq_len", "seed.rng_seed", "data.rng_seed", "debug.seed"),
 )
 
@@ -103,11 +104,8 @@ class Plan:
             "training": {"steps": total, "local_batch_size": batch, "mixed_precision_param": "float32"},
             "optimizer": {"implementation": "foreach"},
             "lr_scheduler": {"warmup_steps": max(1, total // 20)},
-            "checkpoint": {
-                **{"enable": True, "interval": max(1, total // 4), "keep_latest_k": 2, "last_save_model_only": False},
-                **{"last_save_in_hf": True, "export_dtype": "float32"},
-            },
-            "validation": {"enable": True, "freq": max(1, total // 10), "steps": -1, "local_batch_size": batch},
+            "checkpoint": {"interval": max(1, total // 4), "keep_latest_k": 2, "last_save_model_only": False},
+            "validation": {"freq": max(1, total // 10), "steps": -1, "local_batch_size": batch},
             "metrics": {"log_freq": max(1, total // 20), "disable_color_printing": True},
             "activation_checkpoint": {"mode": "none"},
             "model": {"converters": [CONVERTER_NAME] if heads else []},
@@ -118,10 +116,16 @@ class Plan:
                 "description": f"{run.task}, {run.objective}, seed {run.seed}",
             },
             "model": {"name": "hf_causal_lm", "flavor": "auto", "hf_assets_path": model},
-            "checkpoint": {"initial_load_path": model},
+            "checkpoint": {
+                **{"enable": True, "initial_load_path": model},
+                **{"last_save_in_hf": True, "export_dtype": "float32"},
+            },
             # A row and the label of its last token make a sequence: none has tokens of another row.
             "training": {"seq_len": task.length - 1},
-            "validation": {"seq_len": task.length - 1, "sources": [{"path": f"{data}/test.npy", "label": "test"}]},
+            "validation": {
+                **{"enable": True, "seq_len": task.length - 1},
+                **{"sources": [{"path": f"{data}/test.npy", "label": "test"}]},
+            },
             "data": {"rng_seed": run.seed, "sources": [{"path": f"{data}/train.npy", "label": "train"}]},
             "seed": {"rng_seed": run.seed},
             "debug": {"seed": run.seed},
@@ -156,7 +160,10 @@ def _plan(stem: str, values: Tables) -> Plan:
         raise ConfigError("plan.generations must be >= 1 and plan.temperature > 0")
     common = values.get("trainer", {})
     if isinstance(common, dict) and (module := common.get("experimental", {}).get("custom_import")):
-        importlib.import_module(module)  # it may register heads, whose sections are then known
+        try:
+            importlib.import_module(module)  # it may register heads, whose sections are then known
+        except ImportError as e:
+            raise ConfigError(f"trainer.experimental.custom_import: {e}") from e
     common = _trainer_tables(common, "trainer.")
     tasks, trainer = {}, {}
     for name, table in values["tasks"].items():
