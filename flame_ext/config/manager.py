@@ -81,7 +81,7 @@ class FlameConfigManager(ConfigManager):
                 f"job.custom_config_module: the types of {', '.join(strings)} are strings, which cannot be merged; remove "
                 "'from __future__ import annotations' from that module"
             )
-        if problems := _check_values(config_cls, toml_values or {}):
+        if problems := check_values(config_cls, toml_values or {}):
             raise ConfigError(f"{_option(args, 'job.config_file')}: " + "; ".join(problems))
         return config_cls
 
@@ -117,7 +117,7 @@ def _string_annotations(config_cls: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def _check_values(config_cls: type, values: dict[str, Any], prefix: str = "") -> list[str]:
+def check_values(config_cls: type, values: dict[str, Any], prefix: str = "") -> list[str]:
     """One sentence for each TOML value that does not fit ``config_cls``; ``prefix`` is the table's name with a trailing dot."""
     hints = get_type_hints(config_cls)
     valid = [f.name for f in fields(config_cls)]
@@ -134,10 +134,10 @@ def _check_values(config_cls: type, values: dict[str, Any], prefix: str = "") ->
                 wrong = f"is a section ([{name}] in TOML), got {value!r}"
             problems.append(f"{name!r} {wrong}")
         elif is_dataclass(hints[key]):
-            problems += _check_values(hints[key], value, f"{name}.")
+            problems += check_values(hints[key], value, f"{name}.")
         elif (table := table_in_list(hints[key])) is not None:
             for number, item in enumerate(value):
-                problems += _check_values(table, item, f"{name}[{number}].")
+                problems += check_values(table, item, f"{name}[{number}].")
     return problems
 
 

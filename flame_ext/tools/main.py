@@ -9,17 +9,20 @@ from flame_ext.errors import UserError
 from flame_ext.files import expanded
 from flame_ext.tools import convert, information, inspect, plot
 
-_PATHS = {"against", "assets", "config_file", "destination", "output", "path", "source"}
+_PATHS = {"against", "assets", "config_file", "destination", "output", "path", "plan", "source"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code, 2 after a UserError, which is printed in one line."""
+    from flame_ext.lab import command as lab  # above this layer, and the only way into it
+
     about = (
-        "Look at, compare and convert checkpoints; draw the curves of runs; measure what a model knows of the future."
+        "Look at, compare and convert checkpoints; draw the curves of runs; measure what a model knows of the future; compare "
+        "objectives."
     )
     parser = argparse.ArgumentParser(prog="flame-ext", description=about)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (inspect, convert, plot, information):
+    for command in (inspect, convert, plot, information, lab):
         command.add_parser(commands)
     options = parser.parse_args(arguments)
     if arguments is None:  # `| head` ends the command by the signal, not with exit code 1, which means "differs"

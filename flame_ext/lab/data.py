@@ -1,0 +1,64 @@
+"""A task as a folder: ``train.npy`` and ``test.npy`` for the trainer, the tokenizer, and ``task.json``, written last."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flame_ext.errors import UserError
+from flame_ext.files import write_json
+from flame_ext.lab.tasks import KINDS
+from flame_ext.lab.tasks.task import FIRST_WORD, Array, Task
+
+_RECORD = "task.json"
+
+
+class TaskFolder(NamedTuple):
+    """A task and its rows."""
+
+    task: Task
+    train: Array  # (N, length)
+    test: Array  # (M, length)
+
+
+def vocabulary_size(task: Task) -> int:
+    """The number of tokens, EOS and the unknown word included."""
+    return FIRST_WORD + len(task.words())
+
+
+def record_of(task: Task) -> dict[str, Any]:
+    """The kind, the parameters, and what follows from them."""
+    kind = next(name for name, of_kind in KINDS.items() if type(task) is of_kind)
+    facts = {"length": task.length, "prompt": task.prompt, "vocab_size": vocabulary_size(task)}
+    return {"kind": kind, "parameters": asdict(task), **facts}
+
+
+def write_task(task: Task, folder: Path) -> None:
+    """Writes a task; nothing if the folder holds it already. Raises a UserError if the folder holds something else."""
+    from flame_ext.lab.tokenizer import tokenizer_of
+
+    record = folder / _RECORD
+    if record.is_file() and json.loads(record.read_text()) == record_of(task):
+        return
+    if folder.is_dir() and (record.is_file() or (not any(folder.glob("*.npy")) and any(folder.iterdir()))):
+        raise UserError(
+            f"{folder}: holds something else than this task with these parameters; name another folder, or remove it"
+        )
+    train, test = task.rows()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("train", train), ("test", test)):
+        np.save(folder / f"{name}.npy", rows.reshape(-1).astype(np.uint16 if rows.max() < 2**16 else np.uint32))
+    tokenizer_of(task).save_pretrained(folder)
+    write_json(record, record_of(task))
+
+
+def read_task(folder: Path) -> TaskFolder:
+    """Reads what :func:`write_task` has written."""
+    values = json.loads((folder / _RECORD).read_text())
+    task = KINDS[values["kind"]](**values["parameters"])
+    train, test = (
+        np.load(folder / f"{name}.npy").astype(np.int64).reshape(-1, task.length) for name in ("train", "test")
+    )
+    return TaskFolder(task, train, test)

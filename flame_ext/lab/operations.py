@@ -1,0 +1,68 @@
+"""The floating point operations of a run, those of the teacher and of the heads included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flame_ext.config.sections import FlameJobConfig
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Operations for each token that is trained on. Validation, generation, norms and the optimizer are not counted."""
+
+    backbone: float  # forward and backward
+    heads: float  # forward and backward of those that are trained
+    teacher: float  # the second forward of the backbone, which has no backward
+    comparisons: float  # of predictions with the summaries of the step
+
+    @property
+    def total(self) -> float:
+        return self.backbone + self.heads + self.teacher + self.comparisons
+
+
+def tokens_of_a_step(config: FlameJobConfig) -> int:
+    """On one process."""
+    sequences = max(config.training.global_batch_size, config.training.local_batch_size)
+    return sequences * config.training.seq_len
+
+
+def operations_per_token(config: FlameJobConfig) -> Operations:
+    """Counts the operations of a configuration that preflight has passed, on a model without storage.
+
+    The model and the heads are counted as for torchtitan's MFU: 6 for each weight that multiplies a token, and the attention
+    without causal sparsity. A frozen backbone is counted as if it had gradients. The anticausal teacher costs the backbone's forward
+    without the output embedding, on the share of sequences and steps that it runs on, and so do the heads that need it; a pooling
+    teacher costs its own maps. Every InfoNCE takes 4 operations for each pair of vectors and element, 8 where keys have a gradient.
+    """
+    from flame_ext.heads.registry import attach_heads, teacher_of, trained_heads
+    from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm, parameters_of
+
+    arguments = HFModelArgs()
+    arguments.update_from_config(config)
+    model, seq_len = build_hf_causal_lm(arguments), config.training.seq_len
+    backbone = float(arguments.get_nparams_and_flops(model, seq_len)[1])
+    attach_heads(model, config)
+    trained, name = trained_heads(config), teacher_of(config)
+    summaries: Any = None if name is None else getattr(config, name)
+    anticausal = summaries is not None and summaries.summary_method == "anticausal"
+    share = summaries.teacher_fraction / summaries.teacher_interval if anticausal else 1.0
+    heads = sum(
+        6.0 * model.heads[n].multiplications * (share if spec.needs_future else 1.0) for n, spec in trained.items()
+    )
+    if summaries is None:
+        return Operations(backbone, heads, 0.0, 0.0)
+    text = model.config.get_text_config()
+    with_gradient = not anticausal and not summaries.detach_targets
+    if anticausal:
+        teacher = (backbone / 3 - 2 * text.vocab_size * text.hidden_size) * share
+    else:  # it pools, if by attention with maps of its own
+        pooling = parameters_of(model.get_submodule(str(name)))
+        teacher = (6 if with_gradient else 2) * float(pooling + 2 * seq_len * text.hidden_size * bool(pooling))
+    whole_step = anticausal and summaries.negatives == "global"
+    keys = tokens_of_a_step(config) if whole_step else config.training.local_batch_size * seq_len
+    keys *= summaries.teacher_fraction if anticausal else 1
+    losses = ("future_predictor" in trained) + ("action_layer" in trained and config.action_layer.model_loss_weight > 0)
+    return Operations(backbone, heads, teacher, losses * (8 if with_gradient else 4) * keys * text.hidden_size * share)

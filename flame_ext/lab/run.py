@@ -1,0 +1,218 @@
+"""Runs a plan: what is done is not done again, what was stopped goes on, on all devices at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from flame_ext.errors import ConfigError, UserError
+from flame_ext.files import write_json
+from flame_ext.lab.data import vocabulary_size, write_task
+from flame_ext.lab.job import JOB, PLAN, RESULT, SPECIFICATION
+from flame_ext.lab.operations import operations_per_token, tokens_of_a_step
+from flame_ext.lab.plan import Plan, Run, Tables, as_toml
+from flame_ext.lab.tokenizer import tokenizer_of
+from flame_ext.preflight.parse import parse
+from flame_ext.run.lock import FolderLock
+from flame_ext.run.signals import EXIT_PREEMPTED
+
+LOG = "log.txt"
+
+
+@dataclass
+class _Slot:
+    """A place for one run at a time: a device, or a share of the processor's cores."""
+
+    environment: dict[str, str]
+    run: Run | None = None
+    process: subprocess.Popen[bytes] | None = None
+
+
+def run_plan(plan: Plan, folder: Path, jobs: int | None) -> int:
+    """Runs what is left of a plan, ``jobs`` at a time; returns 0, or 75 if a signal has stopped it.
+
+    Raises a UserError if the plan is not the one that the folder was begun with, or if a run fails; the others are run before.
+    """
+    disable_progress_bar()
+    lock = FolderLock(folder)
+    lock.acquire()
+    try:
+        runs = list(plan.runs())
+        prepare(plan, runs, folder)
+        waiting = [run for run in runs if not (folder / run.folder / RESULT).is_file()]
+        print(f"{folder}: {len(runs)} runs, {len(runs) - len(waiting)} done", flush=True)
+        with _stopped_by_signals() as stop:
+            failed = _run_all(waiting, folder, _slots(jobs), stop)
+    finally:
+        lock.release()
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(runs)} runs failed, the first with: {_last_line(folder / failed[0].folder)}"
+        )
+    return 0 if all((folder / run.folder / RESULT).is_file() for run in runs) else EXIT_PREEMPTED
+
+
+def prepare(plan: Plan, runs: list[Run], folder: Path) -> None:
+    """Writes tasks, initial weights, and the configuration of each run, as far as they are not there; checks all configurations."""
+    write_json(folder / PLAN, {"name": plan.section.name, "runs": [run.folder.as_posix() for run in runs]})
+    for name, task in plan.tasks.items():
+        write_task(task, folder / "tasks" / name)
+    for run in runs:
+        _write_model(plan, run, folder)
+    facts: dict[tuple[str, str], tuple[Any, Any]] = {}
+    for run in runs:  # those of "tokens" come first
+        steps = None
+        if run.budget == "compute":
+            steps = _steps_of_equal_compute(run, {o: facts[run.task, o] for o in plan.objectives})
+        tables = plan.job(run, folder, steps)
+        _write_job(folder / run.folder, tables)
+        if (run.task, run.objective) not in facts:
+            config = parse([f"--job.config_file={folder / run.folder / JOB}"])
+            facts[run.task, run.objective] = config, operations_per_token(config)
+        config, operations = facts[run.task, run.objective]
+        said = {
+            "run": asdict(run),
+            "task_folder": str(folder / "tasks" / run.task),
+            **{"generations": plan.section.generations, "temperature": plan.section.temperature},
+            **{"steps": tables["training"]["steps"], "tokens_of_a_step": tokens_of_a_step(config)},
+            "operations_per_token": asdict(operations) | {"total": operations.total},
+        }
+        write_json(folder / run.folder / SPECIFICATION, said)
+
+
+def _steps_of_equal_compute(run: Run, facts: dict[str, tuple[Any, Any]]) -> int:
+    """The steps for which this objective makes as many operations as the cheapest one in all of its steps."""
+    of_all = {name: c.training.steps * tokens_of_a_step(c) * o.total for name, (c, o) in facts.items()}
+    return max(1, round(facts[run.objective][0].training.steps * min(of_all.values()) / of_all[run.objective]))
+
+
+def _write_model(plan: Plan, run: Run, folder: Path) -> None:
+    """Random weights of the run's seed, as transformers initialises them, with the task's tokenizer."""
+    task, target = plan.tasks[run.task], folder / run.model
+    if (target / "tokenizer.json").is_file():  # written last
+        return
+    sizes = {"vocab_size": vocabulary_size(task), "eos_token_id": 0, "bos_token_id": None, "pad_token_id": None}
+    sizes |= {"max_position_embeddings": task.length} | {k: v for k, v in plan.model.items() if k != "model_type"}
+    try:
+        config = AutoConfig.for_model(plan.model["model_type"], **sizes)
+        torch.manual_seed(run.seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as e:  # whatever a size that cannot be right leads to
+        raise ConfigError(
+            f"[model]: transformers cannot build it: {type(e).__name__}: {' '.join(str(e).split())[:300]}"
+        ) from e
+    model.save_pretrained(target)
+    tokenizer_of(task).save_pretrained(target)
+
+
+def _write_job(folder: Path, tables: Tables) -> None:
+    text, file = as_toml(tables), folder / JOB
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(file)
+    elif (was := file.read_text(encoding="utf-8")) != text:
+        now, then = (next((a for a, b in zip(*pair, strict=False) if a != b), "") for pair in _both_ways(text, was))
+        raise ConfigError(
+            f"{file} was begun with {then!r}, and the plan now says {now!r}: take another --output, or remove {folder}"
+        )
+
+
+def _both_ways(one: str, other: str) -> Iterator[tuple[list[str], list[str]]]:
+    yield one.splitlines(), other.splitlines()
+    yield other.splitlines(), one.splitlines()
+
+
+def _slots(jobs: int | None) -> list[_Slot]:
+    """A slot for each device, or on a machine without one for each two cores; ``jobs`` of them if that is given."""
+    cores, devices = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        _devices(),
+    )
+    count = jobs or len(devices) or max(1, cores // 2)
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count)))}
+    return [_Slot(threads | (devices[number % len(devices)] if devices else {})) for number in range(count)]
+
+
+def _devices() -> list[dict[str, str]]:
+    """For each accelerator the variable by which a process sees it alone."""
+    count = torch.accelerator.device_count()
+    variable = "HIP_VISIBLE_DEVICES" if torch.version.hip else "CUDA_VISIBLE_DEVICES"
+    named = (
+        os.environ.get(variable, "").split(",")
+        if os.environ.get(variable)
+        else [str(number) for number in range(count)]
+    )
+    return [{variable: name} for name in named[:count]]
+
+
+def _run_all(waiting: list[Run], folder: Path, slots: list[_Slot], stop: list[int]) -> list[Run]:
+    """Runs them, in their order; ends what runs when ``stop`` has something in it. Returns those that have failed."""
+    failed: list[Run] = []
+    waiting = waiting[::-1]
+    while any(slot.process for slot in slots) or (waiting and not stop):
+        for slot in slots:
+            if slot.process is not None and (code := slot.process.poll()) is not None:
+                assert slot.run is not None
+                failed += [slot.run] if code not in (0, EXIT_PREEMPTED, -signal.SIGTERM) else []
+                print(f"{slot.run.folder}: {_words(code, folder / slot.run.folder)}", flush=True)
+                slot.process = None
+            if slot.process is None and waiting and not stop:
+                slot.run = waiting.pop()
+                slot.process = _start(folder / slot.run.folder, slot.environment)
+            elif slot.process is not None and stop:
+                slot.process.terminate()  # again and again, since it may not listen yet
+        time.sleep(0.2 if not stop else 1)
+    return failed
+
+
+def _start(folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """In a session of its own, so that Ctrl-C reaches it once, from here."""
+    with (folder / LOG).open("ab") as log:
+        command = [sys.executable, "-m", "flame_ext.lab.job", str(folder)]
+        return subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def _words(code: int, folder: Path) -> str:
+    if code == 0:
+        figures = json.loads((folder / RESULT).read_text())["figures"]
+        return "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if isinstance(value, float))
+    return (
+        "stopped" if code in (EXIT_PREEMPTED, -signal.SIGTERM) else f"failed with exit code {code}, see {folder / LOG}"
+    )
+
+
+def _last_line(folder: Path) -> str:
+    lines = (folder / LOG).read_text(errors="replace").strip().splitlines()
+    return f"{lines[-1] if lines else 'no output'} ({folder / LOG})"
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[list[int]]:
+    """A list that is empty until SIGTERM, SIGINT or SIGHUP comes."""
+    found: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        found.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        yield found
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,102 @@
+"""Plans: what they say of each run, and what is refused in them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from flame_ext.lab.plan import Run, as_toml, merged, read_plan
+from flame_ext.tools.main import main
+from tests.documents import blocks
+from tests.ranks import REPOSITORY
+
+TINY = REPOSITORY / "configs" / "lab" / "tiny.toml"
+
+
+def test_runs_of_a_seed_differ_in_the_objective_alone(tmp_path: Path) -> None:
+    plan = read_plan(TINY)
+    runs = list(plan.runs())
+    assert [(r.task, r.objective, r.seed) for r in runs] == [
+        (t, o, 0) for t in ("star", "siblings") for o in ("ntp", "mtp")
+    ]
+    ntp, mtp = (plan.job(run, tmp_path) for run in runs[:2])
+    assert ntp["checkpoint"]["initial_load_path"] == str(tmp_path / "models" / "star" / "seed-0")
+    assert mtp.pop("mtp") == {"enable": True, "loss_weight": 0.3} and ntp["model"].pop("converters") == []
+    assert mtp["model"].pop("converters") == ["future_prediction"]
+    assert ntp.pop("job") != mtp.pop("job") and ntp == mtp
+    other = plan.job(Run("star", "ntp", 7, "tokens"), tmp_path)
+    assert {other[section]["rng_seed"] for section in ("seed", "data")} == {other["debug"]["seed"]} == {7}
+    assert other["training"]["seq_len"] == plan.tasks["star"].length - 1
+
+
+def test_options_of_an_objective_are_above_those_of_its_task_and_of_all(tmp_path: Path) -> None:
+    text = TINY.read_text().replace(
+        'kind = "siblings"', 'kind = "siblings"\ntrainer.training.steps = 7\ntrainer.optimizer.lr = 1.0'
+    )
+    (tmp_path / "plan.toml").write_text(text.replace("[objectives.ntp]", "[objectives.ntp]\noptimizer.lr = 2.0"))
+    plan = read_plan(tmp_path / "plan.toml")
+    values = {run: plan.job(run, tmp_path) for run in plan.runs()}
+    assert [(job["training"]["steps"], job["optimizer"]["lr"]) for job in values.values()] == [
+        *((40, 2.0), (40, 3e-3), (7, 2.0), (7, 1.0))
+    ]
+    assert plan.section.name == "plan"
+
+
+def test_plans_that_are_shown_are_plans(tmp_path: Path) -> None:
+    (shown,) = (block for block in blocks(REPOSITORY / "docs" / "lab.md") if block.file == "plan.toml")
+    (tmp_path / "plan.toml").write_text(shown.text)
+    assert len(list(read_plan(tmp_path / "plan.toml").runs())) == 2 * 2 * 5
+    assert all(list(read_plan(file).runs()) for file in TINY.parent.glob("*.toml"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds = [0]", "seeds = [0, 0]", "plan.seeds: expected different integers"),
+        ("seeds = [0]", "sedes = [0]", "unknown key 'plan.sedes' (did you mean 'plan.seeds'?)"),
+        ("[model]", "[modle]", "unknown key 'modle'"),
+        ("hidden_size = 32", "hiden_size = 32", "unknown key 'model.hiden_size'"),
+        ('"llama"', '"lama"', "model.model_type must be a type of transformers"),
+        ('kind = "path_star"', 'kind = "path"', "tasks.star.kind must be one of path_star, siblings"),
+        ("degree = 2", "degrees = 2", "unknown key 'tasks.star.degrees'"),
+        ("degree = 2", 'degree = "2"', "'tasks.star.degree' must be an integer"),
+        ("nodes = 12", "nodes = 3", "nodes must be >= 5"),
+        ("training.steps = 40", "training.step = 40", "trainer: unknown key 'training.step'"),
+        ("mtp.enable = true", "mtp.enabled = true", "objectives.mtp: unknown key 'mtp.enabled'"),
+        (
+            "mtp.enable = true",
+            "mtp.enable = true\ntraining.seq_len = 4",
+            "objectives.mtp.training.seq_len: the lab sets it itself",
+        ),
+        ("[objectives.ntp]", '[objectives."a/b"]', "'a/b' cannot name a folder"),
+        ("[plan]", "[plan", "not valid TOML"),
+        ("generations = 100", "temperature = 0.0", "plan.temperature > 0"),
+    ],
+)
+def test_what_can_not_be_right_is_said_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture, old: str, new: str, message: str
+) -> None:
+    assert old in TINY.read_text()
+    (tmp_path / "plan.toml").write_text(TINY.read_text().replace(old, new, 1))
+    assert main(["lab", "run", str(tmp_path / "plan.toml"), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith(f"error: {tmp_path / 'plan.toml'}: ") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_tables_are_written_as_toml() -> None:
+    tables: dict[str, Any] = {
+        "a": {"x": 1, "y": 1e-3, "z": True, "words": ["ä", '"'], "none": [], "deep": {"b": {"c": "\\n"}}},
+        "data": {"sources": [{"path": "p", "weight": 1.0}, {"path": "q"}], "rng_seed": 0},
+    }
+    assert tomllib.loads(as_toml(tables)) == tables
+    assert merged(tables, {"a": {"x": 2, "deep": {"d": 1}}})["a"]["deep"] == {"b": {"c": "\\n"}, "d": 1}
+    assert tables["a"]["x"] == 1

@@ -1,0 +1,138 @@
+"""The report of runs whose figures are known."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flame_ext.files import write_json
+from flame_ext.lab.report import Estimate, draw, gather, markdown, student, summary
+from flame_ext.tools.main import main
+
+FLOPS = {"ntp": 10.0, "top": 20.0}
+
+
+def result(objective: str, seed: int, exact: float, steps: int = 4, budget: str = "tokens") -> dict[str, Any]:
+    """Of steps of 100 tokens; the held-out loss falls from 5 by 1 a step, or by 1.5 with ``top``."""
+    held_out = [
+        {
+            "step": s,
+            "tokens": 100 * s,
+            "operations": 100 * s * FLOPS[objective],
+            "loss": 5 - s * (1 + 0.5 * (objective == "top")),
+        }
+        for s in range(1, steps + 1)
+    ]
+    return {
+        "run": {"task": "star", "objective": objective, "seed": seed, "budget": budget},
+        "steps": steps,
+        "tokens_of_a_step": 100,
+        "operations_per_token": {"total": FLOPS[objective]},
+        "figures": {"exact": exact, "loss_answer": 1.0, "accuracy_by_position": [1.0, 0.5]},
+        "held_out": held_out,
+    }
+
+
+def write(folder: Path, results: list[dict[str, Any]], absent: int = 0) -> Path:
+    names = [f"runs/{i}" for i in range(len(results) + absent)]
+    write_json(folder / "plan.json", {"name": "known", "runs": names})
+    for name, values in zip(names, results, strict=False):
+        write_json(folder / name / "result.json", values)
+    return folder
+
+
+RESULTS = [
+    result("ntp", 0, 0.5),
+    result("top", 0, 0.9),
+    result("ntp", 1, 0.4),
+    result("top", 1, 1.0),
+    result("ntp", 2, 0.6),
+]
+
+
+def test_means_intervals_and_equal_compute(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = write(tmp_path / "lab", RESULTS, absent=1)
+    assert main(["lab", "report", str(folder)]) == 0
+    assert capsys.readouterr().out.count("Wrote") == 4
+    found = json.loads((folder / "report" / "report.json").read_text())
+    assert (found["done"], found["of"]) == (5, 6)
+    ntp, top = (found["tasks"]["star"]["tokens"][name] for name in ("ntp", "top"))
+    assert ntp["figures"]["exact"] == {
+        "mean": 0.5,
+        "half": pytest.approx(4.303 * 0.1 / math.sqrt(3)),
+        "values": [0.5, 0.4, 0.6],
+    }
+    assert top["figures"]["exact"]["half"] == pytest.approx(12.706 * math.sqrt(0.005) / math.sqrt(2))
+    assert (ntp["operations"], top["operations"]) == (4000, 8000)
+    assert (ntp["figures"]["loss_equal_tokens"]["mean"], top["figures"]["loss_equal_tokens"]["mean"]) == (1, -1)
+    # 4000 operations are four steps of ntp and two of top.
+    assert (ntp["figures"]["loss_equal_compute"]["mean"], top["figures"]["loss_equal_compute"]["mean"]) == (1, 2)
+    text = (folder / "report" / "report.md").read_text()
+    assert "5 of 6 runs" in text and "| ntp | 3 | 400 | 4e+03 (1.00x) | 0.5000 ± 0.2484 | 1.0000 ± 0.0000 |" in text
+    assert (folder / "report" / "star.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "report" / "star.svg").read_bytes().startswith(b"<?xml")
+
+
+def test_what_lies_between_two_validations_is_interpolated(tmp_path: Path) -> None:
+    folder = write(tmp_path / "lab", [result("ntp", 0, 0.5, steps=3), result("top", 0, 0.5)])
+    of = summary(gather(folder)[1])["star"]["tokens"]
+    assert of["top"]["figures"]["loss_equal_tokens"]["values"] == [5 - 3 * 1.5]
+    assert of["top"]["figures"]["loss_equal_compute"]["values"] == [pytest.approx(5 - 1.5 * 1.5)]
+    assert of["ntp"]["figures"]["exact"]["half"] is None
+
+
+def test_runs_of_equal_compute_have_a_table_of_their_own(tmp_path: Path) -> None:
+    short = [result("ntp", 0, 0.5, budget="compute"), result("top", 0, 0.7, steps=2, budget="compute")]
+    folder = write(tmp_path / "lab", [*RESULTS[:2], *short])
+    about, tasks = gather(folder)
+    _, _, after = markdown(about, summary(tasks)).partition("Runs that end at the cheapest objective's operations:")
+    assert "| top | 1 | 200 | 4e+03 (1.00x) | 0.7000 | 1.0000 |" in after and "held-out" not in after
+
+
+def test_lines_and_bars_are_those_of_the_results() -> None:
+    results = {"tokens": {"ntp": RESULTS[::2], "top": RESULTS[1::2]}}
+    tokens, compute, bars = draw("star", results).axes
+    assert [len(panel.lines) for panel in (tokens, compute)] == [5, 5]
+    assert list(tokens.lines[3].get_ydata()) == [3.5, 2.0, 0.5, -1.0]
+    assert list(compute.lines[3].get_xdata()) == [2000, 4000, 6000, 8000]
+    assert [bar.get_height() for bar in bars.patches] == [pytest.approx(0.5), pytest.approx(0.95)]
+    assert bars.get_title() == "right answers"
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 4, 9, 30, 31, 60, 200])
+def test_intervals_are_students(freedom: int) -> None:
+    """The density between both ends, integrated."""
+    end, steps = student(freedom), 20000
+    constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+    width = 2 * end / steps
+    places = (-end + (i + 0.5) * width for i in range(steps))
+    assert sum(constant * (1 + x * x / freedom) ** (-(freedom + 1) / 2) for x in places) * width == pytest.approx(
+        0.95, abs=2e-4
+    )
+    assert Estimate.of([1.0]).half is None
+
+
+def test_the_table_is_there_without_matplotlib(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    folder = write(tmp_path / "lab", RESULTS[:2])
+    assert main(["lab", "report", str(folder)]) == 2
+    assert "flame-ext lab report draws with matplotlib: pip install 'flame_ext[plot]'" in capsys.readouterr().err
+    assert {file.name for file in (folder / "report").iterdir()} == {"report.md", "report.json"}
+
+
+def test_a_folder_without_results_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert (
+        main(["lab", "report", str(tmp_path)]) == 2
+        and "name the folder of a flame-ext lab run" in capsys.readouterr().err
+    )
+    write(tmp_path / "lab", [], absent=2)
+    assert (
+        main(["lab", "report", str(tmp_path / "lab")]) == 2 and "none of 2 runs is done yet" in capsys.readouterr().err
+    )

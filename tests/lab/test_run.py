@@ -1,0 +1,142 @@
+"""A plan from its beginning to its tables; killed on the way, it gives the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flame_ext.lab.job import RESULT
+from flame_ext.lab.plan import Run, read_plan
+from flame_ext.lab.report import gather, markdown, summary
+from flame_ext.lab.run import _steps_of_equal_compute, prepare
+from flame_ext.tools.main import main
+from tests.ranks import REPOSITORY
+
+TINY = REPOSITORY / "configs" / "lab" / "tiny.toml"
+
+
+def start(output: Path, *options: str) -> subprocess.Popen[str]:
+    """``lab run`` of the tiny plan, in a process group of its own."""
+    command = [sys.executable, "-m", "flame_ext.tools.main", "lab", "run", str(TINY), f"--output={output}", *options]
+    return subprocess.Popen(command, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return output
+
+
+def wait_for(file: Path, text: str = "") -> None:
+    deadline = time.monotonic() + 300
+    while not (file.is_file() and text in file.read_text()):
+        assert time.monotonic() < deadline, f"no {text!r} in {file}"
+        time.sleep(0.05)
+
+
+def table(output: Path) -> str:
+    about, tasks = gather(output)
+    return markdown(about, summary(tasks))
+
+
+@pytest.mark.matrix
+def test_a_killed_plan_goes_on_where_it_was_and_gives_the_same_table(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    assert "done: flame-ext lab report" in finished(start(tmp_path / "whole"))
+    assert time.monotonic() - begin < 180, "two objectives, one seed, two tasks: three minutes on two cores"
+    expected = table(tmp_path / "whole").replace("whole", "killed")
+
+    killed = tmp_path / "killed"
+    first, second = (killed / "runs" / "star" / name / "tokens-seed-0" for name in ("ntp", "mtp"))
+    process = start(killed, "--jobs=1")
+    wait_for(first / RESULT)
+    wait_for(second / "checkpoint" / "step-20" / "manifest.json")
+    process.kill()  # the run that it has started notices, and saves
+    process.wait()
+    done, when = (first / RESULT).read_bytes(), (first / RESULT).stat().st_mtime_ns
+
+    process = start(killed, "--jobs=1")
+    wait_for(second / "log.txt", "Resuming")
+    process.send_signal(signal.SIGTERM)
+    assert "stopped; the same command goes on" in process.communicate(timeout=120)[0] and process.returncode == 75
+
+    finished(start(killed, "--jobs=1"))
+    assert (first / RESULT).read_bytes() == done and (first / RESULT).stat().st_mtime_ns == when
+    assert "step:  1" not in (second / "log.txt").read_text().partition("Resuming")[2], "it begins where it was"
+    assert table(killed) == expected
+    again = finished(start(killed))
+    assert "4 runs, 4 done" in again and "runs/" not in again.partition("done")[2].replace(str(killed), "")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lab") / "out"
+    plan = read_plan(TINY)
+    prepare(plan, list(plan.runs()), folder)
+    return folder
+
+
+def test_objectives_start_from_the_same_weights_and_another_seed_from_others(prepared: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    said = [json.loads(file.read_text()) for file in sorted(prepared.glob("runs/star/*/*/run.json"))]
+    assert len(said) == 2 and said[0]["operations_per_token"]["total"] > said[1]["operations_per_token"]["total"]
+    jobs = [file.read_text() for file in sorted(prepared.glob("runs/star/*/*/job.toml"))]
+    assert all(f'initial_load_path = "{prepared}/models/star/seed-0"' in job for job in jobs)
+    plan = read_plan(TINY)
+    prepare(plan, [Run("star", "ntp", 1, "tokens")], prepared)
+    one, other = (load_file(prepared / "models" / "star" / f"seed-{n}" / "model.safetensors") for n in (0, 1))
+    assert one.keys() == other.keys()
+    key = next(key for key in one if key.endswith("q_proj.weight"))
+    assert not torch.equal(one[key], other[key])
+
+
+def test_equal_compute_is_that_of_the_cheapest_objective() -> None:
+    from types import SimpleNamespace as Names
+
+    def facts(total: float, steps: int) -> tuple[Any, Any]:
+        training = Names(steps=steps, global_batch_size=-1, local_batch_size=4, seq_len=8)
+        return Names(training=training), Names(total=total)
+
+    of = {"ntp": facts(10.0, 100), "top": facts(25.0, 100)}
+    assert _steps_of_equal_compute(Run("t", "ntp", 0, "compute"), of) == 100
+    assert _steps_of_equal_compute(Run("t", "top", 0, "compute"), of) == 40
+
+
+def test_another_plan_in_the_folder_is_refused(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(prepared, folder)
+    for file in folder.glob("runs/*/*/*/job.toml"):
+        file.write_text(file.read_text().replace(str(prepared), str(folder)).replace("lr = 0.003", "lr = 0.03"))
+    assert main(["lab", "run", str(TINY), "--output", str(folder)]) == 2
+    assert "was begun with 'lr = 0.03', and the plan now says 'lr = 0.003'" in capsys.readouterr().err
+    assert not (folder / ".lock").exists(), "the folder is free again"
+
+
+def test_a_run_that_fails_does_not_keep_the_others_from_running(
+    prepared: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        assert int(environment["OMP_NUM_THREADS"]) >= 1
+        fails = "echo what is wrong > {0}/log.txt; exit 3"
+        done = """echo '{{"figures": {{"exact": 0.5, "accuracy_by_position": [1.0]}}}}' > {0}/result.json"""
+        return subprocess.Popen(["sh", "-c", (fails if "/star/mtp/" in str(folder) else done).format(folder)])
+
+    monkeypatch.setattr("flame_ext.lab.run._start", start)
+    assert main(["lab", "run", str(TINY), "--output", str(prepared), "--jobs=2"]) == 2
+    found = capfd.readouterr()
+    assert "1 of 4 runs failed, the first with: what is wrong (" in found.err and found.err.count("\n") == 1
+    assert (
+        found.out.count("exact 0.5000") == 3
+        and "runs/star/mtp/tokens-seed-0: failed with exit code 3, see" in found.out
+    )
+    assert len([*prepared.glob("runs/*/*/*/result.json")]) == 3
