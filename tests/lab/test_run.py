@@ -17,6 +17,7 @@ from flame_ext.lab.job import RESULT
 from flame_ext.lab.plan import Run, read_plan
 from flame_ext.lab.report import gather, markdown, summary
 from flame_ext.lab.run import _steps_of_equal_compute, prepare
+from flame_ext.lab.tasks import KINDS
 from flame_ext.tools.main import main
 from tests.ranks import REPOSITORY
 
@@ -74,6 +75,21 @@ def test_a_killed_plan_goes_on_where_it_was_and_gives_the_same_table(tmp_path: P
     assert table(killed) == expected
     again = finished(start(killed))
     assert "4 runs, 4 done" in again and "runs/" not in again.partition("done")[2].replace(str(killed), "")
+
+
+@pytest.mark.matrix
+def test_every_task_runs_with_a_teacher(tmp_path: Path) -> None:
+    head, _, _ = TINY.read_text().partition("[tasks.star]")
+    small = {"siblings": "train = 100", "triangles": "train = 100", "text": "piece = 32\ntrain = 200"}
+    tasks = [f'[tasks.{k}]\nkind = "{k}"\ntest = 40\n{small.get(k, "train = 200")}\n' for k in KINDS]
+    future = "[objectives.future]\nfuture_encoder.enable = true\nfuture_predictor.enable = true\n"
+    (tmp_path / "plan.toml").write_text(head.replace("steps = 40", "steps = 4") + "".join(tasks) + future)
+    assert main(["lab", "run", str(tmp_path / "plan.toml"), "--output", str(tmp_path / "out")]) == 0
+    _, found = gather(tmp_path / "out")
+    assert set(found) == set(KINDS)
+    (of_text,) = found["text"]["tokens"]["future"]
+    # The evaluation and the trainer's validation read the same rows, each in its own way.
+    assert of_text["figures"]["loss_answer"] == pytest.approx(of_text["held_out"][-1]["loss"], rel=1e-5)
 
 
 @pytest.fixture(scope="module")
