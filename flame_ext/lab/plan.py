@@ -17,7 +17,6 @@ from flame_ext.heads.names import HEAD_NAMES
 from flame_ext.heads.registry import CONVERTER_NAME, job_config_class
 from flame_ext.lab.tasks import KINDS
 from flame_ext.lab.tasks.task import Task
-from flame_ext.lab.tasks.text import Text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -110,8 +109,6 @@ class Plan:
             "metrics": {"log_freq": max(1, total // 20), "disable_color_printing": True},
             "activation_checkpoint": {"mode": "none"},
             "model": {"converters": [CONVERTER_NAME] if heads else []},
-            # The proofs of step 0 run on a text, which to a tokenizer of a task's words is one unknown word again and again.
-            "seed": {"verify": "finite" if isinstance(task, Text) else "none"},
         }
         own: Tables = {
             "job": {

@@ -57,7 +57,8 @@ def prove_anticausal(
     """
     middle = tokens.shape[1] // 2
     changed = tokens.clone()
-    changed[0, middle] = tokens[tokens != tokens[0, middle]][0]
+    others = tokens[tokens != tokens[0, middle]]  # none of a text that the tokenizer knows no word of
+    changed[0, middle] = others[0] if len(others) else (tokens[0, middle] == 0).to(tokens.dtype)
     remedy = f"; {remedy}" if remedy else ""
     try:
         before, after = summaries(tokens), summaries(changed)
