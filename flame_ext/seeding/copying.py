@@ -20,7 +20,8 @@ _MAX_THREADS = 4
 
 def threads_of_rank() -> int:
     """Return the number of cores for each rank on this host, at most 4: more do not read faster."""
-    return max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(_MAX_THREADS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 class Copies:

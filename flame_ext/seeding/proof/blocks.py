@@ -50,9 +50,12 @@ def weights_by_blocks(
     ]
     ahead: dict[int, Future[None]] = {}  # by the block's index; of one block, or of none
 
+    def of(index: int) -> set[str]:
+        return {sources[name] for name in blocks[index][1]}
+
     def load(index: int) -> None:
         held = blocks[index][1]
-        convert_and_load_state_dict_in_model(model, read({sources[name] for name in held}), loading)
+        convert_and_load_state_dict_in_model(model, read(of(index)), loading)
         loaded = {name: _get(model, sources[name]) for name in held}
         if lacking := [name for name, tensor in loaded.items() if tensor.is_meta]:
             raise LookupError(f"{lacking[0]} is not made of what the source has for it")
@@ -61,7 +64,7 @@ def weights_by_blocks(
 
     def unload(index: int, *_: Any) -> None:
         held = blocks[index][1]
-        _put(model, {name: absent[name] for name in {*held, *(sources[name] for name in held)}})
+        _put(model, {name: absent[name] for name in {*held, *of(index)}})
 
     def begin(index: int, *_: Any) -> None:
         loaded = ahead.pop(index, None)
@@ -69,7 +72,7 @@ def weights_by_blocks(
             ahead.pop(other).result()
             unload(other)
         (loaded or reader.submit(load, index)).result()
-        if index + 1 < len(blocks):
+        if index + 1 < len(blocks) and of(index).isdisjoint(of(index + 1)):  # else unloading would take from both
             ahead[index + 1] = reader.submit(load, index + 1)
 
     hooks: list[RemovableHandle] = []

@@ -135,8 +135,9 @@ def _run(model: PreTrainedModel, probe: Probe) -> Tensor:
 
 def memory_left(device: torch.device) -> int | None:
     """Return the bytes that a device has left, the machine's for "cpu"; None if the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # what torch has taken from the driver and holds free is left as well
+        free, held = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device)
+        return free + held - torch.cuda.memory_allocated(device)
     meminfo = Path("/proc/meminfo")
     if device.type != "cpu" or not meminfo.exists():
         return None
