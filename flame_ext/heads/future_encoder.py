@@ -71,7 +71,8 @@ class FutureEncoderSection(HeadSection):
     """
     'global': the summaries of all data-parallel ranks and, with the anticausal encoder, of all micro-batches of the step
     are the negatives: the loss depends on the global batch alone, however it is spread over ranks and accumulation.
-    'local': only this rank's micro-batch; no communication.
+    'local': only those of this rank's micro-batch; they travel between the ranks that share its sequences alone (context
+    parallelism).
     """
 
     detach_targets: bool = True

@@ -172,15 +172,16 @@ def _documents(head: Mtp, batch: HeadBatch) -> Within | None:
         return None
     (batch_size, seq_len), device = documents.shape, documents.device
     queries, keys = parts.positions(seq_len, device), parts.order(seq_len, device)
-    (window,) = attention_windows(cast(MtpBlock, head.blocks[0]).decoder.config).values()
+    block = cast(MtpBlock, head.blocks[0])
+    (window,) = attention_windows(block.decoder.config).values()
     mask, positions = causal_mask(documents if within else None, window, queries, keys), queries.expand(batch_size, -1)
     if within:
         begins = torch.ones_like(documents, dtype=torch.bool)
         begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
         first = torch.where(begins, torch.arange(seq_len, device=device), 0).cummax(dim=1).values
         positions = positions - parts.shard(first)
-    attention = ContextParallel.attention_name(BOOLEAN_ATTENTION) if parts.is_split else BOOLEAN_ATTENTION
-    return Within(mask, positions, attention)
+    name = "sdpa" if block.own_attention == "sdpa" else BOOLEAN_ATTENTION  # as in the backbone: it has dropout
+    return Within(mask, positions, ContextParallel.attention_name(name) if parts.is_split else name)
 
 
 def _arguments(section: MtpSection, backbone: Any) -> dict[str, Any]:

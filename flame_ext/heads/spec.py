@@ -104,10 +104,10 @@ class FutureBatch(NamedTuple):
     pairs: Tensor  # (b, n) bool: positions t with a valid summary at t + shift, in their document
     bank: KeyBank
     first_key: int  # Row of the bank where the b * n summaries of these positions begin
-    targets: Tensor  # (b * n,) rows of the bank with the summaries at t + shift; 0 where there is no pair
     shift: int  # The prediction at t is compared with the summary at t + shift
     pairs_in_step: Tensor | float  # () number of pairs in the whole step, over all ranks and micro-batches
     positions_in_step: Tensor | float  # () number of positions with a future and a next token in the whole step
+    targets: Tensor  # (b * n,) rows of the bank with the summaries at t + shift; 0 where there is no pair
 
 
 class Sequences(NamedTuple):
@@ -219,12 +219,6 @@ class HeadSpec:
     operations and MFU follow. None: one for each of the head's parameters.
     """
 
-    takes_parts: bool = False
-    """
-    Whether the loss is right for a part of each sequence's positions, as context parallelism gives it, which is refused otherwise. It
-    is if it takes each position by itself, or what follows it by ``batch.upcoming`` and ``batch.sequences.parts.following``.
-    """
-
     uses_logits: bool = True
     """Whether the loss reads ``batch.logits``. Tensor parallelism then gathers them instead of leaving them sharded."""
 
@@ -251,3 +245,9 @@ class HeadSpec:
 
     card_options: tuple[str, ...] = ()
     """Options of the section that a model card lists."""
+
+    takes_parts: bool = False
+    """
+    Whether the loss is right for a part of each sequence's positions, as context parallelism gives it, which is refused otherwise. It
+    is if it takes each position by itself, or what follows it by ``batch.upcoming`` and ``batch.sequences.parts.following``.
+    """

@@ -137,7 +137,9 @@ class ContextParallel(SequenceParts):
     def following(self, values: Tensor, steps: int) -> Tensor:
         halo = self._halo(values.shape[1] * self.ranks, steps, values.device)
         sent = values.index_select(1, halo.sent).transpose(0, 1).contiguous()
-        travel: Any = funcol.all_to_all_single_autograd if values.requires_grad else funcol.all_to_all_single
+        travel: Any = funcol.all_to_all_single
+        if values.requires_grad and torch.is_grad_enabled():
+            travel = funcol.all_to_all_single_autograd
         received = funcol.wait_tensor(travel(sent, halo.received_of, halo.sent_to, self.mesh.get_group()))
         own, nothing = values.index_select(1, halo.own), torch.zeros_like(values[:, :1])
         ahead = torch.cat([received.transpose(0, 1), own, nothing], dim=1).index_select(1, halo.places)

@@ -108,9 +108,9 @@ class StudentLosses:
         assert future.bank is not None
         shape, labels = self.labels.shape, future.select(self.labels)
         selected = TokenLogProbs(*(future.select(values.unflatten(0, shape)).flatten(0, 1) for values in log_probs))
-        keys = future.bank, future.first_key, future.targets(plan.shift, parts), plan.shift
-        pairs = parts.shard(future.pairs)
-        return FutureBatch(hidden_states, labels, selected, pairs, *keys, plan.pairs, plan.positions)
+        keys, counts = (future.bank, future.first_key, plan.shift), (plan.pairs, plan.positions)
+        pairs, targets = parts.shard(future.pairs), future.targets(plan.shift, parts)
+        return FutureBatch(hidden_states, labels, selected, pairs, *keys, *counts, targets)
 
     def _losses_of(self, name: str, spec: HeadSpec, batch: HeadBatch) -> dict[str, Tensor]:
         assert spec.loss is not None

@@ -84,6 +84,7 @@ JOBS: dict[str, list[str]] = {
     "olmo2+heads+max": pooled("max", 5),
     "llama-scaled-rope+heads+max of all": pooled("max"),
     "llama-scaled-rope+heads+attention": pooled("attention"),
+    "olmo2+heads+constant": ["--future_encoder.summary_method=attention", "--future_encoder.future_k=5"],
     "qwen3-qk-norm+heads+query": [*pooled("query", 7), *DOCUMENTS, *IN_ORDER],
     "olmo2+heads+own": ["--experimental.custom_import=tests.heads.own_head", "--next_byte.enable"],
     "olmo2+heads+op": [*FURTHER, *PER_OP],
