@@ -18,14 +18,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, OlmoConfig
 
 from flame_ext.model.attention import attention_options, choose_kernels
+from flame_ext.model.initialisation import Uniform
 from flame_ext.objective.masks import anticausal_block_mask, anticausal_mask, doc_ids_from_eos
+from flame_ext.seeding.new_parameters import initialise
+from flame_ext.seeding.read import read_weights
+from flame_ext.seeding.sources.open import open_source
 from tests.benchmarks.common import rank_environment
 from tests.benchmarks.device_checks import enlarge_heads
 from tests.ranks import DEBUG_TOML, REPOSITORY
@@ -172,3 +177,24 @@ def test_soft_capped_attention_is_that_of_transformers_eager_code() -> None:
     ]
     for found, expected in zip(grads[1], grads[0], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+def test_files_are_read_through_pinned_memory_alone(tmp_path: Path) -> None:
+    stored = {
+        "rows": torch.randn(5000, 4096, dtype=torch.bfloat16),
+        "small": torch.randn(7),
+        "scalar": torch.tensor(2.0),
+    }
+    (tmp_path / "config.json").write_text("{}")
+    save_file(stored, tmp_path / "model.safetensors")
+    state = {key: torch.full(values.shape, float("nan"), device="cuda") for key, values in stored.items()}
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        read_weights(open_source(tmp_path), state, {}, check_finite=True)
+        torch.cuda.synchronize()
+    assert all(torch.equal(state[key].cpu(), values.float()) for key, values in stored.items())
+    copies = {event.name for event in profiled.events() if "HtoD" in event.name}
+    assert copies == {"Memcpy HtoD (Pinned -> Device)"}
+    drawn = {device: {"new": torch.empty(3000, 4096, device=device)} for device in ("cpu", "cuda")}
+    for parameters in drawn.values():
+        initialise(parameters, {"new": Uniform(0.5)}, 0)
+    assert torch.equal(drawn["cuda"]["new"].cpu(), drawn["cpu"]["new"])

@@ -15,6 +15,7 @@ from transformers import DeepseekV3Config, Gemma2Config, GPT2Config, OlmoConfig,
 
 from flame_ext.heads.future_encoder import PooledEncoder
 from flame_ext.model.attention import attention_options, flex_problem, mask_form
+from flame_ext.model.context_parallel import WHOLE
 from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
 from flame_ext.objective.masks import causal_mask
 from tests.tiny_models import save_tiny
@@ -84,7 +85,10 @@ _LATENT = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
 )
 def test_flex_attention_is_taken_where_it_can_be_compiled(config: PreTrainedConfig, form: str) -> None:
     model = SimpleNamespace(
-        config=config, _supports_flex_attn=config.model_type != "gpt2", _supports_attention_backend=True
+        config=config,
+        _supports_flex_attn=config.model_type != "gpt2",
+        _supports_attention_backend=True,
+        context=WHOLE,
     )
     assert mask_form("auto", model, torch.device("cuda")) == form
     assert mask_form("auto", model, torch.device("cpu")) == "windows"
