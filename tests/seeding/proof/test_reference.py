@@ -51,7 +51,12 @@ def stock_logits(folder: Path, dtype: torch.dtype = torch.float32) -> Tensor:
         return model(TOKENS, use_cache=False).logits.float()
 
 
-@pytest.mark.parametrize("name", CONFIGS | MIXTURES)
+QUICK = ("olmo-tied", "gemma2", "gpt-neox-tied", "mixtral", "gpt-oss")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.matrix) for name in CONFIGS | MIXTURES]
+)
 def test_by_blocks_the_logits_are_those_of_from_pretrained(tmp_path: Path, name: str) -> None:
     folder = save_tiny(name, tmp_path / name, max_shard_size="50KB")
     for dtype in (torch.float32, torch.bfloat16):
