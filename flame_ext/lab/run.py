@@ -84,13 +84,15 @@ def prepare(plan: Plan, runs: list[Run], folder: Path) -> None:
             config = parse([f"--job.config_file={folder / run.folder / JOB}"])
             facts[run.task, run.objective] = config, operations_per_token(config)
         config, operations = facts[run.task, run.objective]
+        evaluation = {"generations": plan.section.generations, "temperature": plan.section.temperature}
         said = {
             "run": asdict(run),
             "task_folder": str(folder / "tasks" / run.task),
-            **{"generations": plan.section.generations, "temperature": plan.section.temperature},
+            **evaluation,
             **{"steps": tables["training"]["steps"], "tokens_of_a_step": tokens_of_a_step(config)},
             "operations_per_token": asdict(operations) | {"total": operations.total},
         }
+        _check_begun(folder / run.folder / SPECIFICATION, said, "", folder / run.folder)
         write_json(folder / run.folder / SPECIFICATION, said)
 
 
@@ -100,15 +102,32 @@ def _steps_of_equal_compute(run: Run, facts: dict[str, tuple[Any, Any]]) -> int:
     return max(1, round(facts[run.objective][0].training.steps * min(of_all.values()) / of_all[run.objective]))
 
 
-def _write_model(plan: Plan, run: Run, folder: Path) -> None:
-    """Random weights of the run's seed, as transformers initialises them, with the task's tokenizer."""
-    task, target = plan.tasks[run.task], folder / run.model
-    if (target / "tokenizer.json").is_file():  # written last
-        return
+def _check_begun(file: Path, now: Tables, prefix: str, folder: Path) -> bool:
+    """Whether ``file`` records the values ``now``, False if it is not there; a ConfigError names one that differs."""
+    if not file.is_file():
+        return False
+    was = json.loads(file.read_text())
+    if key := next((key for key in {**now, **was} if was.get(key) != now.get(key)), None):
+        begun = f"was begun with {prefix}{key} = {was.get(key)!r}, and the plan now says {now.get(key)!r}"
+        raise ConfigError(f"{file} {begun}: take another --output, or remove {folder}")
+    return True
+
+
+def _sizes(plan: Plan, run: Run) -> Tables:
+    """What determines the initial weights of a seed: ``[model]``, and the sizes that are the task's."""
+    task = plan.tasks[run.task]
     sizes = {"vocab_size": vocabulary_size(task), "eos_token_id": 0, "bos_token_id": None, "pad_token_id": None}
-    sizes |= {"max_position_embeddings": task.length} | {k: v for k, v in plan.model.items() if k != "model_type"}
+    return sizes | {"max_position_embeddings": task.length} | plan.model
+
+
+def _write_model(plan: Plan, run: Run, folder: Path) -> None:
+    """Random weights of the run's seed, as transformers initialises them, with the task's tokenizer; the record last."""
+    target, sizes = folder / run.model, _sizes(plan, run)
+    record = target.with_name(f"{target.name}.json")
+    if _check_begun(record, sizes, "model.", folder):
+        return
     try:
-        config = AutoConfig.for_model(plan.model["model_type"], **sizes)
+        config = AutoConfig.for_model(**sizes)
         torch.manual_seed(run.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as e:  # whatever a size that cannot be right leads to
@@ -116,7 +135,8 @@ def _write_model(plan: Plan, run: Run, folder: Path) -> None:
             f"[model]: transformers cannot build it: {type(e).__name__}: {' '.join(str(e).split())[:300]}"
         ) from e
     model.save_pretrained(target)
-    tokenizer_of(task).save_pretrained(target)
+    tokenizer_of(plan.tasks[run.task]).save_pretrained(target)
+    write_json(record, sizes)
 
 
 def _write_job(folder: Path, tables: Tables) -> None:

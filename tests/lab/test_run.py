@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from flame_ext.errors import ConfigError
 from flame_ext.lab.job import RESULT
 from flame_ext.lab.plan import Run, read_plan
 from flame_ext.lab.report import gather, markdown, summary
@@ -136,6 +137,27 @@ def test_another_plan_in_the_folder_is_refused(prepared: Path, tmp_path: Path, c
     assert main(["lab", "run", str(TINY), "--output", str(folder)]) == 2
     assert "was begun with 'lr = 0.03', and the plan now says 'lr = 0.003'" in capsys.readouterr().err
     assert not (folder / ".lock").exists(), "the folder is free again"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("num_hidden_layers = 2", "num_hidden_layers = 1", "model.num_hidden_layers = 2, and the plan now says 1:"),
+        (
+            "num_key_value_heads = 2",
+            "num_key_value_heads = 2\nrms_norm_eps = 0.5",
+            "model.rms_norm_eps = None, and the plan",
+        ),
+        ("generations = 100", "generations = 99", "generations = 100, and the plan now says 99:"),
+        ("generations = 100", "generations = 100\ntemperature = 0.5", "temperature = 1.0, and the plan now says 0.5:"),
+    ],
+)
+def test_what_no_job_says_is_recorded_too(prepared: Path, tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in TINY.read_text()
+    (tmp_path / "tiny.toml").write_text(TINY.read_text().replace(old, new))
+    plan = read_plan(tmp_path / "tiny.toml")
+    with pytest.raises(ConfigError, match=message):
+        prepare(plan, list(plan.runs()), prepared)
 
 
 def test_a_run_that_fails_does_not_keep_the_others_from_running(
