@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist, fmean, stdev
@@ -74,7 +75,7 @@ def write_report(folder: Path) -> list[Path]:
     write_json(files[1], about | {"tasks": figures})
     files[0].write_text(markdown(about, figures), encoding="utf-8")
     for task, budgets in tasks.items():
-        figure = draw(task, budgets)
+        figure = draw(task, budgets, about["objectives"])
         for ending in ("png", "svg"):
             files.append(target / f"{task}.{ending}")
             figure.savefig(files[-1])
@@ -92,13 +93,15 @@ def gather(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Results]]]
         raise UserError(f"{folder}: none of {len(said['runs'])} runs is done yet")
     names = list(dict.fromkeys(result["run"]["task"] for result in found))
     tasks = {task: _of_task([result for result in found if result["run"]["task"] == task]) for task in names}
-    return {"plan": said["name"], "done": len(found), "of": len(said["runs"])}, tasks
+    objectives = list(dict.fromkeys(Path(run).parts[-2] for run in said["runs"]))  # as Run.folder names them
+    about = {"plan": said["name"], "done": len(found), "of": len(said["runs"]), "objectives": objectives}
+    return about, tasks
 
 
 def _of_task(found: list[dict[str, Any]]) -> dict[str, Results]:
     """The results of a task by budget and objective, in the plan's order, with the held-out losses that all have reached added."""
     budgets: dict[str, Results] = {}
-    for result in found:
+    for result in sorted(found, key=lambda result: result["run"]["budget"] == "compute"):
         run = result["run"]
         budgets.setdefault(run["budget"], {}).setdefault(run["objective"], []).append(result)
     for of_budget in budgets.values():
@@ -171,16 +174,27 @@ def markdown(about: dict[str, Any], tasks: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(task: str, budgets: dict[str, Results]) -> Figure:
-    """Held-out loss over tokens and over operations, each seed a line, and the task's first figure with its intervals."""
+def _curve(result: dict[str, Any], axis: str) -> tuple[list[float], list[float]]:
+    """Places on an axis, and the held-out losses there; NaN where one was not finite."""
+    points = result["held_out"]
+    return [p[axis] for p in points], [math.nan if p["loss"] is None else p["loss"] for p in points]
+
+
+def draw(task: str, budgets: dict[str, Results], objectives: list[str]) -> Figure:
+    """Held-out loss over tokens and over operations, each seed a line, and the task's first figure with its intervals.
+
+    An objective has its place and its color by its number among all ``objectives``.
+    """
     figure = figure_class("lab report")(figsize=(12, 3.4), dpi=120, layout="constrained")
     over_tokens, over_operations, bars = figure.subplots(1, 3)
-    whole = next(iter(budgets.values()))
-    for number, (objective, results) in enumerate(whole.items()):
+    whole = next(iter(budgets.values()))  # to the last step, unless none of those is done
+    numbers = {name: number for number, name in enumerate(objectives)}
+    for objective, results in whole.items():
         for panel, axis in ((over_tokens, "tokens"), (over_operations, "operations")):
             for i, result in enumerate(results):
-                places, losses = ([point[name] for point in result["held_out"]] for name in (axis, "loss"))
-                panel.plot(places, losses, color=f"C{number}", linewidth=1.2, label=objective if i == 0 else None)
+                places, losses = _curve(result, axis)
+                label = objective if i == 0 else None
+                panel.plot(places, losses, color=f"C{numbers[objective]}", linewidth=1.2, label=label)
             panel.set_xlabel(axis)
             panel.set_title("held-out loss, all tokens", fontsize=10)
     over_tokens.legend(frameon=False, fontsize=8)
@@ -189,22 +203,15 @@ def draw(task: str, budgets: dict[str, Results]) -> Figure:
         name for name in FIGURES if name in of_first and name not in ("loss_equal_tokens", "loss_equal_compute")
     )
     width = 0.8 / len(budgets)
-    for place, by_objective in enumerate(budgets.values()):
-        for number, results in enumerate(by_objective.values()):
+    for place, (budget, by_objective) in enumerate(budgets.items()):
+        for objective, results in by_objective.items():
             found = Estimate.of([result["figures"][shown] for result in results])
-            color = f"C{number}"
-            bars.bar(
-                number + place * width,
-                found.mean,
-                width,
-                yerr=found.half,
-                capsize=4,
-                color=color,
-                alpha=1 - 0.5 * place,
-            )
-    bars.set_xticks(range(len(whole)), list(whole), rotation=20, fontsize=8)
+            number, alpha = numbers[objective], 0.5 if budget == "compute" else 1
+            style = {"color": f"C{number}", "alpha": alpha, "yerr": found.half, "capsize": 4}
+            bars.bar(number + place * width, found.mean, width, **style)
+    bars.set_xticks(range(len(numbers)), list(numbers), rotation=20, fontsize=8)
     bars.set_ylim(0, None if shown == "loss_answer" else 1)
-    also = ", light: at equal compute" if len(budgets) > 1 else ""
+    also = ", light: at equal compute" if "compute" in budgets else ""
     bars.set_title(f"{FIGURES[shown]}{also}", fontsize=10)
     for panel in (over_tokens, over_operations, bars):
         panel.grid(alpha=0.3)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.colors import to_rgb
 
 from flame_ext.files import write_json
 from flame_ext.lab.report import Estimate, draw, gather, markdown, student, summary
@@ -39,7 +40,9 @@ def result(objective: str, seed: int, exact: float, steps: int = 4, budget: str 
 
 
 def write(folder: Path, results: list[dict[str, Any]], absent: int = 0) -> Path:
-    names = [f"runs/{i}" for i in range(len(results) + absent)]
+    of = [result["run"] for result in results]
+    names = [f"runs/{run['task']}/{run['objective']}/{run['budget']}-seed-{run['seed']}" for run in of]
+    names += [f"runs/star/top/tokens-seed-{10 + i}" for i in range(absent)]
     write_json(folder / "plan.json", {"name": "known", "runs": names})
     for name, values in zip(names, results, strict=False):
         write_json(folder / name / "result.json", values)
@@ -96,12 +99,23 @@ def test_runs_of_equal_compute_have_a_table_of_their_own(tmp_path: Path) -> None
 
 def test_lines_and_bars_are_those_of_the_results() -> None:
     results = {"tokens": {"ntp": RESULTS[::2], "top": RESULTS[1::2]}}
-    tokens, compute, bars = draw("star", results).axes
+    tokens, compute, bars = draw("star", results, ["ntp", "top"]).axes
     assert [len(panel.lines) for panel in (tokens, compute)] == [5, 5]
     assert list(tokens.lines[3].get_ydata()) == [3.5, 2.0, 0.5, -1.0]
     assert list(compute.lines[3].get_xdata()) == [2000, 4000, 6000, 8000]
     assert [bar.get_height() for bar in bars.patches] == [pytest.approx(0.5), pytest.approx(0.95)]
     assert bars.get_title() == "right answers"
+
+
+def test_bars_are_where_their_objective_is_though_runs_are_missing() -> None:
+    compute = {"top": [result("top", 0, 0.7, budget="compute")]}
+    bars = draw("star", {"tokens": {"top": RESULTS[1::2], "ntp": RESULTS[::2]}, "compute": compute}, ["ntp", "top"])
+    found = {(round(bar.get_x() + 0.2, 6), bar.get_facecolor()[:3], bar.get_alpha()) for bar in bars.axes[2].patches}
+    ntp, top = (to_rgb(f"C{number}") for number in (0, 1))
+    assert found == {(0, ntp, 1), (1, top, 1), (1.4, top, 0.5)}
+    assert [label.get_text() for label in bars.axes[2].get_xticklabels()] == ["ntp", "top"]
+    (alone,) = draw("star", {"compute": compute}, ["ntp", "top"]).axes[2].patches
+    assert alone.get_alpha() == 0.5 and alone.get_facecolor()[:3] == top
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 4, 9, 30, 31, 60, 200])
