@@ -48,7 +48,7 @@ def student(freedom: int) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The mean over seeds, and half of its 95 % interval; None of a single seed."""
+    """The mean over seeds, and half of its 95 % interval; None of a single seed. NaN if a seed's value is not finite."""
 
     mean: float
     half: float | None
@@ -57,10 +57,14 @@ class Estimate:
     @staticmethod
     def of(values: list[float]) -> Estimate:
         count = len(values)
+        if not all(map(math.isfinite, values)):
+            return Estimate(math.nan, None, values)
         half = None if count < 2 else student(count - 1) * stdev(values) / count**0.5
         return Estimate(fmean(values), half, values)
 
     def __str__(self) -> str:
+        if math.isnan(self.mean):
+            return f"diverged ({sum(not math.isfinite(value) for value in self.values)} of {len(self.values)})"
         return f"{self.mean:.4f}" + ("" if self.half is None else f" ± {self.half:.4f}")
 
 
@@ -72,7 +76,7 @@ def write_report(folder: Path) -> list[Path]:
     about, tasks = gather(folder)
     target, figures = folder / "report", summary(tasks)
     files = [target / "report.md", target / "report.json"]
-    write_json(files[1], about | {"tasks": figures})
+    write_json(files[1], _finite(about | {"tasks": figures}))
     files[0].write_text(markdown(about, figures), encoding="utf-8")
     for task, budgets in tasks.items():
         figure = draw(task, budgets, about["objectives"])
@@ -80,6 +84,15 @@ def write_report(folder: Path) -> list[Path]:
             files.append(target / f"{task}.{ending}")
             figure.savefig(files[-1])
     return files
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(of_key) for key, of_key in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def gather(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Results]]]:
@@ -115,8 +128,11 @@ def _of_task(found: list[dict[str, Any]]) -> dict[str, Results]:
 
 
 def held_out_at(result: dict[str, Any], axis: str, reached: float) -> float | None:
-    """The held-out loss of a run after so many "tokens" or "operations", between the two validations around; None before the first one."""
-    places, losses = ([point[name] for point in result["held_out"]] for name in (axis, "loss"))
+    """The held-out loss of a run after so many "tokens" or "operations", between the two validations around; None before the first one.
+
+    NaN where a validation's was not finite.
+    """
+    places, losses = _curve(result, axis)
     return float(np.interp(reached, places, losses)) if places[0] <= reached else None
 
 

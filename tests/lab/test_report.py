@@ -89,6 +89,20 @@ def test_what_lies_between_two_validations_is_interpolated(tmp_path: Path) -> No
     assert of["ntp"]["figures"]["exact"]["half"] is None
 
 
+def test_a_run_that_has_diverged_is_named_and_the_others_are_reported(tmp_path: Path) -> None:
+    diverged = result("top", 1, 0.0)
+    diverged["held_out"][-1]["loss"] = None  # what validation.jsonl has for NaN
+    diverged["figures"]["loss_answer"] = math.nan
+    folder = write(tmp_path / "lab", [*RESULTS[:3], diverged])
+    assert main(["lab", "report", str(folder)]) == 0
+    (line,) = (x for x in (folder / "report" / "report.md").read_text().splitlines() if x.startswith("| top"))
+    # What equal compute reads is before the divergence.
+    assert line.split(" | ")[-3:] == ["diverged (1 of 2)", "diverged (1 of 2)", "2.0000 ± 0.0000 |"]
+    text = (folder / "report" / "report.json").read_text()
+    figures = json.loads(text)["tasks"]["star"]["tokens"]["top"]["figures"]
+    assert "NaN" not in text and figures["loss_equal_tokens"] == {"mean": None, "half": None, "values": [-1.0, None]}
+
+
 def test_runs_of_equal_compute_have_a_table_of_their_own(tmp_path: Path) -> None:
     short = [result("ntp", 0, 0.5, budget="compute"), result("top", 0, 0.7, steps=2, budget="compute")]
     folder = write(tmp_path / "lab", [*RESULTS[:2], *short])
