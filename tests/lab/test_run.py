@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from flame_ext.errors import ConfigError
+from flame_ext.errors import ConfigError, UserError
 from flame_ext.lab.job import RESULT
 from flame_ext.lab.plan import Run, read_plan
 from flame_ext.lab.report import gather, markdown, summary
@@ -148,8 +148,12 @@ def test_another_plan_in_the_folder_is_refused(prepared: Path, tmp_path: Path, c
             "num_key_value_heads = 2\nrms_norm_eps = 0.5",
             "model.rms_norm_eps = None, and the plan",
         ),
-        ("generations = 100", "generations = 99", "generations = 100, and the plan now says 99:"),
-        ("generations = 100", "generations = 100\ntemperature = 0.5", "temperature = 1.0, and the plan now says 0.5:"),
+        ("generations = 100", "generations = 99", "plan.generations = 100, and the plan now says 99:"),
+        (
+            "generations = 100",
+            "generations = 100\ntemperature = 0.5",
+            "plan.temperature = 1.0, and the plan now says 0.5:",
+        ),
     ],
 )
 def test_what_no_job_says_is_recorded_too(prepared: Path, tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -158,6 +162,31 @@ def test_what_no_job_says_is_recorded_too(prepared: Path, tmp_path: Path, old: s
     plan = read_plan(tmp_path / "tiny.toml")
     with pytest.raises(ConfigError, match=message):
         prepare(plan, list(plan.runs()), prepared)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("train = 100\n", "train = 99\n", "holds something else"),
+        ("hidden_size = 32", "hidden_size = 64", "model.hidden_size = 32"),
+        ("loss_weight = 0.3", "loss_weight = 0.4", "was begun with 'loss_weight = 0.3'"),
+        ("generations = 100", "generations = 99", "generations = 100"),
+    ],
+)
+def test_a_plan_that_is_refused_leaves_the_folder_as_it_was(
+    prepared: Path, tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    more = """[tasks.first]\nkind = "path_star"\ntrain = 10\ntest = 5\n\n[tasks.star]"""
+    text = (
+        TINY.read_text().replace("[tasks.star]", more).replace("[objectives.ntp]", "[objectives.new]\n[objectives.ntp]")
+    )
+    assert old in text
+    (tmp_path / "tiny.toml").write_text(text.replace(old, new))
+    before = {file: file.read_bytes() for file in prepared.rglob("*") if file.is_file()}
+    plan = read_plan(tmp_path / "tiny.toml")
+    with pytest.raises(UserError, match=message):
+        prepare(plan, list(plan.runs()), prepared)
+    assert {file: file.read_bytes() for file in prepared.rglob("*") if file.is_file()} == before
 
 
 def test_a_run_that_fails_does_not_keep_the_others_from_running(
