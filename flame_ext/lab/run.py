@@ -83,17 +83,17 @@ def prepare(plan: Plan, runs: list[Run], folder: Path) -> None:
         write_task(task, folder / "tasks" / name)
     for run in runs:
         _write_model(plan, run, folder)
-    facts: dict[tuple[str, str], tuple[Any, Any]] = {}
+    facts: dict[tuple[str, str, str], tuple[Any, Any]] = {}
     for run in runs:  # those of "tokens" come first
         steps = None
         if run.budget == "compute":
-            steps = _steps_of_equal_compute(run, {o: facts[run.task, o] for o in plan.objectives})
+            steps = _steps_of_equal_compute(run, {o: facts[run.task, o, "tokens"] for o in plan.objectives})
         tables = plan.job(run, folder, steps)
         _write_job(folder / run.folder, tables)
-        if (run.task, run.objective) not in facts:
+        if (kind := (run.task, run.objective, run.budget)) not in facts:
             config = parse([f"--job.config_file={folder / run.folder / JOB}"])
-            facts[run.task, run.objective] = config, operations_per_token(config)
-        config, operations = facts[run.task, run.objective]
+            facts[kind] = config, operations_per_token(config)
+        config, operations = facts[kind]
         said = {
             "run": asdict(run),
             "task_folder": str(folder / "tasks" / run.task),

@@ -19,6 +19,7 @@ from flame_ext.lab.plan import Run, read_plan
 from flame_ext.lab.report import gather, markdown, summary
 from flame_ext.lab.run import _steps_of_equal_compute, prepare
 from flame_ext.lab.tasks import KINDS
+from flame_ext.preflight.parse import parse
 from flame_ext.tools.main import main
 from tests.ranks import REPOSITORY
 
@@ -127,6 +128,23 @@ def test_equal_compute_is_that_of_the_cheapest_objective() -> None:
     of = {"ntp": facts(10.0, 100), "top": facts(25.0, 100)}
     assert _steps_of_equal_compute(Run("t", "ntp", 0, "compute"), of) == 100
     assert _steps_of_equal_compute(Run("t", "top", 0, "compute"), of) == 40
+
+
+def test_configurations_of_equal_compute_are_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def parsed(arguments: list[str]) -> Any:
+        config = parse(arguments)
+        if config.training.steps < 40:
+            raise ConfigError("too few steps")
+        return config
+
+    monkeypatch.setattr("flame_ext.lab.run.parse", parsed)
+    text, _, _ = TINY.read_text().partition("[tasks.siblings]")
+    objectives = "[objectives.ntp]\n[objectives.mtp]\nmtp.enable = true\n"
+    (tmp_path / "tiny.toml").write_text(text.replace("[plan]", "[plan]\nequal_compute = true") + objectives)
+    plan = read_plan(tmp_path / "tiny.toml")
+    with pytest.raises(ConfigError, match="too few steps"):
+        prepare(plan, list(plan.runs()), tmp_path / "out")
+    assert not (tmp_path / "out" / "plan.json").exists()
 
 
 def test_another_plan_in_the_folder_is_refused(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
