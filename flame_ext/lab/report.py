@@ -13,7 +13,7 @@ import numpy as np
 
 from flame_ext.errors import UserError
 from flame_ext.files import write_json
-from flame_ext.lab.job import PLAN, RESULT
+from flame_ext.lab.job import LOG, PLAN, RESULT
 from flame_ext.tools.plot import figure_class
 
 if TYPE_CHECKING:
@@ -107,8 +107,10 @@ def gather(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Results]]]
     names = list(dict.fromkeys(result["run"]["task"] for result in found))
     tasks = {task: _of_task([result for result in found if result["run"]["task"] == task]) for task in names}
     objectives = list(dict.fromkeys(Path(run).parts[-2] for run in said["runs"]))  # as Run.folder names them
+    missing = [run for run in said["runs"] if not (folder / run / RESULT).is_file()]
     about = {"plan": said["name"], "done": len(found), "of": len(said["runs"]), "objectives": objectives}
-    return about, tasks
+    begun = [run for run in missing if (folder / run / LOG).is_file()]
+    return about | {"missing": missing, "begun": begun}, tasks
 
 
 def _of_task(found: list[dict[str, Any]]) -> dict[str, Results]:
@@ -185,9 +187,27 @@ def markdown(about: dict[str, Any], tasks: dict[str, Any]) -> str:
             for objective, values in objectives.items():
                 known = {n: str(Estimate(**v)) for n, v in values["figures"].items()}
                 compute = f"{values['operations']:.3g} ({values['operations'] / cheapest:.2f}x)"
-                cells = [objective, str(len(values["seeds"])), f"{values['tokens']:,.0f}", compute]
+                seeds = len(values["seeds"])
+                planned = seeds + sum(run.startswith(f"runs/{task}/{objective}/{budget}-") for run in about["missing"])
+                cells = [
+                    objective,
+                    str(seeds) if seeds == planned else f"{seeds} of {planned}",
+                    f"{values['tokens']:,.0f}",
+                    compute,
+                ]
                 lines.append("| " + " | ".join([*cells, *(known.get(n, "–") for n in shown)]) + " |")
-    return "\n".join(lines) + "\n"
+        lines += _not_done([run for run in about["missing"] if run.startswith(f"runs/{task}/")], about["begun"])
+    without = [run for run in about["missing"] if Path(run).parts[1] not in tasks]
+    return "\n".join([*lines, *_not_done(without, about["begun"])]) + "\n"
+
+
+def _not_done(runs: list[str], begun: list[str]) -> list[str]:
+    if not runs:
+        return []
+    names = (
+        f"- `{run}`: " + (f"running, stopped or failed, see its {LOG}" if run in begun else "not begun") for run in runs
+    )
+    return ["", "Not done, so that means of different objectives may be over different seeds:", "", *names]
 
 
 def _curve(result: dict[str, Any], axis: str) -> tuple[list[float], list[float]]:

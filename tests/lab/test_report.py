@@ -103,6 +103,24 @@ def test_a_run_that_has_diverged_is_named_and_the_others_are_reported(tmp_path: 
     assert "NaN" not in text and figures["loss_equal_tokens"] == {"mean": None, "half": None, "values": [-1.0, None]}
 
 
+def test_runs_that_are_not_done_are_named(tmp_path: Path) -> None:
+    folder = write(tmp_path / "lab", RESULTS, absent=2)
+    said = json.loads((folder / "plan.json").read_text())
+    write_json(folder / "plan.json", said | {"runs": [*said["runs"], "runs/other/ntp/tokens-seed-0"]})
+    (folder / "runs/star/top/tokens-seed-11").mkdir()
+    (folder / "runs/star/top/tokens-seed-11/log.txt").write_text("what is wrong")
+    about, tasks = gather(folder)
+    text = markdown(about, summary(tasks))
+    assert "| ntp | 3 |" in text and "| top | 2 of 4 |" in text
+    assert [line for line in text.splitlines() if line.startswith("- ")] == [
+        "- `runs/star/top/tokens-seed-10`: not begun",
+        "- `runs/star/top/tokens-seed-11`: running, stopped or failed, see its log.txt",
+        "- `runs/other/ntp/tokens-seed-0`: not begun",
+    ]
+    about, tasks = gather(write(tmp_path / "done", RESULTS))
+    assert "Not done" not in markdown(about, summary(tasks))
+
+
 def test_runs_of_equal_compute_have_a_table_of_their_own(tmp_path: Path) -> None:
     short = [result("ntp", 0, 0.5, budget="compute"), result("top", 0, 0.7, steps=2, budget="compute")]
     folder = write(tmp_path / "lab", [*RESULTS[:2], *short])
