@@ -35,23 +35,30 @@ def record_of(task: Task) -> dict[str, Any]:
     return {"kind": kind, "parameters": asdict(task), **facts}
 
 
-def write_task(task: Task, folder: Path) -> None:
-    """Writes a task; nothing if the folder holds it already. Raises a UserError if the folder holds something else."""
-    from flame_ext.lab.tokenizer import tokenizer_of
-
+def is_written(task: Task, folder: Path) -> bool:
+    """Whether the folder holds the task. Raises a UserError if it holds something else."""
     record = folder / _RECORD
     if record.is_file() and json.loads(record.read_text()) == record_of(task):
-        return
+        return True
     if folder.is_dir() and (record.is_file() or (not any(folder.glob("*.npy")) and any(folder.iterdir()))):
         raise UserError(
             f"{folder}: holds something else than this task with these parameters; name another folder, or remove it"
         )
+    return False
+
+
+def write_task(task: Task, folder: Path) -> None:
+    """Writes a task; nothing if the folder holds it already. Raises a UserError if the folder holds something else."""
+    from flame_ext.lab.tokenizer import tokenizer_of
+
+    if is_written(task, folder):
+        return
     train, test = task.rows()
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("train", train), ("test", test)):
         np.save(folder / f"{name}.npy", rows.reshape(-1).astype(np.uint16 if rows.max() < 2**16 else np.uint32))
     tokenizer_of(task).save_pretrained(folder)
-    write_json(record, record_of(task))
+    write_json(folder / _RECORD, record_of(task))
 
 
 def read_task(folder: Path) -> TaskFolder:

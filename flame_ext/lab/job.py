@@ -19,6 +19,7 @@ from flame_ext.files import write_json
 
 PLAN = "plan.json"  # in a plan's folder: its name and its runs, in their order
 JOB, SPECIFICATION, RESULT = "job.toml", "run.json", "result.json"  # in a run's folder
+LOG = "log.txt"  # there too: what the run has printed
 
 
 def run(folder: Path) -> None:

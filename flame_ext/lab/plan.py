@@ -32,6 +32,10 @@ _OWN = (  # options that the lab sets itself, for every run alike
     *("checkpoint.enable", "checkpoint.last_save_in_hf", "checkpoint.export_dtype", "validation.enable"),
     *("training.seq_len", "validation.seq_len", "seed.rng_seed", "data.rng_seed", "debug.seed"),
 )
+_OF_ALL = (  # options that objectives have to share, or they would be compared after other tokens or on other rows
+    *("training.steps", "training.local_batch_size", "training.global_batch_size"),
+    *("validation.steps", "validation.freq", "validation.local_batch_size"),
+)
 
 
 @dataclass
@@ -186,16 +190,24 @@ def _task(name: str, table: Any, common: Tables) -> tuple[Task, Tables]:
 
 
 def _trainer_tables(values: Any, prefix: str) -> Tables:
-    """Tables of the trainer's options, checked by its own types; raises a ConfigError for those that are the lab's."""
+    """Tables of the trainer's options, checked by its own types; raises a ConfigError for those that are not this table's."""
     if not isinstance(values, dict):
         raise ConfigError(f"{prefix[:-1]} is a table of the trainer's options, got {values!r}")
     if problems := check_values(job_config_class(), values):
         raise ConfigError("; ".join(prefix[:-1] + ": " + problem for problem in problems))
-    for option in _OWN:
+    _refuse(values, _OWN, prefix, "the lab sets it itself; leave it out")
+    if prefix.startswith("objectives."):
+        _refuse(
+            values, _OF_ALL, prefix, "all objectives of a task share it; put it under [trainer] or a task's trainer"
+        )
+    return values
+
+
+def _refuse(values: Tables, options: tuple[str, ...], prefix: str, why: str) -> None:
+    for option in options:
         section, _, key = option.partition(".")
         if key in values.get(section, {}):
-            raise ConfigError(f"{prefix}{option}: the lab sets it itself; leave it out")
-    return values
+            raise ConfigError(f"{prefix}{option}: {why}")
 
 
 def _check_model(model: Tables) -> None:

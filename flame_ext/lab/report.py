@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist, fmean, stdev
@@ -12,7 +13,7 @@ import numpy as np
 
 from flame_ext.errors import UserError
 from flame_ext.files import write_json
-from flame_ext.lab.job import PLAN, RESULT
+from flame_ext.lab.job import LOG, PLAN, RESULT
 from flame_ext.tools.plot import figure_class
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def student(freedom: int) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The mean over seeds, and half of its 95 % interval; None of a single seed."""
+    """The mean over seeds, and half of its 95 % interval; None of a single seed. NaN if a seed's value is not finite."""
 
     mean: float
     half: float | None
@@ -56,10 +57,14 @@ class Estimate:
     @staticmethod
     def of(values: list[float]) -> Estimate:
         count = len(values)
+        if not all(map(math.isfinite, values)):
+            return Estimate(math.nan, None, values)
         half = None if count < 2 else student(count - 1) * stdev(values) / count**0.5
         return Estimate(fmean(values), half, values)
 
     def __str__(self) -> str:
+        if math.isnan(self.mean):
+            return f"diverged ({sum(not math.isfinite(value) for value in self.values)} of {len(self.values)})"
         return f"{self.mean:.4f}" + ("" if self.half is None else f" ± {self.half:.4f}")
 
 
@@ -71,14 +76,23 @@ def write_report(folder: Path) -> list[Path]:
     about, tasks = gather(folder)
     target, figures = folder / "report", summary(tasks)
     files = [target / "report.md", target / "report.json"]
-    write_json(files[1], about | {"tasks": figures})
+    write_json(files[1], _finite(about | {"tasks": figures}))
     files[0].write_text(markdown(about, figures), encoding="utf-8")
     for task, budgets in tasks.items():
-        figure = draw(task, budgets)
+        figure = draw(task, budgets, about["objectives"])
         for ending in ("png", "svg"):
             files.append(target / f"{task}.{ending}")
             figure.savefig(files[-1])
     return files
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(of_key) for key, of_key in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def gather(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Results]]]:
@@ -92,13 +106,17 @@ def gather(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Results]]]
         raise UserError(f"{folder}: none of {len(said['runs'])} runs is done yet")
     names = list(dict.fromkeys(result["run"]["task"] for result in found))
     tasks = {task: _of_task([result for result in found if result["run"]["task"] == task]) for task in names}
-    return {"plan": said["name"], "done": len(found), "of": len(said["runs"])}, tasks
+    objectives = list(dict.fromkeys(Path(run).parts[-2] for run in said["runs"]))  # as Run.folder names them
+    missing = [run for run in said["runs"] if not (folder / run / RESULT).is_file()]
+    about = {"plan": said["name"], "done": len(found), "of": len(said["runs"]), "objectives": objectives}
+    begun = [run for run in missing if (folder / run / LOG).is_file()]
+    return about | {"missing": missing, "begun": begun}, tasks
 
 
 def _of_task(found: list[dict[str, Any]]) -> dict[str, Results]:
     """The results of a task by budget and objective, in the plan's order, with the held-out losses that all have reached added."""
     budgets: dict[str, Results] = {}
-    for result in found:
+    for result in sorted(found, key=lambda result: result["run"]["budget"] == "compute"):
         run = result["run"]
         budgets.setdefault(run["budget"], {}).setdefault(run["objective"], []).append(result)
     for of_budget in budgets.values():
@@ -112,8 +130,11 @@ def _of_task(found: list[dict[str, Any]]) -> dict[str, Results]:
 
 
 def held_out_at(result: dict[str, Any], axis: str, reached: float) -> float | None:
-    """The held-out loss of a run after so many "tokens" or "operations", between the two validations around; None before the first one."""
-    places, losses = ([point[name] for point in result["held_out"]] for name in (axis, "loss"))
+    """The held-out loss of a run after so many "tokens" or "operations", between the two validations around; None before the first one.
+
+    NaN where a validation's was not finite.
+    """
+    places, losses = _curve(result, axis)
     return float(np.interp(reached, places, losses)) if places[0] <= reached else None
 
 
@@ -166,21 +187,50 @@ def markdown(about: dict[str, Any], tasks: dict[str, Any]) -> str:
             for objective, values in objectives.items():
                 known = {n: str(Estimate(**v)) for n, v in values["figures"].items()}
                 compute = f"{values['operations']:.3g} ({values['operations'] / cheapest:.2f}x)"
-                cells = [objective, str(len(values["seeds"])), f"{values['tokens']:,.0f}", compute]
+                seeds = len(values["seeds"])
+                planned = seeds + sum(run.startswith(f"runs/{task}/{objective}/{budget}-") for run in about["missing"])
+                cells = [
+                    objective,
+                    str(seeds) if seeds == planned else f"{seeds} of {planned}",
+                    f"{values['tokens']:,.0f}",
+                    compute,
+                ]
                 lines.append("| " + " | ".join([*cells, *(known.get(n, "–") for n in shown)]) + " |")
-    return "\n".join(lines) + "\n"
+        lines += _not_done([run for run in about["missing"] if run.startswith(f"runs/{task}/")], about["begun"])
+    without = [run for run in about["missing"] if Path(run).parts[1] not in tasks]
+    return "\n".join([*lines, *_not_done(without, about["begun"])]) + "\n"
 
 
-def draw(task: str, budgets: dict[str, Results]) -> Figure:
-    """Held-out loss over tokens and over operations, each seed a line, and the task's first figure with its intervals."""
+def _not_done(runs: list[str], begun: list[str]) -> list[str]:
+    if not runs:
+        return []
+    names = (
+        f"- `{run}`: " + (f"running, stopped or failed, see its {LOG}" if run in begun else "not begun") for run in runs
+    )
+    return ["", "Not done, so that means of different objectives may be over different seeds:", "", *names]
+
+
+def _curve(result: dict[str, Any], axis: str) -> tuple[list[float], list[float]]:
+    """Places on an axis, and the held-out losses there; NaN where one was not finite."""
+    points = result["held_out"]
+    return [p[axis] for p in points], [math.nan if p["loss"] is None else p["loss"] for p in points]
+
+
+def draw(task: str, budgets: dict[str, Results], objectives: list[str]) -> Figure:
+    """Held-out loss over tokens and over operations, each seed a line, and the task's first figure with its intervals.
+
+    An objective has its place and its color by its number among all ``objectives``.
+    """
     figure = figure_class("lab report")(figsize=(12, 3.4), dpi=120, layout="constrained")
     over_tokens, over_operations, bars = figure.subplots(1, 3)
-    whole = next(iter(budgets.values()))
-    for number, (objective, results) in enumerate(whole.items()):
+    whole = next(iter(budgets.values()))  # to the last step, unless none of those is done
+    numbers = {name: number for number, name in enumerate(objectives)}
+    for objective, results in whole.items():
         for panel, axis in ((over_tokens, "tokens"), (over_operations, "operations")):
             for i, result in enumerate(results):
-                places, losses = ([point[name] for point in result["held_out"]] for name in (axis, "loss"))
-                panel.plot(places, losses, color=f"C{number}", linewidth=1.2, label=objective if i == 0 else None)
+                places, losses = _curve(result, axis)
+                label = objective if i == 0 else None
+                panel.plot(places, losses, color=f"C{numbers[objective]}", linewidth=1.2, label=label)
             panel.set_xlabel(axis)
             panel.set_title("held-out loss, all tokens", fontsize=10)
     over_tokens.legend(frameon=False, fontsize=8)
@@ -189,22 +239,15 @@ def draw(task: str, budgets: dict[str, Results]) -> Figure:
         name for name in FIGURES if name in of_first and name not in ("loss_equal_tokens", "loss_equal_compute")
     )
     width = 0.8 / len(budgets)
-    for place, by_objective in enumerate(budgets.values()):
-        for number, results in enumerate(by_objective.values()):
+    for place, (budget, by_objective) in enumerate(budgets.items()):
+        for objective, results in by_objective.items():
             found = Estimate.of([result["figures"][shown] for result in results])
-            color = f"C{number}"
-            bars.bar(
-                number + place * width,
-                found.mean,
-                width,
-                yerr=found.half,
-                capsize=4,
-                color=color,
-                alpha=1 - 0.5 * place,
-            )
-    bars.set_xticks(range(len(whole)), list(whole), rotation=20, fontsize=8)
+            number, alpha = numbers[objective], 0.5 if budget == "compute" else 1
+            style = {"color": f"C{number}", "alpha": alpha, "yerr": found.half, "capsize": 4}
+            bars.bar(number + place * width, found.mean, width, **style)
+    bars.set_xticks(range(len(numbers)), list(numbers), rotation=20, fontsize=8)
     bars.set_ylim(0, None if shown == "loss_answer" else 1)
-    also = ", light: at equal compute" if len(budgets) > 1 else ""
+    also = ", light: at equal compute" if "compute" in budgets else ""
     bars.set_title(f"{FIGURES[shown]}{also}", fontsize=10)
     for panel in (over_tokens, over_operations, bars):
         panel.grid(alpha=0.3)

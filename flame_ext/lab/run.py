@@ -21,16 +21,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from flame_ext.errors import ConfigError, UserError
 from flame_ext.files import write_json
-from flame_ext.lab.data import vocabulary_size, write_task
-from flame_ext.lab.job import JOB, PLAN, RESULT, SPECIFICATION
+from flame_ext.lab.data import is_written, vocabulary_size, write_task
+from flame_ext.lab.job import JOB, LOG, PLAN, RESULT, SPECIFICATION
 from flame_ext.lab.operations import operations_per_token, tokens_of_a_step
 from flame_ext.lab.plan import Plan, Run, Tables, as_toml
 from flame_ext.lab.tokenizer import tokenizer_of
 from flame_ext.preflight.parse import parse
 from flame_ext.run.lock import FolderLock
 from flame_ext.run.signals import EXIT_PREEMPTED
-
-LOG = "log.txt"
 
 
 @dataclass
@@ -67,31 +65,42 @@ def run_plan(plan: Plan, folder: Path, jobs: int | None) -> int:
 
 
 def prepare(plan: Plan, runs: list[Run], folder: Path) -> None:
-    """Writes tasks, initial weights, and the configuration of each run, as far as they are not there; checks all configurations."""
-    write_json(folder / PLAN, {"name": plan.section.name, "runs": [run.folder.as_posix() for run in runs]})
+    """Writes tasks, initial weights, and the configuration of each run, as far as they are not there; checks all configurations.
+
+    Checks what is there before it writes anything, but for the steps of equal compute; the plan's list of runs comes last.
+    """
+    evaluation = {"generations": plan.section.generations, "temperature": plan.section.temperature}
+    for name, task in plan.tasks.items():
+        is_written(task, folder / "tasks" / name)
+    for run in runs:
+        _check_begun(_record(run, folder), _sizes(plan, run), "model.", folder)
+        if run.budget == "tokens":
+            _check_job(folder / run.folder, plan.job(run, folder))
+        _check_begun(folder / run.folder / SPECIFICATION, evaluation, "plan.", folder / run.folder, others=True)
     for name, task in plan.tasks.items():
         write_task(task, folder / "tasks" / name)
     for run in runs:
         _write_model(plan, run, folder)
-    facts: dict[tuple[str, str], tuple[Any, Any]] = {}
+    facts: dict[tuple[str, str, str], tuple[Any, Any]] = {}
     for run in runs:  # those of "tokens" come first
         steps = None
         if run.budget == "compute":
-            steps = _steps_of_equal_compute(run, {o: facts[run.task, o] for o in plan.objectives})
+            steps = _steps_of_equal_compute(run, {o: facts[run.task, o, "tokens"] for o in plan.objectives})
         tables = plan.job(run, folder, steps)
         _write_job(folder / run.folder, tables)
-        if (run.task, run.objective) not in facts:
+        if (kind := (run.task, run.objective, run.budget)) not in facts:
             config = parse([f"--job.config_file={folder / run.folder / JOB}"])
-            facts[run.task, run.objective] = config, operations_per_token(config)
-        config, operations = facts[run.task, run.objective]
+            facts[kind] = config, operations_per_token(config)
+        config, operations = facts[kind]
         said = {
             "run": asdict(run),
             "task_folder": str(folder / "tasks" / run.task),
-            **{"generations": plan.section.generations, "temperature": plan.section.temperature},
+            **evaluation,
             **{"steps": tables["training"]["steps"], "tokens_of_a_step": tokens_of_a_step(config)},
             "operations_per_token": asdict(operations) | {"total": operations.total},
         }
         write_json(folder / run.folder / SPECIFICATION, said)
+    write_json(folder / PLAN, {"name": plan.section.name, "runs": [run.folder.as_posix() for run in runs]})
 
 
 def _steps_of_equal_compute(run: Run, facts: dict[str, tuple[Any, Any]]) -> int:
@@ -100,15 +109,33 @@ def _steps_of_equal_compute(run: Run, facts: dict[str, tuple[Any, Any]]) -> int:
     return max(1, round(facts[run.objective][0].training.steps * min(of_all.values()) / of_all[run.objective]))
 
 
-def _write_model(plan: Plan, run: Run, folder: Path) -> None:
-    """Random weights of the run's seed, as transformers initialises them, with the task's tokenizer."""
-    task, target = plan.tasks[run.task], folder / run.model
-    if (target / "tokenizer.json").is_file():  # written last
-        return
+def _check_begun(file: Path, now: Tables, prefix: str, folder: Path, others: bool = False) -> None:
+    """Raises a ConfigError that names what ``file``, if it is there, has otherwise than ``now``; it may have ``others``."""
+    was = json.loads(file.read_text()) if file.is_file() else now
+    if key := next((key for key in (now if others else {**now, **was}) if was.get(key) != now.get(key)), None):
+        begun = f"was begun with {prefix}{key} = {was.get(key)!r}, and the plan now says {now.get(key)!r}"
+        raise ConfigError(f"{file} {begun}: take another --output, or remove {folder}")
+
+
+def _sizes(plan: Plan, run: Run) -> Tables:
+    """What determines the initial weights of a seed: ``[model]``, and the sizes that are the task's."""
+    task = plan.tasks[run.task]
     sizes = {"vocab_size": vocabulary_size(task), "eos_token_id": 0, "bos_token_id": None, "pad_token_id": None}
-    sizes |= {"max_position_embeddings": task.length} | {k: v for k, v in plan.model.items() if k != "model_type"}
+    return sizes | {"max_position_embeddings": task.length} | plan.model
+
+
+def _record(run: Run, folder: Path) -> Path:
+    """Where the sizes are that the run's initial weights were made with."""
+    return (folder / run.model).with_suffix(".json")
+
+
+def _write_model(plan: Plan, run: Run, folder: Path) -> None:
+    """Random weights of the run's seed, as transformers initialises them, with the task's tokenizer; the record last."""
+    target, sizes = folder / run.model, _sizes(plan, run)
+    if _record(run, folder).is_file():  # written last
+        return
     try:
-        config = AutoConfig.for_model(plan.model["model_type"], **sizes)
+        config = AutoConfig.for_model(**sizes)
         torch.manual_seed(run.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as e:  # whatever a size that cannot be right leads to
@@ -116,21 +143,29 @@ def _write_model(plan: Plan, run: Run, folder: Path) -> None:
             f"[model]: transformers cannot build it: {type(e).__name__}: {' '.join(str(e).split())[:300]}"
         ) from e
     model.save_pretrained(target)
-    tokenizer_of(task).save_pretrained(target)
+    tokenizer_of(plan.tasks[run.task]).save_pretrained(target)
+    write_json(_record(run, folder), sizes)
 
 
-def _write_job(folder: Path, tables: Tables) -> None:
+def _check_job(folder: Path, tables: Tables) -> bool:
+    """Whether the run's configuration is there; a ConfigError if it is another one."""
     text, file = as_toml(tables), folder / JOB
     if not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(file)
-    elif (was := file.read_text(encoding="utf-8")) != text:
+        return False
+    if (was := file.read_text(encoding="utf-8")) != text:
         now, then = (next((a for a, b in zip(*pair, strict=False) if a != b), "") for pair in _both_ways(text, was))
         raise ConfigError(
             f"{file} was begun with {then!r}, and the plan now says {now!r}: take another --output, or remove {folder}"
         )
+    return True
+
+
+def _write_job(folder: Path, tables: Tables) -> None:
+    if not _check_job(folder, tables):
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = (folder / JOB).with_suffix(".tmp")
+        temporary.write_text(as_toml(tables), encoding="utf-8")
+        temporary.replace(folder / JOB)
 
 
 def _both_ways(one: str, other: str) -> Iterator[tuple[list[str], list[str]]]:

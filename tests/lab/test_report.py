@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.colors import to_rgb
 
 from flame_ext.files import write_json
 from flame_ext.lab.report import Estimate, draw, gather, markdown, student, summary
@@ -39,7 +40,9 @@ def result(objective: str, seed: int, exact: float, steps: int = 4, budget: str 
 
 
 def write(folder: Path, results: list[dict[str, Any]], absent: int = 0) -> Path:
-    names = [f"runs/{i}" for i in range(len(results) + absent)]
+    of = [result["run"] for result in results]
+    names = [f"runs/{run['task']}/{run['objective']}/{run['budget']}-seed-{run['seed']}" for run in of]
+    names += [f"runs/star/top/tokens-seed-{10 + i}" for i in range(absent)]
     write_json(folder / "plan.json", {"name": "known", "runs": names})
     for name, values in zip(names, results, strict=False):
         write_json(folder / name / "result.json", values)
@@ -86,6 +89,38 @@ def test_what_lies_between_two_validations_is_interpolated(tmp_path: Path) -> No
     assert of["ntp"]["figures"]["exact"]["half"] is None
 
 
+def test_a_run_that_has_diverged_is_named_and_the_others_are_reported(tmp_path: Path) -> None:
+    diverged = result("top", 1, 0.0)
+    diverged["held_out"][-1]["loss"] = None  # what validation.jsonl has for NaN
+    diverged["figures"]["loss_answer"] = math.nan
+    folder = write(tmp_path / "lab", [*RESULTS[:3], diverged])
+    assert main(["lab", "report", str(folder)]) == 0
+    (line,) = (x for x in (folder / "report" / "report.md").read_text().splitlines() if x.startswith("| top"))
+    # What equal compute reads is before the divergence.
+    assert line.split(" | ")[-3:] == ["diverged (1 of 2)", "diverged (1 of 2)", "2.0000 ± 0.0000 |"]
+    text = (folder / "report" / "report.json").read_text()
+    figures = json.loads(text)["tasks"]["star"]["tokens"]["top"]["figures"]
+    assert "NaN" not in text and figures["loss_equal_tokens"] == {"mean": None, "half": None, "values": [-1.0, None]}
+
+
+def test_runs_that_are_not_done_are_named(tmp_path: Path) -> None:
+    folder = write(tmp_path / "lab", RESULTS, absent=2)
+    said = json.loads((folder / "plan.json").read_text())
+    write_json(folder / "plan.json", said | {"runs": [*said["runs"], "runs/other/ntp/tokens-seed-0"]})
+    (folder / "runs/star/top/tokens-seed-11").mkdir()
+    (folder / "runs/star/top/tokens-seed-11/log.txt").write_text("what is wrong")
+    about, tasks = gather(folder)
+    text = markdown(about, summary(tasks))
+    assert "| ntp | 3 |" in text and "| top | 2 of 4 |" in text
+    assert [line for line in text.splitlines() if line.startswith("- ")] == [
+        "- `runs/star/top/tokens-seed-10`: not begun",
+        "- `runs/star/top/tokens-seed-11`: running, stopped or failed, see its log.txt",
+        "- `runs/other/ntp/tokens-seed-0`: not begun",
+    ]
+    about, tasks = gather(write(tmp_path / "done", RESULTS))
+    assert "Not done" not in markdown(about, summary(tasks))
+
+
 def test_runs_of_equal_compute_have_a_table_of_their_own(tmp_path: Path) -> None:
     short = [result("ntp", 0, 0.5, budget="compute"), result("top", 0, 0.7, steps=2, budget="compute")]
     folder = write(tmp_path / "lab", [*RESULTS[:2], *short])
@@ -96,12 +131,23 @@ def test_runs_of_equal_compute_have_a_table_of_their_own(tmp_path: Path) -> None
 
 def test_lines_and_bars_are_those_of_the_results() -> None:
     results = {"tokens": {"ntp": RESULTS[::2], "top": RESULTS[1::2]}}
-    tokens, compute, bars = draw("star", results).axes
+    tokens, compute, bars = draw("star", results, ["ntp", "top"]).axes
     assert [len(panel.lines) for panel in (tokens, compute)] == [5, 5]
     assert list(tokens.lines[3].get_ydata()) == [3.5, 2.0, 0.5, -1.0]
     assert list(compute.lines[3].get_xdata()) == [2000, 4000, 6000, 8000]
     assert [bar.get_height() for bar in bars.patches] == [pytest.approx(0.5), pytest.approx(0.95)]
     assert bars.get_title() == "right answers"
+
+
+def test_bars_are_where_their_objective_is_though_runs_are_missing() -> None:
+    compute = {"top": [result("top", 0, 0.7, budget="compute")]}
+    bars = draw("star", {"tokens": {"top": RESULTS[1::2], "ntp": RESULTS[::2]}, "compute": compute}, ["ntp", "top"])
+    found = {(round(bar.get_x() + 0.2, 6), bar.get_facecolor()[:3], bar.get_alpha()) for bar in bars.axes[2].patches}
+    ntp, top = (to_rgb(f"C{number}") for number in (0, 1))
+    assert found == {(0, ntp, 1), (1, top, 1), (1.4, top, 0.5)}
+    assert [label.get_text() for label in bars.axes[2].get_xticklabels()] == ["ntp", "top"]
+    (alone,) = draw("star", {"compute": compute}, ["ntp", "top"]).axes[2].patches
+    assert alone.get_alpha() == 0.5 and alone.get_facecolor()[:3] == top
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 4, 9, 30, 31, 60, 200])

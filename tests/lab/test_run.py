@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
+from flame_ext.errors import ConfigError, UserError
 from flame_ext.lab.job import RESULT
 from flame_ext.lab.plan import Run, read_plan
 from flame_ext.lab.report import gather, markdown, summary
 from flame_ext.lab.run import _steps_of_equal_compute, prepare
 from flame_ext.lab.tasks import KINDS
+from flame_ext.preflight.parse import parse
 from flame_ext.tools.main import main
 from tests.ranks import REPOSITORY
 
@@ -128,6 +130,23 @@ def test_equal_compute_is_that_of_the_cheapest_objective() -> None:
     assert _steps_of_equal_compute(Run("t", "top", 0, "compute"), of) == 40
 
 
+def test_configurations_of_equal_compute_are_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def parsed(arguments: list[str]) -> Any:
+        config = parse(arguments)
+        if config.training.steps < 40:
+            raise ConfigError("too few steps")
+        return config
+
+    monkeypatch.setattr("flame_ext.lab.run.parse", parsed)
+    text, _, _ = TINY.read_text().partition("[tasks.siblings]")
+    objectives = "[objectives.ntp]\n[objectives.mtp]\nmtp.enable = true\n"
+    (tmp_path / "tiny.toml").write_text(text.replace("[plan]", "[plan]\nequal_compute = true") + objectives)
+    plan = read_plan(tmp_path / "tiny.toml")
+    with pytest.raises(ConfigError, match="too few steps"):
+        prepare(plan, list(plan.runs()), tmp_path / "out")
+    assert not (tmp_path / "out" / "plan.json").exists()
+
+
 def test_another_plan_in_the_folder_is_refused(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = tmp_path / "out"
     shutil.copytree(prepared, folder)
@@ -136,6 +155,56 @@ def test_another_plan_in_the_folder_is_refused(prepared: Path, tmp_path: Path, c
     assert main(["lab", "run", str(TINY), "--output", str(folder)]) == 2
     assert "was begun with 'lr = 0.03', and the plan now says 'lr = 0.003'" in capsys.readouterr().err
     assert not (folder / ".lock").exists(), "the folder is free again"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("num_hidden_layers = 2", "num_hidden_layers = 1", "model.num_hidden_layers = 2, and the plan now says 1:"),
+        (
+            "num_key_value_heads = 2",
+            "num_key_value_heads = 2\nrms_norm_eps = 0.5",
+            "model.rms_norm_eps = None, and the plan",
+        ),
+        ("generations = 100", "generations = 99", "plan.generations = 100, and the plan now says 99:"),
+        (
+            "generations = 100",
+            "generations = 100\ntemperature = 0.5",
+            "plan.temperature = 1.0, and the plan now says 0.5:",
+        ),
+    ],
+)
+def test_what_no_job_says_is_recorded_too(prepared: Path, tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in TINY.read_text()
+    (tmp_path / "tiny.toml").write_text(TINY.read_text().replace(old, new))
+    plan = read_plan(tmp_path / "tiny.toml")
+    with pytest.raises(ConfigError, match=message):
+        prepare(plan, list(plan.runs()), prepared)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("train = 100\n", "train = 99\n", "holds something else"),
+        ("hidden_size = 32", "hidden_size = 64", "model.hidden_size = 32"),
+        ("loss_weight = 0.3", "loss_weight = 0.4", "was begun with 'loss_weight = 0.3'"),
+        ("generations = 100", "generations = 99", "generations = 100"),
+    ],
+)
+def test_a_plan_that_is_refused_leaves_the_folder_as_it_was(
+    prepared: Path, tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    more = """[tasks.first]\nkind = "path_star"\ntrain = 10\ntest = 5\n\n[tasks.star]"""
+    text = (
+        TINY.read_text().replace("[tasks.star]", more).replace("[objectives.ntp]", "[objectives.new]\n[objectives.ntp]")
+    )
+    assert old in text
+    (tmp_path / "tiny.toml").write_text(text.replace(old, new))
+    before = {file: file.read_bytes() for file in prepared.rglob("*") if file.is_file()}
+    plan = read_plan(tmp_path / "tiny.toml")
+    with pytest.raises(UserError, match=message):
+        prepare(plan, list(plan.runs()), prepared)
+    assert {file: file.read_bytes() for file in prepared.rglob("*") if file.is_file()} == before
 
 
 def test_a_run_that_fails_does_not_keep_the_others_from_running(
