@@ -1,5 +1,6 @@
 """Shares objects among all ranks, and raises an error of one rank on all of them, with the same message."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -44,6 +45,11 @@ def set_step_timeout(timeout: timedelta) -> None:
 def object_group() -> dist.ProcessGroup | None:
     """Return the group of all ranks for collectives of objects; None is the default group, where no other has been made."""
     return _group
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_main_rank() -> bool:

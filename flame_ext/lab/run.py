@@ -19,6 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from flame_ext.distributed import cores
 from flame_ext.errors import ConfigError, UserError
 from flame_ext.files import write_json
 from flame_ext.lab.data import is_written, vocabulary_size, write_task
@@ -175,12 +176,9 @@ def _both_ways(one: str, other: str) -> Iterator[tuple[list[str], list[str]]]:
 
 def _slots(jobs: int | None) -> list[_Slot]:
     """A slot for each device, or on a machine without one for each two cores; ``jobs`` of them if that is given."""
-    cores, devices = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        _devices(),
-    )
-    count = jobs or len(devices) or max(1, cores // 2)
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count)))}
+    devices = _devices()
+    count = jobs or len(devices) or max(1, cores() // 2)
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // count)))}
     return [_Slot(threads | (devices[number % len(devices)] if devices else {})) for number in range(count)]
 
 

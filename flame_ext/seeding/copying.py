@@ -13,6 +13,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from flame_ext.distributed import cores
+
 _TASK_BYTES = 2**23  # Of one call of a thread, as stored, and of a pinned buffer
 _CACHED_BYTES = 2**19  # Of what a CPU copies and then sums, as stored
 _MAX_THREADS = 4
@@ -20,8 +22,7 @@ _MAX_THREADS = 4
 
 def threads_of_rank() -> int:
     """Return the number of cores for each rank on this host, at most 4: more do not read faster."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(_MAX_THREADS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, min(_MAX_THREADS, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 class Copies:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -162,23 +164,19 @@ def test_flex_attention_computes_the_same(tmp_path: Path) -> None:
 # -- what cannot be right ---------------------------------------------------------------------------------------
 
 
-def seed_with_keys_out_of_order(dump_folder: str) -> str:
-    """In a rank: what seeding says where the masks take the gathered keys for a sequence in order."""
+def what_seeding_says(dump_folder: str, options: Sequence[str], *changes: AbstractContextManager[Any]) -> str:
+    """In a rank of two: the message with which the debug job is refused under ``changes``."""
     from torchtitan.tools.logging import init_logger
 
-    from flame_ext.model.context_parallel import ContextParallel
     from flame_ext.trainer import FutureTrainer
 
     init_logger()
-    trainer = FutureTrainer(
-        parse([f"--job.config_file={DEBUG_TOML}", f"--job.dump_folder={dump_folder}", *NO_HEADS, CP2])
-    )
-    order = ContextParallel.order
+    arguments = [f"--job.config_file={DEBUG_TOML}", f"--job.dump_folder={dump_folder}", *options, CP2]
+    trainer = FutureTrainer(parse(arguments))
     try:
-        with (
-            mock.patch.object(ContextParallel, "positions", lambda self, *n: order(self, *n).chunk(2)[dist.get_rank()]),
-            mock.patch.object(ContextParallel, "order", lambda _self, seq_len, _device: torch.arange(seq_len)),
-        ):
+        with ExitStack() as entered:
+            for change in changes:
+                entered.enter_context(change)
             trainer.checkpointer.load()
     except SeedError as e:
         return str(e)
@@ -186,6 +184,19 @@ def seed_with_keys_out_of_order(dump_folder: str) -> str:
         trainer.close()
         dist.destroy_process_group()
     return "seeded"
+
+
+def seed_with_keys_out_of_order(dump_folder: str) -> str:
+    """In a rank: what seeding says where masks take the gathered keys for a sequence in order."""
+    from flame_ext.model.context_parallel import ContextParallel
+
+    order = ContextParallel.order
+    return what_seeding_says(
+        dump_folder,
+        NO_HEADS,
+        mock.patch.object(ContextParallel, "positions", lambda self, *n: order(self, *n).chunk(2)[dist.get_rank()]),
+        mock.patch.object(ContextParallel, "order", lambda _self, seq_len, _device: torch.arange(seq_len)),
+    )
 
 
 def test_a_backbone_that_computes_something_else_is_found_out(tmp_path: Path) -> None:

@@ -9,15 +9,13 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from flame_ext.errors import SeedError
 from flame_ext.model.context_parallel import _halo
 from flame_ext.objective.masks import anticausal_block_mask, anticausal_mask
 from tests.faults.test_resume import assert_resumed_exactly, resumed_from, train
 from tests.layouts import COMPILE, CP2, PER_OP, assert_same_step, steps
-from tests.model.test_context_parallel import DOCUMENTS, FURTHER, IN_ORDER, NEXT
-from tests.ranks import DEBUG_TOML, TrainRun, run_ranks
+from tests.model.test_context_parallel import DOCUMENTS, FURTHER, IN_ORDER, NEXT, what_seeding_says
+from tests.ranks import TrainRun, run_ranks
 
 
 def pooled(method: str, window: int = 0) -> list[str]:
@@ -127,26 +125,12 @@ def test_a_run_goes_on_under_other_layouts(tmp_path: Path) -> None:
 
 def seed_with_another_mask(dump_folder: str) -> str:
     """In a rank: what seeding says where the teacher takes the gathered keys for a sequence in order."""
-    from torchtitan.tools.logging import init_logger
-
     from flame_ext.heads import future_encoder
-    from flame_ext.train import parse
-    from flame_ext.trainer import FutureTrainer
 
     def of_other_keys(seq_len: int, future_k: int, documents: Any, device: Any, rows: Any, order: Any) -> torch.Tensor:
         return anticausal_mask(seq_len, future_k, documents, device, rows, torch.arange(seq_len))
 
-    init_logger()
-    trainer = FutureTrainer(parse([f"--job.config_file={DEBUG_TOML}", f"--job.dump_folder={dump_folder}", CP2]))
-    try:
-        with mock.patch.object(future_encoder, "anticausal_mask", of_other_keys):
-            trainer.checkpointer.load()
-    except SeedError as e:
-        return str(e)
-    finally:
-        trainer.close()
-        dist.destroy_process_group()
-    return "seeded"
+    return what_seeding_says(dump_folder, (), mock.patch.object(future_encoder, "anticausal_mask", of_other_keys))
 
 
 def test_a_teacher_that_sees_the_past_of_another_rank_is_found_out(tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from flame_ext.errors import ConfigError
 from flame_ext.lab.tasks.task import FIRST_WORD, Array, Example, Task
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _OPERATORS = ("+", "-", "*", "/")
 _MARKS = (*_OPERATORS, "=", ",", ":")

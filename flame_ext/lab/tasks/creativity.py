@@ -6,12 +6,13 @@ from abc import abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import ClassVar, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from flame_ext.errors import ConfigError
 from flame_ext.lab.tasks.task import FIRST_WORD, Array, Example, Task
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _DIGITS = 10  # words of a seed
 
@@ -39,6 +40,8 @@ class Creative(Task):
 
     def prompts(self, count: int, rng: np.random.Generator) -> Array:
         """(count, prompt) beginnings of rows."""
+        import numpy as np
+
         begin = FIRST_WORD + len(self.words()) - 1 - _DIGITS
         digits = begin + 1 + rng.integers(_DIGITS, size=(count, self.seed_tokens))
         return np.concatenate([np.full((count, 1), begin), digits], axis=1)
@@ -86,6 +89,8 @@ class Siblings(Creative):
         return self.prompt + 4
 
     def examples(self, rng: np.random.Generator) -> Iterator[Example]:
+        import numpy as np
+
         first = FIRST_WORD + self.parents
         pairs = np.array(list(combinations(range(self.children), 2)))
         parent_of, pair_of = np.divmod(rng.permutation(self.parents * len(pairs)), len(pairs))
@@ -117,6 +122,8 @@ class Triangles(Creative):
     train: int = 2_000
 
     def __post_init__(self) -> None:
+        import numpy as np
+
         super().__post_init__()
         self.require({"nodes": 3, "neighbours": 1})
         if self.neighbours >= self.nodes:
@@ -134,6 +141,8 @@ class Triangles(Creative):
         return self.prompt + 7
 
     def rows(self) -> tuple[Array, Array]:
+        import numpy as np
+
         train, test = super().rows()
         rng = np.random.default_rng((self.seed, 2))
         edges = FIRST_WORD + rng.permuted(np.argwhere(np.triu(self._linked)), axis=1)
@@ -143,6 +152,8 @@ class Triangles(Creative):
         ), test
 
     def examples(self, rng: np.random.Generator) -> Iterator[Example]:
+        import numpy as np
+
         found = [
             (a, b, c)
             for a, b in np.argwhere(np.triu(self._linked))

@@ -1,11 +1,15 @@
 """A late token that is a function of early ones."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from flame_ext.lab.tasks.task import FIRST_WORD, Example, Task
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass

@@ -1,13 +1,17 @@
 """Paths from the centre of a star (Bachmann & Nagarajan 2024, https://arxiv.org/abs/2403.06963)."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from flame_ext.errors import ConfigError
 from flame_ext.lab.tasks.task import FIRST_WORD, Example, Task
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass

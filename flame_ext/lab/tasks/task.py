@@ -5,17 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from flame_ext.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 EOS, UNKNOWN = "<eos>", "<unk>"
 FIRST_WORD = 2  # the id of a task's first word; those before are EOS and UNKNOWN
 _PATIENCE = 10_000  # draws in a row that were there before, after which a task is said to have no more examples
 
-Array = np.ndarray[Any, np.dtype[np.int64]]
+Array: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
 
 class Example(NamedTuple):
@@ -64,6 +65,8 @@ class Task(ABC):
 
     def rows(self) -> tuple[Array, Array]:
         """Returns the rows to train on and those held out, (N, length), all different by their keys; ConfigError if there are too few."""
+        import numpy as np  # not before there is something to write: every command declares the tasks
+
         found: dict[Hashable, Sequence[int]] = {}
         wanted, repeated = self.train + self.test, 0
         for key, tokens in self.examples(np.random.default_rng(self.seed)):

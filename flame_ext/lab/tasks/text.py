@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import ClassVar, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from flame_ext.errors import ConfigError
 from flame_ext.lab.tasks.task import FIRST_WORD, Array, Task
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass
@@ -49,6 +50,8 @@ class Text(Task):
         return self.piece + 1
 
     def rows(self) -> tuple[Array, Array]:
+        import numpy as np
+
         train, test = self._documents()
         rng = np.random.default_rng(self.seed)
         held_out = self._pieces(test, self.test, rng, set())
@@ -67,6 +70,8 @@ class Text(Task):
 
     def _pieces(self, texts: Iterable[str], count: int, rng: np.random.Generator, without: set[bytes]) -> Array:
         """(count, length) whole pieces, drawn from all that are not in ``without``; ConfigError if there are fewer."""
+        import numpy as np
+
         found: dict[bytes, Array] = {}
         for text in texts:
             data = np.frombuffer(text.encode(), np.uint8).astype(np.int64) + FIRST_WORD
