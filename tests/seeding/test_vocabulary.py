@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -16,14 +17,18 @@ from torch import Tensor
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 from flame_ext.config.sections import FlameJobConfig, Seed
-from flame_ext.errors import SeedError
+from flame_ext.errors import ConfigError, SeedError
 from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
+from flame_ext.preflight.parse import parse
 from flame_ext.seeding import new_rows
 from flame_ext.seeding.new_rows import fill_new_rows
+from flame_ext.seeding.proof.parity import require_silent_padding
 from flame_ext.seeding.read import read_weights
 from flame_ext.seeding.seed import match
 from flame_ext.seeding.target import seed_target
-from tests.tiny_models import save_tiny
+from flame_ext.seeding.vocabulary import Growth, of_source
+from tests.ranks import DEBUG_TOML
+from tests.tiny_models import CONFIGS, save_tiny
 
 OLD = 264  # rows of the tiny models; their tokenizer has 258 ids
 # With these, 266 ids: six take the rows that the source holds as padding, and two are new.
@@ -208,3 +213,42 @@ def run_match(source: Path, folder: Path, options: Seed) -> None:
     model = build_hf_causal_lm(args)
     state = {key: tensor for key, tensor in model.state_dict().items() if key not in model.tied_keys}
     match(seed_target(model, state, args.load()), source, options)
+
+
+def test_a_vocabulary_that_tensor_parallelism_cannot_split_is_padded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    source = save_tiny("olmo2", tmp_path / "source")
+    folder = grown_folder(source, tmp_path / "new", WORDS[:7])  # 265 ids
+    job = [f"--job.config_file={DEBUG_TOML}", f"--model.hf_assets_path={folder}", "--seed.resize_vocabulary"]
+    job += [
+        f"--checkpoint.initial_load_path={source}",
+        "--parallelism.tensor_parallel_degree=2",
+        "--training.seq_len=64",
+    ]
+    with pytest.raises(ConfigError, match=r"\(265\) is not divisible.*seed.pad_vocabulary_to_multiple_of = 2"):
+        parse(job)
+    assert parse([*job, "--seed.pad_vocabulary_to_multiple_of=2"]).seed.resize_vocabulary
+
+
+@pytest.mark.parametrize("option", ["new_rows=random", "pad_vocabulary_to_multiple_of=64"])
+def test_options_without_effect_are_refused(option: str) -> None:
+    with pytest.raises(ConfigError, match=f"seed.{option.partition('=')[0]} = .* without seed.resize_vocabulary"):
+        parse([f"--job.config_file={DEBUG_TOML}", f"--seed.{option}"])
+
+
+def test_a_predicted_row_of_padding_is_refused() -> None:
+    logits = torch.zeros(1, 3, 8)
+    logits[..., 2] = 1.0
+    require_silent_padding(logits, 6, 1e-5, Path("source"))
+    logits[0, 1, 7] = 1.1
+    with pytest.raises(SeedError, match="beyond the 6 that have a token"):
+        require_silent_padding(logits, 6, 1e-5, Path("source"))
+
+
+def test_the_reference_is_of_the_sources_size_even_if_the_new_padding_token_is_not() -> None:
+    config, growth = copy.deepcopy(CONFIGS["gemma3-multimodal"]), Growth(OLD, 266, 268, {}, "mean")
+    config.get_text_config().vocab_size, config.get_text_config().pad_token_id = 268, 265
+    text = of_source(config, growth).get_text_config()
+    assert (text.vocab_size, text.pad_token_id) == (OLD, None) and config.get_text_config().vocab_size == 268

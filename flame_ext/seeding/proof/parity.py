@@ -97,7 +97,7 @@ def verify(mode: str, probe: Probe, reference_logits: Callable[[Probe], Tensor],
     if probe.growth is not None:
         with failing_together(SeedError):
             if mode != "none":
-                _require_silent_padding(logits, probe.growth.tokens, TOLERANCE[probe.compute_dtype], source)
+                require_silent_padding(logits, probe.growth.tokens, TOLERANCE[probe.compute_dtype], source)
         logits = logits[..., : probe.vocab_size]
     loss = next_token_loss(logits, probe.tokens)
     result = Verification(mode, loss=loss)
@@ -126,7 +126,7 @@ def verify(mode: str, probe: Probe, reference_logits: Callable[[Probe], Tensor],
     return result
 
 
-def _require_silent_padding(logits: Tensor, tokens: int, tolerance: float, source: Path) -> None:
+def require_silent_padding(logits: Tensor, tokens: int, tolerance: float, source: Path) -> None:
     """Raise SeedError if a row beyond the ``tokens`` is predicted: (1, T, V) logits are largest there."""
     predicted = logits[..., :tokens].amax(-1) + tolerance * logits.abs().max()
     if logits.shape[-1] > tokens and not bool((logits[..., tokens:].amax(-1) <= predicted).all()):
