@@ -132,6 +132,7 @@ class RunHooks(CheckpointHooks):
             "seed": self._seed_identity,
             "heads": self._head_arguments,
             "run": self._run_id,
+            "vocab_size": self._trainer.model_args.vocab_size,  # config.json in the model's folder may have another
             "data": trainer.dataloader.layout,
             "config": self._record,
             "config_sha256": config_digest(self._record),

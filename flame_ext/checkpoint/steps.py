@@ -23,7 +23,7 @@ _HASHING_THREADS = 4
 _STEP_NAME = re.compile(r"step-(\d+)")
 # Types of what other code takes from a manifest; null and absent are one.
 _FIELDS: dict[str, type] = {
-    **dict.fromkeys(("step", "world_size"), int),
+    **dict.fromkeys(("step", "world_size", "vocab_size"), int),
     **dict.fromkeys(("config", "seed", "heads", "data", "parallelism", "versions"), dict),
     "files": dict,
     **dict.fromkeys(("model_only", "finished"), bool),

@@ -46,6 +46,19 @@ class Seed:
     """Read files of `initial_load_path` and of `model.hf_assets_path` that are links out of their folder, such as into a store of
     weights beside it. Exports hold copies of the files behind the links. Links of the Hub's cache need no option."""
 
+    resize_vocabulary: bool = False
+    """Where the tokenizer at `model.hf_assets_path` has more ids than the source's embeddings have rows, add rows for them; nothing
+    grows otherwise, unless `pad_vocabulary_to_multiple_of` asks for it. A vocabulary never becomes smaller."""
+
+    new_rows: Literal["mean", "subwords", "random"] = "mean"
+    """What the rows of new tokens are made of. 'mean': the mean of the source's rows. 'subwords': the mean of the rows of the pieces
+    that the source's own tokenizer makes of the token; of special tokens, and where there is no piece, the mean of all. 'random':
+    uniform, with the standard deviation `initializer_range` of `config.json`, by `rng_seed`."""
+
+    pad_vocabulary_to_multiple_of: int = 1
+    """With `resize_vocabulary`, round the rows of the embeddings up to a multiple of this: tensor parallelism wants one of its
+    degree, and matrix products are faster with one of 64 or 128. Rows that no token has are the mean of the source's rows."""
+
     dry_run: bool = False
     """Build the distributed model, seed it, prove it, write `seed_report.json` and stop before step 1."""
 

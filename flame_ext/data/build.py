@@ -6,6 +6,7 @@ from functools import partial
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
+from flame_ext.config.model_config import load_model_config
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.data.loader import PackedDataloader
 from flame_ext.data.packing import PackedDocuments
@@ -13,7 +14,6 @@ from flame_ext.data.sources import open_documents, sources_of
 from flame_ext.data.tokenizer import require_of_model
 from flame_ext.distributed import failing_together, gathered
 from flame_ext.errors import ConfigError
-from flame_ext.hf_config import load_hf_config
 
 
 def build_dataloader(
@@ -95,7 +95,6 @@ def _steps_of(data: PackedDocuments) -> int:
 
 def _vocab_size(tokenizer: BaseTokenizer, job_config: FlameJobConfig) -> int:
     """The model's vocabulary size. Also checks that the tokenizer belongs to the model."""
-    folder = job_config.model.hf_assets_path
-    config = load_hf_config(folder, job_config.seed.trust_remote_code)
-    require_of_model(tokenizer, config, folder)
+    config = load_model_config(job_config)
+    require_of_model(tokenizer, config, job_config.model.hf_assets_path)
     return config.get_text_config().vocab_size

@@ -1,23 +1,19 @@
 """AutoTokenizer's ids behind torchtitan's interface, the tokens before and after a document, checks against the model's vocabulary."""
 
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
-from transformers import AutoTokenizer, PreTrainedConfig, TokenizersBackend
-from transformers.models.auto.tokenization_auto import MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
+from transformers import PreTrainedConfig, TokenizersBackend
 
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.data.documents import Tokens
 from flame_ext.distributed import failing_together
 from flame_ext.errors import ConfigError
+from flame_ext.hf_tokenizer import load_auto_tokenizer
 from flame_ext.host.names import HuggingFaceTokenizer
 
-# Compared between tokenizer.json and a tokenizer that AutoTokenizer rebuilt from its vocabulary.
-_SAMPLE = "The 12345 words, it'll do.\n\ndef f(x):\n    return x;\n\tné, 東京 😀 <s></s>"
+_TO_GROW = "set seed.resize_vocabulary = true"
 
 
 def build_tokenizer(job_config: FlameJobConfig) -> HuggingFaceTokenizer:
@@ -33,7 +29,7 @@ class AutoHuggingFaceTokenizer(HuggingFaceTokenizer):
     """The model's vocabulary size if the tokenizer has ids beyond it (:func:`require_of_model`)."""
 
     def __init__(self, folder: str, trust_remote_code: bool = False) -> None:
-        self._auto = _auto_tokenizer(folder, trust_remote_code)
+        self._auto = load_auto_tokenizer(folder, trust_remote_code)
         super().__init__(folder)
 
     def _load_tokenizer_from_path(self, tokenizer_path: str) -> Any:
@@ -70,7 +66,8 @@ class AutoHuggingFaceTokenizer(HuggingFaceTokenizer):
         if self.vocab_limit is not None and (largest := max(ids, default=0)) >= self.vocab_limit:
             raise ConfigError(
                 f"a text has the tokenizer's id {largest} ({self.id_to_token(largest)!r}), beyond the model's vocab_size "
-                f"{self.vocab_limit}: take it out of the text, or give the model its own tokenizer ({self.tokenizer_path})"
+                f"{self.vocab_limit}: take it out of the text, or give the model its own tokenizer ({self.tokenizer_path}); if the model "
+                f"is to learn it, {_TO_GROW}, in a run of its own"
             )
         return ids
 
@@ -97,61 +94,6 @@ class _PythonTokenizer:
 
     def token_to_id(self, token: str) -> int | None:
         return self.get_vocab().get(token)
-
-
-def _auto_tokenizer(folder: str, trust_remote_code: bool) -> Any:
-    """Returns AutoTokenizer's reading of a folder; ConfigError if it cannot read it or finds no vocabulary."""
-    file = Path(folder, "tokenizer.json")
-    as_it_is = 'if tokenizer.json is right, set "tokenizer_class": "TokenizersBackend" in tokenizer_config.json'
-    with suppress(Exception):  # whatever is wrong with config.json is said by those who need it
-        # Of some models AutoTokenizer does not read tokenizer_class.
-        if PreTrainedConfig.get_config_dict(folder)[0]["model_type"] in MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS:
-            as_it_is = "if tokenizer.json is right, make the data's input_ids with tokenizers.Tokenizer.from_file"
-    try:
-        auto = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-        state = auto.backend_tokenizer if isinstance(auto, TokenizersBackend) else None
-        ignored = [name for name in ("truncation", "padding") if getattr(state, name, None)]
-        ids = auto(_SAMPLE, verbose=False)["input_ids"]  # which resets both
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:  # the tokenizers library panics with a BaseException
-        reason = " ".join(str(e).split())[:300]
-        if "trust_remote_code" in reason:
-            remedy = "to run the tokenizer's code in the folder, set seed.trust_remote_code = true"
-        elif file.exists():
-            remedy = f"copy the model's tokenizer files there again; or, {as_it_is}"
-        else:
-            remedy = (
-                "install what it needs (a .model file: pip install sentencepiece protobuf), or save a tokenizer.json where "
-                "it can be read: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-            )
-        problem = f"AutoTokenizer cannot read the tokenizer ({type(e).__name__}: {reason})"
-        raise ConfigError(f"{folder}: {problem}; {remedy}") from e
-    kind, names = type(auto).__name__, {*auto.vocab_files_names.values(), "tekken.json", "tiktoken.model"}
-    if isinstance(auto, TokenizersBackend):
-        names.add(file.name)
-    if auto.vocab_files_names and not any(Path(folder, name).is_file() for name in names):
-        raise ConfigError(
-            f"{folder}: AutoTokenizer reads a {kind}, and none of its files is there ({', '.join(sorted(names))}); "
-            "copy the model's tokenizer.json there"
-        )
-    if not auto(_SAMPLE, add_special_tokens=False, verbose=False)["input_ids"]:
-        raise ConfigError(f"{folder}: AutoTokenizer reads a {kind} that finds no token in any text; {as_it_is}")
-    if ignored:
-        logger.warning(
-            f"{file}: saved with {' and '.join(ignored)} of an earlier call, which are not applied, as by AutoTokenizer"
-        )
-    # Some classes take the vocabulary alone from tokenizer.json, and build the rest anew.
-    if isinstance(auto, TokenizersBackend) and type(auto) is not TokenizersBackend and file.is_file():
-        saved = Tokenizer.from_file(str(file))
-        saved.no_truncation()
-        saved.no_padding()
-        if saved.encode(_SAMPLE).ids != ids:
-            logger.warning(
-                f"{file}: AutoTokenizer builds a {kind} from it, which gives other ids than the file itself, and its ids are "
-                f"taken; {as_it_is}"
-            )
-    return auto
 
 
 def around_a_document(tokenizer: BaseTokenizer) -> tuple[list[int], list[int]]:
@@ -183,11 +125,11 @@ def require_of_model(tokenizer: BaseTokenizer, config: PreTrainedConfig, folder:
             if around and around[0] >= text.vocab_size:
                 raise ConfigError(
                     f"{folder}: the tokenizer's {name}, id {around[0]}, {beyond}: it belongs to another model, or "
-                    f"tokenizer_config.json has to name {name.lower()}_token"
+                    f"tokenizer_config.json has to name {name.lower()}_token; if the model is to learn it, {_TO_GROW}"
                 )
         logger.warning(
             f"{folder}: the tokenizer's id {largest} ({token!r}) {beyond}: a text that has such an id will be refused; does "
-            "this tokenizer belong to another model?"
+            f"this tokenizer belong to another model? If the model is to learn its new tokens, {_TO_GROW}"
         )
         tokenizer.vocab_limit = text.vocab_size
     _warn_of_special_tokens(tokenizer, text, folder)

@@ -23,6 +23,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightTransform
 
 from flame_ext.config.head_options import HeadOptimization
+from flame_ext.config.model_config import grown_vocabulary
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError
 from flame_ext.hf_config import load_hf_config
@@ -45,19 +46,22 @@ class HFModelArgs(BaseModelArgs):
     experts_implementation: str = "auto"  # these three are those of the options [moe]
     aux_loss_coef: float | None = None
     freeze_router: bool = False
+    vocab_size: int | None = None  # of a vocabulary that has grown; None = that of config.json
     config: dict[str, Any] = field(default_factory=dict)
 
     def update_from_config(self, job_config: FlameJobConfig, **kwargs: Any) -> None:
         self.hf_assets_path = job_config.model.hf_assets_path
         self.trust_remote_code, moe = job_config.seed.trust_remote_code, job_config.moe
         self.experts_implementation, self.aux_loss_coef = moe.experts_implementation, moe.aux_loss_coef
-        self.freeze_router = moe.freeze_router
+        self.freeze_router, self.vocab_size = moe.freeze_router, grown_vocabulary(job_config)
         self.config = json.loads(self.load().to_json_string())
 
     def load(self) -> PreTrainedConfig:
         config = load_hf_config(self.hf_assets_path, self.trust_remote_code)
         if self.experts_implementation != "auto":
             config._experts_implementation = self.experts_implementation
+        if self.vocab_size is not None:
+            config.get_text_config().vocab_size = self.vocab_size
         return config
 
     def get_nparams_and_flops(self, model: HFCausalLM, seq_len: int) -> tuple[int, int]:

@@ -97,7 +97,7 @@ def _problems(model: HFCausalLM, degree: int, without_experts: bool) -> Iterator
         module = model.get_submodule(name)
         size = getattr(module, style.splits) if style.splits else 0
         if size % degree and module in vocabulary:
-            remedy = f"set vocab_size to a multiple of {degree} in config.json (of the source as well: resize_token_embeddings)"
+            remedy = f"pad it: seed.resize_vocabulary = true with seed.pad_vocabulary_to_multiple_of = {degree}"
             yield f"the vocabulary ({size}) is not divisible; {remedy}"
         elif size % degree:
             yield f"{style.splits} of {name!r} ({size}) is not divisible; lower the degree"

@@ -6,7 +6,7 @@ from operator import attrgetter
 import torch
 from torchtitan.tools.utils import device_module
 
-from flame_ext.config.sections import FlameJobConfig
+from flame_ext.config.sections import FlameJobConfig, Seed
 from flame_ext.errors import ConfigError, SeedError
 from flame_ext.files import parse_size
 from flame_ext.heads.registry import trained_heads
@@ -32,6 +32,11 @@ def check_options(config: FlameJobConfig) -> Iterator[str]:
         parse_key_map(config.seed.key_map)
     except SeedError as e:
         yield str(e)
+    if not config.seed.resize_vocabulary:
+        for name in ("new_rows", "pad_vocabulary_to_multiple_of"):
+            value = getattr(config.seed, name)
+            if value != getattr(Seed(), name):
+                yield f"seed.{name} = {value!r} has no effect without seed.resize_vocabulary = true; set it, or leave the option out"
     export, interval = config.export, config.checkpoint.interval
     if export.interval % interval:
         multiple = f"must be 0 or a multiple of checkpoint.interval = {interval}, got {export.interval}"

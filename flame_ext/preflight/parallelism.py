@@ -50,7 +50,8 @@ def check_parallelism_of_model(config: FlameJobConfig, hf_config: PreTrainedConf
     degrees, model_type = config.parallelism, repr(hf_config.model_type)
     reason: str | None
     if max(degrees.tensor_parallel_degree, degrees.pipeline_parallel_degree, degrees.expert_parallel_degree) > 1:
-        args = HFModelArgs(hf_assets_path=config.model.hf_assets_path, trust_remote_code=config.seed.trust_remote_code)
+        path, vocab_size = config.model.hf_assets_path, hf_config.get_text_config().vocab_size
+        args = HFModelArgs(hf_assets_path=path, trust_remote_code=config.seed.trust_remote_code, vocab_size=vocab_size)
         with set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
             model = build_hf_causal_lm(args)
         if degrees.tensor_parallel_degree > 1:

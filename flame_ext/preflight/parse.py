@@ -4,10 +4,10 @@ from pathlib import Path
 
 from flame_ext.assembly import register
 from flame_ext.config.manager import FlameConfigManager
+from flame_ext.config.model_config import load_model_config
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError, SeedError
 from flame_ext.heads.registry import check_heads, check_heads_of_model, job_config_class
-from flame_ext.hf_config import load_hf_config
 from flame_ext.preflight.model import check_model, check_model_config
 from flame_ext.preflight.moe import check_mixture
 from flame_ext.preflight.options import check_data, check_options
@@ -28,7 +28,7 @@ def parse(args: list[str]) -> FlameJobConfig:
     except SeedError as e:
         problems.append(str(e))
     if not problems:
-        hf_config = load_hf_config(config.model.hf_assets_path, config.seed.trust_remote_code)
+        hf_config = load_model_config(config)
         checks_of_model = (check_model_config, check_heads_of_model, check_parallelism_of_model, check_mixture)
         problems = [problem for check in checks_of_model for problem in check(config, hf_config)]
     if len(problems) > 1:

@@ -74,6 +74,7 @@ RANGES = {
     "profiling.profile_freq": _COUNT,
     "profiling.profiler_active": _COUNT,
     "profiling.profiler_warmup": _OR_NONE,
+    "seed.pad_vocabulary_to_multiple_of": Range(1, 2**20, "1 = no padding"),
     "seed.rng_seed": _ANY,
     "training.dataloader.num_workers": _OR_NONE,
     "training.dataloader.prefetch_factor": Range(1, note="leave it out without workers"),

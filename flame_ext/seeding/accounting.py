@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ def account(
     new_parameters: Collection[str],
     ignore_source_keys: Collection[str],
     vocabulary: Collection[str] = (),
+    growing: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> Account:
     """Match the model's keys with the source's; raise SeedError with every missing, unexpected, misshapen or unreadable key.
 
@@ -64,6 +66,7 @@ def account(
         new_parameters: patterns of the keys that may be missing from the source.
         ignore_source_keys: patterns of the source's keys that may be left unread.
         vocabulary: keys of input and output embeddings, whose first dimension is the vocabulary.
+        growing: keys of the tensors of which the source is to have the first rows only, with its shapes.
     """
     loaded, initialised, ignored = [], [], []
     problems: list[str] = []
@@ -74,7 +77,7 @@ def account(
         if held:
             loaded.append(key)
             for entry in held:
-                problems += _misfits(entry, needed, key in vocabulary)
+                problems += _misfits(entry, needed, growing.get(key, tuple(needed.shape)), key in vocabulary)
         elif key in initialisable and matches(key, new_parameters):
             initialised.append(key)
         else:
@@ -135,14 +138,14 @@ def matches(key: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
-def _misfits(entry: TensorEntry, needed: Tensor, is_vocabulary: bool) -> Iterable[str]:
+def _misfits(entry: TensorEntry, needed: Tensor, expected: tuple[int, ...], is_vocabulary: bool) -> Iterable[str]:
     # An integer buffer is the same integers in the model, or nothing.
     if entry.dtype not in SOURCE_DTYPES and (entry.dtype != needed.dtype or needed.is_floating_point()):
         yield (
             f"{entry.key!r} in {entry.place} has dtype {dtype_name(entry.dtype)}; only unquantised weights can be seeded from "
             f"({', '.join(map(dtype_name, SOURCE_DTYPES))}): dequantise the model first"
         )
-    found, expected = entry.shape, tuple(needed.shape)
+    found = entry.shape
     if found == expected:
         return
     message = f"{entry.key!r}: shape {list(found)} in {entry.place}, the model has {list(expected)}"
@@ -152,6 +155,8 @@ def _misfits(entry: TensorEntry, needed: Tensor, is_vocabulary: bool) -> Iterabl
             "in config.json at model.hf_assets_path (rows beyond the tokenizer's are padding and do no harm), or save the "
             f"source anew after resize_token_embeddings({expected[0]})"
         )
+        if found[0] < expected[0]:
+            message += "; if the tokenizer has grown beyond the source's, seed.resize_vocabulary = true initialises the rows that are new"
     elif expected == found[::-1]:
         message += " (transposed)"
     yield message

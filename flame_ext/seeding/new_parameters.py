@@ -27,12 +27,12 @@ def initialise(state: Mapping[str, Tensor], inits: Mapping[str, ParameterInit], 
             if isinstance(init, Constant):
                 local.fill_(init.value)
             elif local.numel():
-                for make, rows in _uniform_blocks(local, box, tuple(tensor.shape), init.bound, rng_seed, key):
+                for make, rows in uniform_blocks(local, box, tuple(tensor.shape), init.bound, rng_seed, key):
                     copies.fill(make, rows)
         copies.finish()
 
 
-def _uniform_blocks(
+def uniform_blocks(
     local: Tensor, box: Box, shape: tuple[int, ...], bound: float, rng_seed: int, key: str
 ) -> Iterator[tuple[Callable[[], Tensor], Tensor]]:
     """Return, for each block of the ``box`` of the full tensor of ``shape``, what draws its values and the rows of ``local`` for them."""

@@ -14,7 +14,7 @@ from torchtitan.tools.logging import logger
 from flame_ext.distributed import is_main_rank
 from flame_ext.errors import SeedError
 from flame_ext.seeding.copying import Copies
-from flame_ext.seeding.sources.boxes import Box, inside, intersection, local_part, tiles_exactly, volume
+from flame_ext.seeding.sources.boxes import Box, full_box, inside, intersection, local_part, tiles_exactly, volume
 from flame_ext.seeding.sources.source import Chunk, Source, TensorEntry, read_piece
 
 
@@ -71,7 +71,9 @@ def read_weights(
         local, box = local_part(tensor)
         names = [key, *sorted(name for name, owner in tied.items() if owner == key)]
         for i, entry in enumerate(source.entries[name] for name in names if name in source.entries):
-            boxes[key] = box
+            held = intersection(box, full_box(entry.shape))  # where the vocabulary grows, the first rows only
+            if held is not None:
+                boxes[key] = held
             for chunk in entry.chunks:
                 if (common := intersection(chunk.box, box)) is not None:
                     pieces.append(_Piece(key, i > 0, entry, chunk, common, local[inside(common, box)]))

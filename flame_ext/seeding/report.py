@@ -30,11 +30,15 @@ class SeedReport:
     config_differences: list[str]
     """A line for each field of ``config.json`` that ``seed.allow_config_difference`` lets differ from the source's."""
 
+    vocabulary: dict[str, Any] | None = None
+    """Of a vocabulary that has grown: rows loaded and initialised, and how."""
+
     @property
     def fields(self) -> dict[str, Any]:
-        """The content of the file, which has ``config_differences`` only if there are some."""
+        """The content of the file, which has ``config_differences`` and ``vocabulary`` only if there is something to say."""
         fields = asdict(self)
-        return fields if self.config_differences else {k: v for k, v in fields.items() if k != "config_differences"}
+        absent = {name for name in ("config_differences", "vocabulary") if not fields[name]}
+        return {name: value for name, value in fields.items() if name not in absent}
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from torchtitan.tools.logging import logger
@@ -13,6 +14,7 @@ from flame_ext.files import write_json
 from flame_ext.seeding.accounting import Account, account, require_same_function
 from flame_ext.seeding.names import in_model_names, parse_key_map, renamed
 from flame_ext.seeding.new_parameters import initialise
+from flame_ext.seeding.new_rows import fill_new_rows
 from flame_ext.seeding.proof.attention import prove_attention
 from flame_ext.seeding.proof.parity import Probe, verify
 from flame_ext.seeding.proof.reference import Reference
@@ -23,6 +25,7 @@ from flame_ext.seeding.sources.hub import locate
 from flame_ext.seeding.sources.open import open_source
 from flame_ext.seeding.sources.source import Source, dtype_name
 from flame_ext.seeding.target import SeedTarget
+from flame_ext.seeding.vocabulary import Growth, growth_of, of_source
 
 
 def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_folder: Path) -> SeedReport:
@@ -31,10 +34,10 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
     Headers are checked before a weight is read, and no file is written before the proofs. Raises SeedError on all ranks alike.
     """
     model = target.model
-    folder, revision = locate(path, options.allow_pickle)
+    folder, revision = locate(path, options.allow_pickle, with_tokenizer=options.resize_vocabulary)
     begin = time.perf_counter()
     with failing_together(SeedError):
-        source, keys, differences = match(target, folder, options)
+        source, keys, differences, growth = match(target, folder, options)
     digests = gathered(source.digest)
     for rank, other in enumerate(digests):
         if other != digests[0]:
@@ -48,6 +51,10 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
         nbytes = read_weights(source, target.state, model.tied_keys, options.verify != "none", logged_progress())
         new = {key: target.state[key] for key in keys.initialised if key in target.state}
         initialise(new, model.parameter_inits, options.rng_seed)
+        if growth is not None:
+            deviation = getattr(target.config.get_text_config(), "initializer_range", 0.02)  # as transformers
+            inits = model.parameter_inits, deviation, options.rng_seed
+            fill_new_rows(source, target.state, model.tied_keys, growth, *inits)
     figures = gathered((time.perf_counter() - begin, nbytes))
     total_bytes, (seconds, slowest) = sum(n for _, n in figures), max((s, rank) for rank, (s, _) in enumerate(figures))
     elements = sum(target.whole[key].numel() for key in keys.loaded)
@@ -57,14 +64,19 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
         f"{len(keys.buffers)} buffers computed, {len(keys.ignored)} source keys ignored; "
         f"{total_bytes / 2**20:,.1f} MiB in {seconds:.2f} s ({total_bytes / 2**20 / seconds:,.0f} MiB/s, slowest: rank {slowest})"
     )
+    if growth is not None:
+        logger.info(f"Vocabulary: {growth}")
+        probe = replace(probe, tokens=probe.tokens % growth.loaded, vocab_size=growth.loaded, growth=growth)
     digest = weights_digest(compare_replicas(target.state, target.whole, target.part), target.whole, keys.loaded)
     backbone = {*target.whole, *model.tied_keys} - {*model.parameter_inits}
     rules, trust = parse_key_map(options.key_map), options.trust_remote_code
-    reference = Reference(source, target.config, backbone, trust, rules)
+    config = target.config if growth is None else of_source(target.config, growth)
+    reference = Reference(source, config, backbone, trust, rules)
     verification = verify(options.verify, probe, reference.logits, folder)
     proved = [] if options.verify == "none" else prove_attention(probe)
     read = path, source.layout, keys, total_bytes, seconds, len(figures), source.digest
-    report = SeedReport(*read, verification, revision, digest, differences)
+    grown = None if growth is None else growth.record
+    report = SeedReport(*read, verification, revision, digest, differences, grown)
     with failing_together(SeedError):
         if is_main_rank():
             write_json(report_folder / REPORT_NAME, report.fields)
@@ -75,8 +87,9 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
     return report
 
 
-def match(target: SeedTarget, folder: Path, options: Seed) -> tuple[Source, Account, list[str]]:
-    """Return the source under the model's names, the account of every key and the configurations' differences that are allowed.
+def match(target: SeedTarget, folder: Path, options: Seed) -> tuple[Source, Account, list[str], Growth | None]:
+    """Return the source under the model's names, the account of every key, the configurations' differences that are allowed, and
+    what the vocabulary grows by.
 
     Reads headers alone. Raises SeedError if the source does not fit the model.
     """
@@ -87,10 +100,12 @@ def match(target: SeedTarget, folder: Path, options: Seed) -> tuple[Source, Acco
         allowed = options.allow_config_difference
         differences = require_same_function(source, target.config, options.trust_remote_code, allowed)
     model = target.model
+    growth = growth_of(target, source, options)
     needed = target.whole, model.tied_keys, model.computed_buffers, model.parameter_inits
-    keys = account(*needed, source, options.new_parameters, options.ignore_source_keys, model.vocabulary_keys)
+    ignored, growing = options.ignore_source_keys, {} if growth is None else growth.shapes
+    keys = account(*needed, source, options.new_parameters, ignored, model.vocabulary_keys, growing)
     _require_frozen_heads(target, keys, source)
-    return source, keys, differences
+    return source, keys, differences, growth
 
 
 def _require_frozen_heads(target: SeedTarget, keys: Account, source: Source) -> None:

@@ -36,9 +36,12 @@ class Architecture:
         return replace(source, entries=entries)
 
 
-def load_architecture(folder: Path, trust_remote_code: bool = False, tensors: int | None = None) -> Architecture:
-    """Builds the model of a folder's ``config.json`` on meta; raises a ConfigError if there is none of a causal LM, or it has more
-    layers than there are ``tensors``.
+def load_architecture(
+    folder: Path, trust_remote_code: bool = False, tensors: int | None = None, vocab_size: int | None = None
+) -> Architecture:
+    """Builds the model of a folder's ``config.json``, or with another ``vocab_size``, on meta.
+
+    Raises a ConfigError if there is none of a causal LM, or it has more layers than there are ``tensors``.
     """
     if tensors is not None:
         layers = load_hf_config(str(folder), trust_remote_code).get_text_config().num_hidden_layers
@@ -46,12 +49,14 @@ def load_architecture(folder: Path, trust_remote_code: bool = False, tensors: in
             raise ConfigError(
                 f"{folder / 'config.json'}: num_hidden_layers is {layers}, and the source holds {tensors} tensors: it is another model's"
             )
-    model = build_hf_causal_lm(HFModelArgs(hf_assets_path=str(folder), trust_remote_code=trust_remote_code))
+    model = build_hf_causal_lm(
+        HFModelArgs(hf_assets_path=str(folder), trust_remote_code=trust_remote_code, vocab_size=vocab_size)
+    )
     return Architecture(model, key_names(model, {name: tuple(t.shape) for name, t in model.state_dict().items()}))
 
 
-def why_not_seedable(config: FlameJobConfig, path: str) -> str | None:
-    """Returns why a checked job could not be seeded from ``path``, judged by headers; None if it could."""
+def why_not_seedable(config: FlameJobConfig, path: str) -> tuple[str | None, str | None]:
+    """Returns why a checked job could not be seeded from ``path``, judged by headers, None if it could; and what would grow."""
     from flame_ext.heads.registry import CONVERTER_NAME, attach_heads  # here, since a conversion needs none of it
     from flame_ext.seeding.seed import match
 
@@ -64,7 +69,7 @@ def why_not_seedable(config: FlameJobConfig, path: str) -> str | None:
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in model.tied_keys}
     try:
         folder, _ = locate(path, config.seed.allow_pickle)
-        match(seed_target(model, state, args.load()), folder, config.seed)
+        *_, growth = match(seed_target(model, state, args.load()), folder, config.seed)
     except SeedError as e:
-        return str(e)
-    return None
+        return str(e), None
+    return None, None if growth is None else str(growth)

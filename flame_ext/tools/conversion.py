@@ -24,7 +24,6 @@ from flame_ext.errors import CheckpointError, SeedError, UserError
 from flame_ext.files import parse_size, write_json
 from flame_ext.heads.names import is_head_key
 from flame_ext.heads.registry import build_head
-from flame_ext.hf_config import load_hf_config
 from flame_ext.model.dtypes import dtypes_in
 from flame_ext.model.hf_causal_lm import HFCausalLM
 from flame_ext.seeding.accounting import SOURCE_DTYPES, matches, quantised
@@ -108,7 +107,8 @@ def convert(
     origin = origin_of(folder) if to == "hf" else None
     with _appearing(ExportFolder(destination, options.replace), origin) as temporary:
         if (assets / "config.json").is_file():
-            architecture = load_architecture(assets, options.trust_remote_code, len(source.entries))
+            vocab_size = _vocab_size(folder)
+            architecture = load_architecture(assets, options.trust_remote_code, len(source.entries), vocab_size)
             source = _as_model(source, architecture, assets)
             if to == "hf":
                 source, dtypes = _convert_to_hf(source, architecture, assets, temporary, options, progress)
@@ -127,7 +127,7 @@ def convert(
             dtypes = _dtypes_to_write(source, options.dtype)
         if to != "hf":
             _convert_to_dcp(source, temporary, to == "dcp-nested", dtypes, progress)
-            _carry_assets(assets, temporary, options)
+            _carry_assets(assets, temporary, options, _vocab_size(folder))
     nbytes = sum(tensor.nbytes for tensor in on_meta(source.entries, dtypes).values())
     return Converted(source.layout, len(source.entries), nbytes, time.perf_counter() - begin, source.passed_over)
 
@@ -142,10 +142,19 @@ def _without(source: Source, patterns: tuple[str, ...]) -> Source:
     return replace(source, entries=entries, passed_over=(*source.passed_over, said))
 
 
-def _carry_assets(assets: Path, folder: Path, options: Conversion) -> None:
+def _vocab_size(folder: Path) -> int | None:
+    """Returns the rows of a training step's embeddings, if its run let the vocabulary grow beyond ``config.json``'s."""
+    rows = parse_manifest(folder).get("vocab_size") if (folder / MANIFEST_NAME).is_file() else None
+    return rows if type(rows) is int and rows > 0 else None
+
+
+def _carry_assets(assets: Path, folder: Path, options: Conversion, vocab_size: int | None) -> None:
     """Copies configuration, tokenizer and the heads' arguments beside ``.metadata``, for the way back; no code is carried."""
     if (file := find_file(assets, "config.json", options.follow_links)) is not None:
-        write_json(folder / "config.json", code_stays(read_json(file, "file"), assets, options.trust_remote_code))
+        fields = code_stays(read_json(file, "file"), assets, options.trust_remote_code)
+        text = fields.get("text_config")
+        (text if isinstance(text, dict) else fields).update({} if vocab_size is None else {"vocab_size": vocab_size})
+        write_json(folder / "config.json", fields)
     for name, content in read_assets(assets, options.trust_remote_code, options.follow_links).items():
         (folder / name).write_bytes(content)
     if (file := find_file(assets, f"{HEADS_FOLDER}/config.json", options.follow_links)) is not None:
@@ -173,7 +182,7 @@ def _convert_to_hf(
     backbone = {name: entry for name, entry in source.entries.items() if name not in heads}
     dtypes = _dtypes_to_write(source, options.dtype, architecture.model)
     spec = ExportSpec(
-        config=load_hf_config(str(assets), options.trust_remote_code),
+        config=architecture.model.model_args.load(),
         architecture=architecture.model.architecture,
         assets=read_assets(assets, options.trust_remote_code, options.follow_links),
         folder=assets,

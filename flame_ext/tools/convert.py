@@ -110,6 +110,7 @@ def end_with(parent: int) -> None:
 
 def _of_the_run(config_file: str) -> tuple[Path, dict[str, dict[str, Any]] | None]:
     """Returns the folder of the model's ``config.json``, and the arguments of the run's heads, None without heads."""
+    from flame_ext.config.model_config import grown_vocabulary
     from flame_ext.heads.registry import enabled_heads, head_arguments
     from flame_ext.preflight.parse import parse
     from flame_ext.tools.architecture import load_architecture
@@ -118,5 +119,5 @@ def _of_the_run(config_file: str) -> tuple[Path, dict[str, dict[str, Any]] | Non
     assets = Path(config.model.hf_assets_path)
     if not enabled_heads(config):
         return assets, None
-    model = load_architecture(assets, config.seed.trust_remote_code).model
+    model = load_architecture(assets, config.seed.trust_remote_code, vocab_size=grown_vocabulary(config)).model
     return assets, head_arguments(config, model)

@@ -52,8 +52,8 @@ def run(options: argparse.Namespace) -> int:
         from flame_ext.tools.architecture import why_not_seedable
 
         logging.getLogger().setLevel(logging.WARNING)
-        reason = why_not_seedable(parse([f"--job.config_file={options.config_file}"]), str(found.source.path))
-        facts |= {"seedable": reason is None, "why_not_seedable": reason}
+        reason, grown = why_not_seedable(parse([f"--job.config_file={options.config_file}"]), str(found.source.path))
+        facts |= {"seedable": reason is None, "why_not_seedable": reason, "grown_vocabulary": grown}
     if options.against:
         differing, first, second, common = differences(
             found, describe(options.against, options.allow_pickle, options.follow_links)
@@ -120,6 +120,8 @@ def _print(found: Description, facts: dict[str, Any]) -> None:
         console.print(f"[bold red]cannot seed this job:[/] {escape(facts['why_not_seedable'])}")
     elif "seedable" in facts:
         console.print("[green]this job can be seeded from it[/]")
+    if facts.get("grown_vocabulary"):
+        console.print(f"its vocabulary would grow: {escape(facts['grown_vocabulary'])}")
     if against := facts.get("against"):
         _print_differences(console, **against)
     ties = "tied" if found.tied else "not tied"

@@ -217,7 +217,7 @@ def rank_main(what: str, folder: str, dump_folder: str, *options: str) -> None:
     target = seed_target(trainer.runner.model, state, trainer.model_args.load())
 
     def read() -> None:
-        source, _, _ = match(target, Path(folder), config.seed)
+        source, _, _, _ = match(target, Path(folder), config.seed)
         read_weights(source, target.state, target.model.tied_keys, check_finite=True)
 
     if what == "time" and dist.get_rank() == 0:

@@ -100,7 +100,7 @@ def matched(folder: Path, source: Path | None = None, **options: Any) -> tuple[S
     """A source against the model of ``folder``, as at the seeding of a job."""
     model = load_architecture(folder).model
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in model.tied_keys}
-    return match(seed_target(model, state, model.model_args.load()), source or folder, Seed(**options))
+    return match(seed_target(model, state, model.model_args.load()), source or folder, Seed(**options))[:3]
 
 
 @pytest.mark.parametrize(("name", "change", "ignored"), FOLDERS, ids=lambda value: getattr(value, "__name__", ""))

@@ -16,6 +16,7 @@ from torchtitan.tools.logging import logger
 
 from flame_ext.distributed import failing_together, gathered, is_main_rank
 from flame_ext.errors import SeedError
+from flame_ext.seeding.vocabulary import Growth
 
 # Plain text and a little code, long enough for any tokenizer.
 PROBE_TEXT = (
@@ -50,6 +51,8 @@ class Probe:
     summaries: Callable[[Tensor], Tensor] | None = None
     """(1, T) tokens to (1, T, D) anti-causal summaries of one document, if the run has them; collective."""
     summaries_remedy: str = ""  # What to do if ``summaries`` are not anti-causal
+    growth: Growth | None = None
+    """Of a vocabulary with more rows than the source's ``vocab_size``: the logits of these alone are compared and make the loss."""
     rounds_alike: bool = True
     """Whether a position's ``summaries`` are rounded alike whatever the others are; not so where routes cannot be kept."""
 
@@ -91,6 +94,11 @@ def verify(mode: str, probe: Probe, reference_logits: Callable[[Probe], Tensor],
                 gc.collect()  # torchtitan has switched automatic collection off
     with not_compiled():
         logits = probe.forward(probe.tokens).float().cpu()
+    if probe.growth is not None:
+        with failing_together(SeedError):
+            if mode != "none":
+                require_silent_padding(logits, probe.growth.tokens, TOLERANCE[probe.compute_dtype], source)
+        logits = logits[..., : probe.vocab_size]
     loss = next_token_loss(logits, probe.tokens)
     result = Verification(mode, loss=loss)
     with failing_together(SeedError):
@@ -116,6 +124,16 @@ def verify(mode: str, probe: Probe, reference_logits: Callable[[Probe], Tensor],
             "source is not the trained model, its tokenizer is not this one, or a part (RoPE, an embedding, a norm) is dead."
         )
     return result
+
+
+def require_silent_padding(logits: Tensor, tokens: int, tolerance: float, source: Path) -> None:
+    """Raise SeedError if a row beyond the ``tokens`` is predicted: (1, T, V) logits are largest there."""
+    predicted = logits[..., :tokens].amax(-1) + tolerance * logits.abs().max()
+    if logits.shape[-1] > tokens and not bool((logits[..., tokens:].amax(-1) <= predicted).all()):
+        raise SeedError(
+            f"{source}: the seeded model predicts rows of its vocabulary beyond the {tokens} that have a token; seed.new_rows does not "
+            "make such rows: its output embedding or the modelling code treats some rows unlike others"
+        )
 
 
 @contextmanager

@@ -12,21 +12,23 @@ from flame_ext.distributed import failing_together, gathered, is_main_rank
 from flame_ext.errors import SeedError
 from flame_ext.seeding.sources.hf_bin import BIN_INDEX_NAME, BIN_NAME
 from flame_ext.seeding.sources.hf_safetensors import INDEX_NAME, SINGLE_NAME
-from flame_ext.seeding.sources.safe_files import as_seed_error, read_weight_map
+from flame_ext.seeding.sources.safe_files import TOKENIZER_FILES, as_seed_error, read_weight_map
 from flame_ext.seeding.sources.source import HEADS_FOLDER
 
 logger = logging.getLogger()  # torchtitan's: importing torchtitan for it would take seconds
 
 HUB_PREFIX = "hf://"
 
+_BESIDE_TOKENIZER = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"]
 _SMALL_FILES = ["config.json", "generation_config.json", "*.py"]
 
 
-def locate(path: str, allow_pickle: bool = False) -> tuple[Path, str | None]:
+def locate(path: str, allow_pickle: bool = False, with_tokenizer: bool = False) -> tuple[Path, str | None]:
     """Return the local folder of ``checkpoint.initial_load_path`` and its Hub commit, if any. Collective for a Hub path.
 
-    On each node the first process downloads what the cache lacks. Raises SeedError on all ranks if the path is malformed, or
-    the repository or revision does not exist, or is not in the cache when offline.
+    On each node the first process downloads what the cache lacks, ``with_tokenizer`` the files of the tokenizer too. Raises
+    SeedError on all ranks if the path is malformed, or the repository or revision does not exist, or is not in the cache when
+    offline.
     """
     if not path.startswith(HUB_PREFIX):
         return Path(path), None
@@ -40,6 +42,8 @@ def locate(path: str, allow_pickle: bool = False) -> tuple[Path, str | None]:
     with failing_together(SeedError):
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             download(path, match[1], commit, allow_pickle)
+            if with_tokenizer:
+                _fetch(path, match[1], commit, [*TOKENIZER_FILES, *_BESIDE_TOKENIZER])
     with failing_together(SeedError):
         config = try_to_load_from_cache(match[1], "config.json", revision=commit)
         if not isinstance(config, str):

@@ -79,12 +79,12 @@ def oid(name: str) -> str:
 
 
 LOCATE = """
-import sys, flame_ext, torch.distributed as dist
+import os, sys, flame_ext, torch.distributed as dist
 from flame_ext.errors import SeedError
 from flame_ext.seeding.sources.hub import locate
 dist.init_process_group("gloo")
 try:
-    folder, revision = locate(sys.argv[1])
+    folder, revision = locate(sys.argv[1], with_tokenizer="TOKENIZER" in os.environ)
     print("located", folder, revision)
 except SeedError as e:
     print("refused", e)
@@ -110,7 +110,9 @@ def locate_in_ranks(path: str, endpoint: str, home: Path, world_size: int) -> li
     return [process.communicate(timeout=120)[0] for process in processes]
 
 
-def test_one_process_downloads_what_is_needed(tmp_path: Path, hub: tuple[str, Path, Counter[str]]) -> None:
+def test_one_process_downloads_what_is_needed(
+    tmp_path: Path, hub: tuple[str, Path, Counter[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     endpoint, folder, downloads = hub
     outputs = locate_in_ranks(f"hf://{HUB_REPOSITORY}", endpoint, tmp_path / "home", 2)
     snapshot = tmp_path / "home" / "hub" / f"models--{HUB_REPOSITORY.replace('/', '--')}" / "snapshots" / HUB_REVISION
@@ -120,6 +122,9 @@ def test_one_process_downloads_what_is_needed(tmp_path: Path, hub: tuple[str, Pa
     needed = {*shards, "model.safetensors.index.json", "config.json", "generation_config.json"}
     assert downloads == Counter(needed), "each once, and nothing else"
     assert set(open_source(snapshot).entries) == set(open_source(folder).entries)
+    monkeypatch.setenv("TOKENIZER", "1")
+    locate_in_ranks(f"hf://{HUB_REPOSITORY}", endpoint, tmp_path / "home", 1)
+    assert downloads == Counter({*needed, "tokenizer.json", "tokenizer_config.json"})
     (refused,) = locate_in_ranks(f"hf://{HUB_REPOSITORY}@no-such-branch", endpoint, tmp_path / "home", 1)
     assert f"refused hf://{HUB_REPOSITORY}@no-such-branch: cannot be had from the Hugging Face Hub" in refused
 
