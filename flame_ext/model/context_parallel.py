@@ -3,6 +3,7 @@
 Llama 3 was trained so (https://arxiv.org/abs/2407.21783, section 3.3.2). Unlike torchtitan's ring it needs only a mask.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +20,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from flame_ext.model.attention import BOOLEAN_ATTENTION, mask_problem, supports
 
 LOAD_BALANCERS = ("headtail", None)
+
+# Without the wrappers of _functional_collectives, which wait at once where a layer is compiled, and in the backward.
+collectives = torch.ops._c10d_functional
+_PIECES = 4  # in which a layer's keys and values travel, or fewer where the number of their heads has not this factor
 
 
 def not_context_parallel(config: PreTrainedConfig) -> str | None:
@@ -110,8 +115,9 @@ class ContextParallel(SequenceParts):
         self._orders: dict[int, Tensor] = {}
         self._places: dict[int, Tensor] = {}
         self._halos: dict[tuple[int, int], _Halo] = {}
+        group = mesh.get_group().group_name
         for name in ("sdpa", BOOLEAN_ATTENTION, "flex_attention"):
-            AttentionInterface.register(self.attention_name(name), partial(_attend, name, mesh))
+            AttentionInterface.register(self.attention_name(name), partial(_attend, name, self.ranks, group))
 
     @staticmethod
     def attention_name(name: str) -> str:
@@ -201,11 +207,62 @@ def joined(values: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
     return whole.to_local(grad_placements=[Partial()])
 
 
+class _Kept(torch.autograd.Function):
+    """Returns a tensor as it is; its backward waits for the gradient, which is still on its way (:class:`_Arrived`)."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        return part.view_as(part)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return collectives.wait_tensor(gradient)
+
+
+class _Arrived(torch.autograd.Function):
+    """Waits for a rank's (n, B, h, k + v) ``part``, gathered to T positions, and returns (B, h, T, k) keys and (B, h, T, v) values.
+
+    Its backward begins to sum their gradients over ranks and to cut out the rank's part, and waits for nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, gathered: Tensor, size: int, ranks: int, group: str) -> tuple[Tensor, Tensor]:
+        ctx.ranks, ctx.group = ranks, group
+        whole = collectives.wait_tensor(gathered).movedim(0, 2)
+        return whole[..., :size], whole[..., size:]
+
+    @staticmethod
+    def backward(ctx: Any, key: Tensor, value: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = torch.cat((key, value), dim=-1).movedim(2, 0).contiguous()
+        return collectives.reduce_scatter_tensor(gradient, "sum", ctx.ranks, ctx.group), None, None, None, None
+
+
 def _attend(
-    name: str, mesh: DeviceMesh, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *mask: Any, **kwargs: Any
-) -> Any:
-    """Runs the attention ``name`` of (B, H, n, d) queries over the keys and values of all ranks, by a mask of n rows, T columns."""
-    size = key.shape[-1]
-    gathered = joined(torch.cat((key, value), dim=-1), mesh, 2)
-    key, value = gathered[..., :size].contiguous(), gathered[..., size:].contiguous()
-    return ALL_ATTENTION_FUNCTIONS[name](module, query, key, value, *mask, **kwargs)
+    name: str,
+    ranks: int,
+    group: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *mask: Any,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Runs the attention ``name`` of (B, H, n, d) queries over the keys and values of all ranks, by a mask of n rows, T columns.
+
+    Heads attend one by one, so keys and values travel in pieces of some heads: those of the next heads while these attend, and
+    in the backward the gradients of these while the next ones are computed.
+    """
+    pieces = math.gcd(key.shape[1], _PIECES)
+    pairs = zip(key.movedim(2, 0).chunk(pieces, dim=2), value.movedim(2, 0).chunk(pieces, dim=2), strict=True)
+    parts = [_Kept.apply(torch.cat(pair, dim=-1)) for pair in pairs]
+    gathered = [collectives.all_gather_into_tensor(part.detach(), ranks, group) for part in parts]
+    sinks = [None] * pieces if s_aux is None else s_aux.chunk(pieces)
+    outputs = []
+    # The backward runs what was called last first: each sum begins as soon as its piece has its gradients, all waits come at the end.
+    for part, whole, queries, of_heads in zip(parts, gathered, query.chunk(pieces, dim=1), sinks, strict=True):
+        keys_and_values = _Arrived.apply(part, whole, key.shape[-1], ranks, group)
+        given = kwargs if of_heads is None else {**kwargs, "s_aux": of_heads}
+        outputs.append(ALL_ATTENTION_FUNCTIONS[name](module, queries, *keys_and_values, *mask, **given)[0])
+    return torch.cat(outputs, dim=2), None
