@@ -19,6 +19,9 @@ logger = logging.getLogger()  # torchtitan's: importing torchtitan for it would 
 # Fields that say how weights are stored, not what they compute. Nothing reads quantised weights here, so they are left-overs.
 STORAGE_FIELDS = ("quantization_config", "compression_config")
 
+# Our own field of a model that reads text from its end to its beginning; transformers keeps it.
+REVERSE_FIELD = "flame_ext_reverse"
+
 _SMALL = 2**15
 # Fields that are read before the configuration's own class is known.
 _READ_FIRST = {"model_type": str, "auto_map": dict, "quantization_config": dict, "configuration_files": list}
@@ -58,6 +61,13 @@ def load_hf_config(path: str, trust_remote_code: bool = False) -> PreTrainedConf
             _say_left_out(path, name)
             delattr(config, name)
     return config
+
+
+def mark_direction(fields: dict[str, Any], reverse: bool) -> None:
+    """Says in the fields of a ``config.json`` whether the model was trained with ``data.reverse``."""
+    fields.pop(REVERSE_FIELD, None)
+    if reverse:
+        fields[REVERSE_FIELD] = True
 
 
 def _wrong_field(path: str) -> str:

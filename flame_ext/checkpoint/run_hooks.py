@@ -163,6 +163,7 @@ class RunHooks(CheckpointHooks):
             dtype=TORCH_DTYPE_MAP[self._config.checkpoint.export_dtype],
             heads=self._head_arguments,
             max_shard_size=self._config.export.max_shard_size,
+            reverse=self._config.data.reverse,
             card=on_main_rank(card_of_step, self._step_folder(step), self._folder),
             origin=on_main_rank(origin_of, self._step_folder(step)),
         )

@@ -90,6 +90,7 @@ def check_unchanged(then: dict[str, Any], now: dict[str, Any], allowed: list[str
 
 # Options that came after records, and what was done before; those of heads that are not attached are not compared.
 ADDED = {
+    "data.reverse": False,
     "loss.ce_weight": 1.0,
     "loss.weighting": "none",
     "loss.mix_ce": 0.0,
