@@ -32,8 +32,11 @@ def is_part_of_transformers(config: PreTrainedConfig) -> bool:
     return type(config).__module__.startswith("transformers.models.")
 
 
-def load_hf_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Read it from a local folder; raise ConfigError if it is absent, invalid, of an unknown type or needs the folder's code.
+def load_hf_config(
+    path: str, trust_remote_code: bool = False, option: str = "model.hf_assets_path"
+) -> PreTrainedConfig:
+    """Read it from a local folder, which ``option`` names; raise ConfigError if it is absent, invalid, of an unknown type or needs the
+    folder's code.
 
     Where ``AutoModelForCausalLM`` makes the text model alone of a multimodal configuration, it is the text model's.
     """
@@ -48,12 +51,12 @@ def load_hf_config(path: str, trust_remote_code: bool = False) -> PreTrainedConf
     except Exception as e:  # transformers raises whatever a field of another type leads to
         if "trust_remote_code" in str(e):
             raise ConfigError(
-                f"model.hf_assets_path {path!r}: config.json asks for modelling code from the folder; to run it, set "
+                f"{option} {path!r}: config.json asks for modelling code from the folder; to run it, set "
                 "seed.trust_remote_code = true"
             ) from e
         reason = " ".join(line.strip() for line in str(e).strip().splitlines()[:2])[:500] or type(e).__name__
         raise ConfigError(
-            f"model.hf_assets_path {path!r}: no usable config.json: {_wrong_field(path)}{reason}; give the folder of a Hugging "
+            f"{option} {path!r}: no usable config.json: {_wrong_field(path)}{reason}; give the folder of a Hugging "
             "Face causal LM"
         ) from e
     for name in STORAGE_FIELDS:

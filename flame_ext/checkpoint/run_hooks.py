@@ -191,6 +191,8 @@ class RunHooks(CheckpointHooks):
         degree = dims.dp_replicate * dims.dp_shard
         assets = asset_digests(Path(config.model.hf_assets_path), code=config.seed.trust_remote_code)
         heads = record_of_heads(config, config.training.local_batch_size * degree)
+        if self._trainer.teacher is not None:
+            heads |= self._trainer.teacher.record
         return config_record(config, data_parallel_degree=degree, assets=assets, heads=heads)
 
     def _probe(self) -> Probe:
