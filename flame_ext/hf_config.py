@@ -19,6 +19,9 @@ logger = logging.getLogger()  # torchtitan's: importing torchtitan for it would 
 # Fields that say how weights are stored, not what they compute. Nothing reads quantised weights here, so they are left-overs.
 STORAGE_FIELDS = ("quantization_config", "compression_config")
 
+# Our own field of a model that reads text from its end to its beginning; transformers keeps it.
+REVERSE_FIELD = "flame_ext_reverse"
+
 _SMALL = 2**15
 # Fields that are read before the configuration's own class is known.
 _READ_FIRST = {"model_type": str, "auto_map": dict, "quantization_config": dict, "configuration_files": list}
@@ -29,8 +32,11 @@ def is_part_of_transformers(config: PreTrainedConfig) -> bool:
     return type(config).__module__.startswith("transformers.models.")
 
 
-def load_hf_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Read it from a local folder; raise ConfigError if it is absent, invalid, of an unknown type or needs the folder's code.
+def load_hf_config(
+    path: str, trust_remote_code: bool = False, option: str = "model.hf_assets_path"
+) -> PreTrainedConfig:
+    """Read it from a local folder, which ``option`` names; raise ConfigError if it is absent, invalid, of an unknown type or needs the
+    folder's code.
 
     Where ``AutoModelForCausalLM`` makes the text model alone of a multimodal configuration, it is the text model's.
     """
@@ -45,12 +51,12 @@ def load_hf_config(path: str, trust_remote_code: bool = False) -> PreTrainedConf
     except Exception as e:  # transformers raises whatever a field of another type leads to
         if "trust_remote_code" in str(e):
             raise ConfigError(
-                f"model.hf_assets_path {path!r}: config.json asks for modelling code from the folder; to run it, set "
+                f"{option} {path!r}: config.json asks for modelling code from the folder; to run it, set "
                 "seed.trust_remote_code = true"
             ) from e
         reason = " ".join(line.strip() for line in str(e).strip().splitlines()[:2])[:500] or type(e).__name__
         raise ConfigError(
-            f"model.hf_assets_path {path!r}: no usable config.json: {_wrong_field(path)}{reason}; give the folder of a Hugging "
+            f"{option} {path!r}: no usable config.json: {_wrong_field(path)}{reason}; give the folder of a Hugging "
             "Face causal LM"
         ) from e
     for name in STORAGE_FIELDS:
@@ -58,6 +64,13 @@ def load_hf_config(path: str, trust_remote_code: bool = False) -> PreTrainedConf
             _say_left_out(path, name)
             delattr(config, name)
     return config
+
+
+def mark_direction(fields: dict[str, Any], reverse: bool) -> None:
+    """Says in the fields of a ``config.json`` whether the model was trained with ``data.reverse``."""
+    fields.pop(REVERSE_FIELD, None)
+    if reverse:
+        fields[REVERSE_FIELD] = True
 
 
 def _wrong_field(path: str) -> str:

@@ -79,6 +79,11 @@ model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
 ```
 """
+    if config.get("data.reverse"):
+        card += """
+The model reads text from its end to its beginning (`data.reverse`): give it the ids of a text in reverse order, EOS first, and
+read what it generates backwards.
+"""
     if heads:
         card += f"""
 `future_heads/` holds {", ".join(f"`{name}`" for name in heads)}, which no loader of the base model reads:

@@ -22,7 +22,7 @@ from flame_ext.distributed import from_main_rank, is_main_rank, on_main_rank
 from flame_ext.errors import CheckpointError
 from flame_ext.fault_injection import fault_point
 from flame_ext.files import parse_size, write_json
-from flame_ext.hf_config import is_part_of_transformers
+from flame_ext.hf_config import is_part_of_transformers, mark_direction
 from flame_ext.seeding.sources.hf_safetensors import INDEX_NAME, read_header
 from flame_ext.seeding.sources.source import HEADS_FOLDER, TensorEntry, same_bits
 from flame_ext.seeding.sources.traced import TracedTensor
@@ -40,6 +40,7 @@ class ExportSpec:
     heads: dict[str, dict[str, Any]] | None  # name of each head to the arguments of build_head; None without heads
     max_shard_size: str = "5GB"  # maximum size of each file of the backbone
     card: str | None = None  # README.md
+    reverse: bool | None = None  # whether it was trained with data.reverse; None = as ``config`` says
     origin: Origin | None = None  # the step that is exported
 
 
@@ -110,6 +111,8 @@ def _write_small_files(folder: Path, spec: ExportSpec) -> None:
     spec.config.save_pretrained(folder)
     file = folder / "config.json"
     fields = code_stays(json.loads(file.read_text()), spec.folder, not is_part_of_transformers(spec.config))
+    if spec.reverse is not None:
+        mark_direction(fields, spec.reverse)
     write_json(file, dict(sorted(with_former_names(fields, spec.config).items())))
     for name, content in spec.assets.items():
         (folder / name).write_bytes(content)

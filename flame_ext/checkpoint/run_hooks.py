@@ -164,6 +164,7 @@ class RunHooks(CheckpointHooks):
             dtype=TORCH_DTYPE_MAP[self._config.checkpoint.export_dtype],
             heads=self._head_arguments,
             max_shard_size=self._config.export.max_shard_size,
+            reverse=self._config.data.reverse,
             card=on_main_rank(card_of_step, self._step_folder(step), self._folder),
             origin=on_main_rank(origin_of, self._step_folder(step)),
         )
@@ -191,6 +192,8 @@ class RunHooks(CheckpointHooks):
         degree = dims.dp_replicate * dims.dp_shard
         assets = asset_digests(Path(config.model.hf_assets_path), code=config.seed.trust_remote_code)
         heads = record_of_heads(config, config.training.local_batch_size * degree)
+        if self._trainer.teacher is not None:
+            heads |= self._trainer.teacher.record
         return config_record(config, data_parallel_degree=degree, assets=assets, heads=heads)
 
     def _probe(self) -> Probe:

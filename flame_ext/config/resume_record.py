@@ -14,10 +14,11 @@ from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError
 
 # Sections and options that do not change the numbers of a run beyond rounding; all others count, also those of a user's sections.
-# The files in model.hf_assets_path are compared (asset_digests), and the global batch size.
+# The files in model.hf_assets_path are compared (asset_digests), the weights of a reverse model, and the global batch size.
 _HARMLESS = (
     "activation_checkpoint", "checkpoint", "comm", "compile", "data.sources.label", "debug.deterministic",
-    "debug.deterministic_warn_only", "export", "fault_tolerance", "job", "memory_estimation", "metrics",
+    "debug.deterministic_warn_only", "export", "fault_tolerance", "future_encoder.assume_reverse", "future_encoder.reverse_model",
+    "job", "memory_estimation", "metrics",
     "model.hf_assets_path", "model.print_after_conversion", "moe.experts_implementation", "parallelism", "profiling",
     "seed.allow_config_difference", "seed.allow_pickle", "seed.dry_run", "record", "seed.follow_links", "seed.verify",
     "training.dataloader", "training.enable_cpu_offload", "training.gc_debug", "training.gc_freq",
@@ -90,6 +91,8 @@ def check_unchanged(then: dict[str, Any], now: dict[str, Any], allowed: list[str
 
 # Options that came after records, and what was done before; those of heads that are not attached are not compared.
 ADDED = {
+    "data.reverse": False,
+    "future_predictor.loss": "info_nce",
     "seed.resize_vocabulary": False,
     "seed.new_rows": "mean",
     "seed.pad_vocabulary_to_multiple_of": 1,

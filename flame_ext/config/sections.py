@@ -126,6 +126,10 @@ class Data:
     rng_seed: int = 0
     """This integer and the epoch determine the permutation."""
 
+    reverse: bool = False
+    """Read every packed sequence of training and validation from its last token to its first: the model learns the text from right to
+    left, and its exports say so. Such a model can be `future_encoder.reverse_model`."""
+
     document_attention: bool = False
     """Keep causal attention within a document, whose positions then count from 0 (docs/data.md). torchtitan's crosses documents."""
 

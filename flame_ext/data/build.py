@@ -52,6 +52,7 @@ def build_dataloader(
         weights=[source.weight for _, source in named],
         rng_seed=data_config.rng_seed,
         eos_id=getattr(tokenizer, "eos_id", None),
+        reverse=data_config.reverse,
         pad=training.epochs > 0,
     )
     if training.epochs:
@@ -80,7 +81,7 @@ def build_validation_dataloaders(
     for where, source in sources_of(job_config, "validation"):
         with failing_together(ConfigError):
             documents = open_source(where, source, rng_seed=None, epochs=1, registered_path=registered_path)
-        data = PackedDocuments([documents], seq_len, lanes, num_lanes, eos_id=eos_id)
+        data = PackedDocuments([documents], seq_len, lanes, num_lanes, eos_id=eos_id, reverse=job_config.data.reverse)
         label = source.reported_as if validation.sources else ""
         found[label] = PackedDataloader(data, dp_rank, dp_world_size, batch_size=batch_size, **loading)
     return found

@@ -104,7 +104,7 @@ class PackedDataloader(ParallelAwareDataloader):
 
 def positions_in_documents(doc_ids: Tensor) -> Tensor:
     """Maps (B, T) document numbers, equal ones adjacent, to (B, T) positions that count from the document's beginning."""
-    index = torch.arange(doc_ids.shape[1]).expand_as(doc_ids)
+    index = torch.arange(doc_ids.shape[1], device=doc_ids.device).expand_as(doc_ids)
     begins = torch.ones_like(doc_ids, dtype=torch.bool)
     begins[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
     return index - torch.where(begins, index, 0).cummax(dim=1).values

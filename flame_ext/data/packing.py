@@ -59,6 +59,7 @@ class PackedDocuments(IterableDataset[list[Packed]]):
     weights: Sequence[float] = ()  # positive, one for each source; empty = equal
     rng_seed: int = 0  # determines with which sources a lane begins
     eos_id: int | None = None  # also ends a document, since flat files of tokens hold many documents in one
+    reverse: bool = False  # whether sequences are read from their last token to their first
     pad: bool = False  # whether a dataloader continues when its lanes have ended, since other ranks' may not have
 
     def __post_init__(self, of_rank: range) -> None:
@@ -82,9 +83,10 @@ class PackedDocuments(IterableDataset[list[Packed]]):
     def sequences(self) -> Iterator[Packed]:
         """Yields without end a sequence of the next lane, the lane's number and position after it, and whether it has ended.
 
-        A sequence is (2, T + 1): tokens, which are ``IGNORED`` after the lane's end, and document numbers from 0. A worker reads
-        every n-th lane, so that all workers, asked in turn, yield the same as one process. Raises CheckpointError if a lane's
-        position is beyond the end of its document.
+        A sequence is (2, T + 1): tokens, which are ``IGNORED`` after the lane's end, and document numbers from 0. With ``reverse``
+        it is the same tokens backwards: a document begins with its EOS, and what is after the lane's end stays last. A worker
+        reads every n-th lane, so that all workers, asked in turn, yield the same as one process. Raises CheckpointError if a
+        lane's position is beyond the end of its document.
         """
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
@@ -135,6 +137,9 @@ class _LaneReader:
         starts[1:] |= tokens[:-1] == self._data.eos_id
         np.cumsum(starts, out=doc_ids)
         doc_ids -= 1
+        if self._data.reverse and filled:
+            tokens[:filled] = tokens[:filled][::-1]
+            doc_ids[:filled] = doc_ids[filled - 1] - doc_ids[:filled][::-1]
         doc_ids[filled:] = PADDING + np.arange(length - filled)  # each its own document, so no token follows another
         return torch.from_numpy(result)
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from flame_ext.config.head_options import at_least
 from flame_ext.config.sections import FlameJobConfig
+from flame_ext.heads.reverse_lm import ReverseEncoder
 from flame_ext.heads.spec import LOSS_WEIGHT, BackboneTeacher, FutureSummaries, Head, HeadSection, HeadSpec
 from flame_ext.model.attention import MaskForm, attention_windows, flex_problem, mask_problem
 from flame_ext.model.context_parallel import WHOLE, SequenceParts
@@ -29,6 +30,10 @@ from flame_ext.objective.windows import reduce_following
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.OVERRIDEABLE]
 
 
+SummaryMethod = Literal["anticausal", "reverse_lm", "mean", "max", "attention", "query"]
+WITH_A_FORWARD = ("anticausal", "reverse_lm")  # the methods whose summaries are made by a forward without gradients
+
+
 @dataclass
 class FutureEncoderSection(HeadSection):
     """What summarises the future: the target F_t (batch, sequence, hidden size) of the prediction."""
@@ -36,12 +41,23 @@ class FutureEncoderSection(HeadSection):
     enable: bool = False
     """Whether there is a future objective. Needs the model converter 'future_prediction'."""
 
-    summary_method: Literal["anticausal", "mean", "max", "attention", "query"] = "anticausal"
+    summary_method: SummaryMethod = "anticausal"
     """
     'anticausal': the last hidden states of a second, gradient-free forward of the backbone in which position t attends
-    to positions after t only. 'mean', 'max', 'attention', 'query': the causal hidden states of the positions after t, pooled; no
-    second forward, but these states have read the past. The query of 'query' is that of t itself.
+    to positions after t only. 'reverse_lm': the states of another, frozen model that has read the text after t from right to left.
+    'mean', 'max', 'attention', 'query': the causal hidden states of the positions after t, pooled; no second forward, but these
+    states have read the past. The query of 'query' is that of t itself.
     """
+
+    reverse_model: str = ""
+    """
+    The model of summary_method = 'reverse_lm': a Hugging Face folder, such as an export of a run with `data.reverse`, or
+    'hf://org/name'. It has the model's tokenizer and hidden size, is read under the options of `[seed]` for files, and is in no
+    checkpoint or export: a resumed run needs it again, with the same weights.
+    """
+
+    assume_reverse: bool = False
+    """Take `reverse_model` for one that reads from right to left though its `config.json` does not say so."""
 
     future_k: int = 0
     """How many following positions a summary may attend to; 0 = all the future."""
@@ -224,7 +240,7 @@ class PooledEncoder(Head):
 
 
 def build_future_encoder(
-    summary_method: Literal["anticausal", "mean", "max", "attention", "query"],
+    summary_method: SummaryMethod,
     future_k: int,
     hidden_size: int,
     num_heads: int,
@@ -236,6 +252,8 @@ def build_future_encoder(
     """
     if summary_method == "anticausal":
         return AnticausalEncoder(future_k, windows)
+    if summary_method == "reverse_lm":
+        return ReverseEncoder(future_k)
     return PooledEncoder(summary_method, future_k, hidden_size, 1 if hidden_size % num_heads else num_heads)
 
 
@@ -296,6 +314,7 @@ def _check(config: FlameJobConfig) -> Iterator[str]:
         LOSS_WEIGHT | {"future_k": (0, "0 = all the future"), "teacher_interval": (1, "1 = every step")},
     )
     yield from _check_teacher(config, encoder)
+    yield from _check_reverse(config, encoder)
 
 
 def _check_teacher(config: FlameJobConfig, encoder: FutureEncoderSection) -> Iterator[str]:
@@ -310,14 +329,14 @@ def _check_teacher(config: FlameJobConfig, encoder: FutureEncoderSection) -> Ite
             f"a whole number of sequences; for {whole} of them, set it to {whole / batch:g}"
         )
     size = config.parallelism.pipeline_parallel_microbatch_size
-    if method == "anticausal":
+    if method in WITH_A_FORWARD:
         if not encoder.detach_targets:
-            yield "future_encoder.detach_targets = false is for pooled summaries: the anticausal forward has no gradient"
+            yield f"future_encoder.detach_targets = false is for pooled summaries: the {method} forward has no gradient"
         return
     if encoder.teacher_interval > 1 or encoder.teacher_fraction != 1:
         yield (
-            "future_encoder.teacher_interval and teacher_fraction save the second forward of summary_method = 'anticausal'; "
-            f"{method!r} has none"
+            "future_encoder.teacher_interval and teacher_fraction save the second forward of summary_method = 'anticausal' and "
+            f"'reverse_lm'; {method!r} has none"
         )
     pipelined = encoder.enable and config.parallelism.pipeline_parallel_degree > 1
     if pipelined and not encoder.detach_targets and batch != size:
@@ -325,6 +344,21 @@ def _check_teacher(config: FlameJobConfig, encoder: FutureEncoderSection) -> Ite
             f"future_encoder.detach_targets = false: the gradient of {method!r} summaries goes through the whole "
             f"local batch, which a pipeline cuts: set parallelism.pipeline_parallel_microbatch_size ({size}) to "
             f"training.local_batch_size ({batch}), with pipeline_parallel_schedule = 'GPipe', or detach_targets = true"
+        )
+
+
+def _check_reverse(config: FlameJobConfig, encoder: FutureEncoderSection) -> Iterator[str]:
+    name = "future_encoder.reverse_model"
+    if encoder.summary_method != "reverse_lm":
+        if encoder.reverse_model or encoder.assume_reverse:
+            option = name if encoder.reverse_model else "future_encoder.assume_reverse"
+            yield f"{option} is for summary_method = 'reverse_lm', and it is {encoder.summary_method!r}: leave it out"
+    elif encoder.enable and not encoder.reverse_model:
+        yield f"{name} is not set: summary_method = 'reverse_lm' needs the folder of a model trained with data.reverse = true"
+    elif encoder.enable and config.data.reverse:
+        yield (
+            "data.reverse with future_encoder.summary_method = 'reverse_lm': the teacher would read backwards what is backwards "
+            "already; leave data.reverse to the run that trains reverse_model"
         )
 
 
@@ -336,14 +370,16 @@ def _check_model(config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterato
             "'mean', 'max' or 'attention'"
         )
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    if encoder.teacher_attention == "flex" and (reason := flex_problem(hf_config, device_type)) is not None:
+    # Of a reverse model it is looked at where its configuration is.
+    own = encoder.summary_method != "reverse_lm"
+    if own and encoder.teacher_attention == "flex" and (reason := flex_problem(hf_config, device_type)) is not None:
         yield f"future_encoder.teacher_attention = 'flex': {reason}; take 'auto' or 'sdpa'"
 
 
 def _record(config: FlameJobConfig, step_batch: int) -> dict[str, Any]:
     encoder = config.future_encoder
     local = encoder.negatives == "local"
-    if encoder.summary_method == "anticausal" and not local:
+    if encoder.summary_method in WITH_A_FORWARD and not local:
         return {}
     # These losses compare within a micro-batch, of one rank or of all: here its size is no matter of layout.
     return {"sequences_compared": config.training.local_batch_size if local else step_batch}

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,6 +23,12 @@ class FuturePredictorSection(HeadSection):
 
     head_type: Literal["linear", "mlp", "gated"] = "linear"
     """LayerNorm, then one linear map, or a GELU MLP, or a SiLU-gated MLP (both of twice the hidden size)."""
+
+    loss: Literal["info_nce", "regression"] = "info_nce"
+    """
+    'info_nce': each prediction's own summary against all others of the step. 'regression': the squared distance of the prediction
+    and its summary, both of unit length; with `future_encoder.negatives = "local"` it is the same, and no summary travels.
+    """
 
     dropout: float = 0.0
     """Dropout on the normalised input of the head."""
@@ -70,13 +77,20 @@ class FuturePredictor(Head):
 
 
 def future_loss(head: FuturePredictor, batch: HeadBatch) -> dict[str, Tensor]:
-    """InfoNCE of the prediction at t with the summary at t + shift (:func:`info_nce`), and what is reported beside it.
+    """InfoNCE of the prediction at t with the summary at t + shift (:func:`info_nce`), or their squared distance, 2 - 2 cos, and what is
+    reported beside it.
 
     Each value is a sum over this micro-batch's pairs, over their number in the step.
     """
     future = batch.future
     assert future is not None
     predictions = head(future.hidden_states).flatten(0, 1)
+    if batch.config.future_predictor.loss == "regression":
+        distances = (predictions - future.bank.keys[future.targets].float()).square().sum(dim=-1)
+        squared = torch.where(future.pairs.flatten(), distances, 0.0)
+        cosines = torch.where(future.pairs.flatten(), 1.0 - 0.5 * distances, 0.0)
+        sums = {"loss_future": squared.sum(), "future_cos_positive": cosines.sum()}
+        return {name: value / future.pairs_in_step for name, value in sums.items()}
     out = info_nce(
         predictions,
         future.bank.keys,
@@ -110,6 +124,11 @@ def _check(config: FlameJobConfig) -> Iterator[str]:
     predictor = config.future_predictor
     if not 0 <= predictor.dropout < 1:
         yield f"future_predictor.dropout must be in [0, 1), got {predictor.dropout}"
+    if predictor.loss == "regression" and not config.future_encoder.detach_targets:
+        yield (
+            "future_predictor.loss = 'regression' with future_encoder.detach_targets = false: predictions and summaries would meet in a "
+            "constant; leave detach_targets true, or take 'info_nce'"
+        )
     if predictor.freeze_backbone and config.parallelism.pipeline_parallel_degree > 1:
         yield (
             "future_predictor.freeze_backbone does not go with parallelism.pipeline_parallel_degree > 1: only the last stage "

@@ -48,6 +48,7 @@ class HFModelArgs(BaseModelArgs):
     freeze_router: bool = False
     vocab_size: int | None = None  # of a vocabulary that has grown; None = that of config.json
     config: dict[str, Any] = field(default_factory=dict)
+    option: str = "model.hf_assets_path"  # that names the folder
 
     def update_from_config(self, job_config: FlameJobConfig, **kwargs: Any) -> None:
         self.hf_assets_path = job_config.model.hf_assets_path
@@ -57,7 +58,7 @@ class HFModelArgs(BaseModelArgs):
         self.config = json.loads(self.load().to_json_string())
 
     def load(self) -> PreTrainedConfig:
-        config = load_hf_config(self.hf_assets_path, self.trust_remote_code)
+        config = load_hf_config(self.hf_assets_path, self.trust_remote_code, self.option)
         if self.experts_implementation != "auto":
             config._experts_implementation = self.experts_implementation
         if self.vocab_size is not None:
@@ -362,7 +363,7 @@ def build_hf_causal_lm(model_args: HFModelArgs) -> HFCausalLM:
         if isinstance(pad, int) and isinstance(size, int) and not -size <= pad < size:
             reason = f"pad_token_id {pad} is no row of its embedding (vocab_size {size}); set pad_token_id to null"
         raise ConfigError(
-            f"model.hf_assets_path {model_args.hf_assets_path!r}: no causal LM can be built from config.json: {reason}"
+            f"{model_args.option} {model_args.hf_assets_path!r}: no causal LM can be built from config.json: {reason}"
         ) from e
     # Read before the class changes, since transformers knows no conversions for a class from outside.
     model.weight_transforms = tuple(get_model_conversion_mapping(model))

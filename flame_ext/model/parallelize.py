@@ -87,6 +87,19 @@ def parallelize_hf_causal_lm(model: HFCausalLM, parallel_dims: ParallelDims, job
     return model
 
 
+def parallelize_frozen(model: HFCausalLM, parallel_dims: ParallelDims, job_config: FlameJobConfig) -> None:
+    """Shards a second model, which is never trained, as FSDP shards the job's, and compiles its layers if those are compiled, in place.
+
+    Ranks of tensor and context parallelism run all of it on whole sequences. A mixture of experts is not compiled.
+    """
+    model.requires_grad_(False)
+    if job_config.compile.enable and "model" in job_config.compile.components and not model.routing.of_mixture:
+        apply_compile(nn.ModuleDict({"layers": model.layers}), job_config.compile)
+    if parallel_dims.fsdp_enabled:
+        replicas = ["dp_replicate"] if parallel_dims.dp_replicate_enabled else []
+        apply_fsdp(model, parallel_dims.get_mesh([*replicas, "fsdp"]), job_config, None)
+
+
 def apply_fsdp(
     model: HFCausalLM, mesh: DeviceMesh, job_config: FlameJobConfig, experts_mesh: DeviceMesh | None
 ) -> None:

@@ -25,7 +25,7 @@ class ModelRunner:
     group: dist.ProcessGroup | None = None  # the ranks of this rank's pipeline
 
     def __init__(self, parts: list[HFCausalLM], parallel_dims: ParallelDims) -> None:
-        self.parts, self.model = parts, parts[-1]
+        self.parts, self.model, self.dims = parts, parts[-1], parallel_dims
         # DDP's backward waits for the gradient of every parameter.
         replicated = parallel_dims.dp_replicate_enabled and not parallel_dims.fsdp_enabled
         self.needs_all_gradients = replicated and not parallel_dims.pp_enabled

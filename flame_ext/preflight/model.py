@@ -15,7 +15,9 @@ from flame_ext.heads.registry import teacher_of
 from flame_ext.host.names import model_converters
 from flame_ext.model.attention import mask_problem
 from flame_ext.preflight.parallelism import is_launched
+from flame_ext.seeding.sources.hub import HUB_PREFIX
 from flame_ext.seeding.sources.safe_files import TOKENIZER_FILES
+from flame_ext.step.reverse_model import reverse_model_problems
 
 
 def check_model(config: FlameJobConfig) -> Iterator[str]:
@@ -98,3 +100,12 @@ def check_model_config(config: FlameJobConfig, hf_config: PreTrainedConfig) -> I
         if limit is not None and seq_len > limit:
             beyond = f"({seq_len}) is beyond the model's max_position_embeddings ({limit})"
             yield f"{section}.seq_len {beyond}; shorten it, or extend the model (also rope_parameters in config.json)"
+
+
+def check_reverse_model(config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterator[str]:
+    """Yields one sentence for each finding in ``future_encoder.reverse_model``; one on the Hub is looked at once it is here."""
+    options = config.future_encoder
+    if teacher_of(config) != "future_encoder" or options.summary_method != "reverse_lm":
+        return
+    if not options.reverse_model.startswith(HUB_PREFIX):
+        yield from reverse_model_problems(config, Path(options.reverse_model), hf_config)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from flame_ext.errors import SeedError
-from flame_ext.hf_config import STORAGE_FIELDS, is_part_of_transformers
+from flame_ext.hf_config import REVERSE_FIELD, STORAGE_FIELDS, is_part_of_transformers
 from flame_ext.seeding.sources.source import Source, TensorEntry, dtype_name
 
 # Numbers that mean themselves; quantised ones mean something only with their scales.
@@ -31,6 +31,8 @@ _HARMLESS = {
     "id2label", "label2id", "num_labels", "problem_type",
     # of how weights are stored, which are read only if they are not quantised
     *STORAGE_FIELDS,
+    # of the text that the weights were trained on
+    REVERSE_FIELD,
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError
 from flame_ext.heads.registry import teacher_of
+from flame_ext.heads.reverse_lm import ReverseEncoder
 from flame_ext.heads.spec import BackboneTeacher, FutureSummaries, KeyBank
 from flame_ext.model.attention import mask_form
 from flame_ext.model.hf_causal_lm import HFCausalLM
@@ -21,6 +22,7 @@ from flame_ext.model.routing import RouteListener
 from flame_ext.model.runner import ModelRunner, StageInputs
 from flame_ext.step.plan import FutureRows, MicroBatch, StepPlan
 from flame_ext.step.reported import Stopwatch
+from flame_ext.step.reverse_model import ReverseModel
 
 _NO_KEYS = KeyBank(torch.empty(0), torch.empty(0), torch.empty(0))
 """On ranks of a pipeline without the last stage."""
@@ -57,7 +59,12 @@ class Teacher:
         whole = runner.model.whole
         self._encoder = whole.get_submodule(name)
         self.anticausal = isinstance(self._encoder, BackboneTeacher)
-        """Whether summaries come from a second forward of the backbone; else they are pooled from the student's states."""
+        """Whether summaries come from a second forward of the backbone."""
+        self._reverse: ReverseModel | None = None
+        if isinstance(self._encoder, ReverseEncoder):
+            self._reverse = ReverseModel(config, runner.dims, runner.has_last, device)
+        # Else summaries are pooled from the student's states.
+        self._has_forward = self.anticausal or self._reverse is not None
         self.remedy = self._encoder.remedy if isinstance(self._encoder, BackboneTeacher) else ""
         """What to do if the proof at step 0 finds a backbone that does not obey the mask; a part of its message."""
         self._sequences = max(1, round(self._options.teacher_fraction * config.training.local_batch_size))
@@ -67,12 +74,17 @@ class Teacher:
         self._key_dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param]
         self._dropout = _has_dropout(whole)
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What determines the numbers of a run beside its options, by full name."""
+        return {} if self._reverse is None else {f"{self._name}.reverse_weights": self._reverse.digest}
+
     def prepare(self, plan: StepPlan) -> None:
         """Fill the banks of all micro-batches where each is compared with the keys of the whole step. Collective.
 
         The bank then holds all keys of all ranks: rank by rank, micro-batch by micro-batch.
         """
-        if not (plan.has_future and self.anticausal and self._options.negatives == "global"):
+        if not (plan.has_future and self._has_forward and self._options.negatives == "global"):
             return
         taught = [(_future(m), self._taught(m)) for m in plan.microbatches]
         banks = [self._bank(summaries, future, plan.shift) for future, summaries in taught if summaries is not None]
@@ -91,7 +103,7 @@ class Teacher:
         future = microbatch.future
         if future is None or future.bank is not None:
             return
-        if self.anticausal:
+        if self._has_forward:
             summaries = self._taught(microbatch)
             found = None if summaries is None else self._shared(self._bank(summaries, future, plan.shift))
             _set(future, found or {"bank": _NO_KEYS})
@@ -143,10 +155,16 @@ class Teacher:
 
     def _taught(self, microbatch: MicroBatch) -> FutureSummaries | None:
         future = _future(microbatch)
+        tokens = future.select(microbatch.inputs["input"])
         with self._stopwatch.measure("teacher"):
-            return self.summaries(
-                future.select(microbatch.inputs["input"]), future.doc_ids if self._with_documents else None
-            )
+            if self._reverse is None:
+                return self.summaries(tokens, future.doc_ids if self._with_documents else None)
+            if not self._runner.has_last:
+                return None
+            with self._autocast():
+                states = self._reverse.states(tokens, future.doc_ids)
+            assert isinstance(self._encoder, ReverseEncoder)
+            return self._encoder.summaries(states, future.doc_ids, self._parts)
 
     def _pool_before(self, plan: StepPlan, microbatch: MicroBatch, attention_of: StageInputs) -> None:
         """Pool summaries in a separate forward, because a pipelined student sees one part of the micro-batch at a time."""

@@ -24,6 +24,7 @@ from flame_ext.errors import CheckpointError, SeedError, UserError
 from flame_ext.files import parse_size, write_json
 from flame_ext.heads.names import is_head_key
 from flame_ext.heads.registry import build_head
+from flame_ext.hf_config import mark_direction
 from flame_ext.model.dtypes import dtypes_in
 from flame_ext.model.hf_causal_lm import HFCausalLM
 from flame_ext.seeding.accounting import SOURCE_DTYPES, matches, quantised
@@ -127,7 +128,7 @@ def convert(
             dtypes = _dtypes_to_write(source, options.dtype)
         if to != "hf":
             _convert_to_dcp(source, temporary, to == "dcp-nested", dtypes, progress)
-            _carry_assets(assets, temporary, options, _vocab_size(folder))
+            _carry_assets(source.path, assets, temporary, options, _vocab_size(folder))
     nbytes = sum(tensor.nbytes for tensor in on_meta(source.entries, dtypes).values())
     return Converted(source.layout, len(source.entries), nbytes, time.perf_counter() - begin, source.passed_over)
 
@@ -148,17 +149,26 @@ def _vocab_size(folder: Path) -> int | None:
     return rows if type(rows) is int and rows > 0 else None
 
 
-def _carry_assets(assets: Path, folder: Path, options: Conversion, vocab_size: int | None) -> None:
+def _carry_assets(source: Path, assets: Path, folder: Path, options: Conversion, vocab_size: int | None) -> None:
     """Copies configuration, tokenizer and the heads' arguments beside ``.metadata``, for the way back; no code is carried."""
     if (file := find_file(assets, "config.json", options.follow_links)) is not None:
         fields = code_stays(read_json(file, "file"), assets, options.trust_remote_code)
         text = fields.get("text_config")
         (text if isinstance(text, dict) else fields).update({} if vocab_size is None else {"vocab_size": vocab_size})
+        if (reverse := _direction_of(source)) is not None:
+            mark_direction(fields, reverse)
         write_json(folder / "config.json", fields)
     for name, content in read_assets(assets, options.trust_remote_code, options.follow_links).items():
         (folder / name).write_bytes(content)
     if (file := find_file(assets, f"{HEADS_FOLDER}/config.json", options.follow_links)) is not None:
         write_json(folder / HEADS_FOLDER / "config.json", read_json(file, "file"))
+
+
+def _direction_of(folder: Path) -> bool | None:
+    """Whether a step was trained with ``data.reverse``; None of a folder that is no step, of which its ``config.json`` says it."""
+    if not (folder / MANIFEST_NAME).is_file():
+        return None
+    return bool((parse_manifest(folder).get("config") or {}).get("data.reverse"))
 
 
 @contextmanager
@@ -190,6 +200,7 @@ def _convert_to_hf(
         heads=_head_arguments(source, heads, options) if heads else None,
         max_shard_size=options.max_shard_size,
         card=card_of_step(source.path),
+        reverse=_direction_of(source.path),
     )
     stored = in_files(architecture.model, {name: traced(entry) for name, entry in backbone.items()})
     source = replace(source, entries={key: rearranged(tensor) for key, tensor in stored.items()} | heads)

@@ -87,7 +87,7 @@ def test_an_unknown_summary_method_is_refused(tmp_path: Path) -> None:
     text = MINIMAL + '[future_encoder]\nsummary_method = "median"\n'
     with pytest.raises(
         ConfigError,
-        match="summary_method' must be one of 'anticausal', 'mean', 'max', 'attention', 'query', got 'median'",
+        match="summary_method' must be one of 'anticausal', 'reverse_lm', 'mean', 'max', 'attention', 'query', got 'median'",
     ):
         parse_toml(tmp_path, text)
 

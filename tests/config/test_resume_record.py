@@ -28,6 +28,7 @@ HARMLESS_FIELDS = {
     "debug.deterministic", "debug.deterministic_warn_only",
     "model.hf_assets_path", "model.print_after_conversion", "moe.experts_implementation",
     "seed.allow_config_difference", "seed.allow_pickle", "seed.dry_run", "seed.follow_links", "seed.verify",
+    "future_encoder.assume_reverse", "future_encoder.reverse_model",
     "training.dataloader.num_workers", "training.dataloader.persistent_workers", "training.dataloader.pin_memory",
     "training.dataloader.prefetch_factor", "training.enable_cpu_offload", "training.gc_debug", "training.gc_freq",
 }  # fmt: skip

@@ -118,6 +118,44 @@ def test_document_numbers_against_a_walk_through_the_tokens(documents: list, seq
     assert data.steps() == -(-len(stream) // length)
 
 
+@given(
+    st.lists(st.lists(st.sampled_from([1, 2, 3, 9]), min_size=1, max_size=12), min_size=1, max_size=12),
+    st.integers(2, 9),
+    st.integers(1, 3),
+    st.integers(0, 6),
+)
+@settings(max_examples=100, deadline=None)
+def test_reversed_sequences_against_a_naive_reversal(
+    documents: list, seq_len: int, num_lanes: int, before: int
+) -> None:
+    def data(reverse: bool) -> PackedDocuments:
+        source = indexed(documents, num_lanes, None, epochs=2)
+        return PackedDocuments([source], seq_len, range(num_lanes), num_lanes, eos_id=9, reverse=reverse)
+
+    forward, backward = data(reverse=False), data(reverse=True)
+    before -= before % num_lanes
+    take(backward, before)  # a run that is resumed goes on at a position that it has saved
+    expected = itertools.islice(forward.sequences(), before, before + 8)
+    for (plain, *saved), (found, *as_saved) in zip(expected, backward.sequences(), strict=False):
+        real = [column for column in plain.T.tolist() if column[0] != IGNORED]
+        count = len(real)
+        assert found[0].tolist() == [token for token, _ in real[::-1]] + [IGNORED] * (seq_len + 1 - count)
+        groups = [[token for token, number in real if number == n] for n in range(real[-1][1] + 1 if real else 0)]
+        numbers = [n for n, group in enumerate(groups[::-1]) for _ in group]
+        assert found[1].tolist() == numbers + plain[1, count:].tolist() and (plain[1, count:] >= PADDING).all()
+        assert saved == as_saved, "the lanes are where they would be"
+
+
+def test_batches_of_reversed_sequences_predict_the_token_before(tmp_path: Path) -> None:
+    options = ["--training.seq_len=64", "--training.local_batch_size=2", "--data.document_attention"]
+    inputs, labels = next(iter(loader(tmp_path, *options)))
+    reverse, before = next(iter(loader(tmp_path, *options, "--data.reverse")))
+    assert reverse["input"].equal(labels.flip(1)) and before.equal(inputs["input"].flip(1))
+    assert (reverse["positions"][:, 0] == 0).all()
+    begins = (reverse["positions"] == 0)[:, 1:]
+    assert (reverse["input"][:, 1:][begins] == 0).all(), "a document begins with its EOS"
+
+
 def test_positions_count_from_the_beginning_of_a_document() -> None:
     doc_ids = torch.tensor([[0, 0, 0, 1, 2, 2], [0, 1, 1, 1, 1, PADDING]])
     assert positions_in_documents(doc_ids).tolist() == [[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 3, 0]]
