@@ -264,9 +264,7 @@ def test_no_rank_makes_the_whole_of_a_large_new_parameter() -> None:
     from flame_ext.seeding import new_parameters
 
     with LargestTensor() as largest:
-        for draw, rows in new_parameters._uniform_blocks(
-            local, ((4096, 8192), (0, 2048)), shape, 0.5, 0, "head.weight"
-        ):
+        for draw, rows in new_parameters.uniform_blocks(local, ((4096, 8192), (0, 2048)), shape, 0.5, 0, "head.weight"):
             rows.copy_(draw())
     assert 0 < largest.nbytes <= 64 * MIB
     whole = torch.empty(shape)

@@ -49,8 +49,8 @@ def test_a_job_is_seedable_from_what_has_all_of_its_model(tmp_path: Path, monkey
     monkeypatch.chdir(DEBUG_TOML.parent.parent)
     config = parse([f"--job.config_file={DEBUG_TOML}", "--checkpoint.initial_load_path=nowhere"])
     tensors = load_file(TINY_OLMO / "model.safetensors")
-    assert why_not_seedable(config, str(TINY_OLMO)) is None, "the path counts, not that of the job"
-    assert why_not_seedable(config, str(save_dcp(dict(tensors), tmp_path / "dcp"))) is None
+    assert why_not_seedable(config, str(TINY_OLMO)) == (None, None), "the path counts, not that of the job"
+    assert why_not_seedable(config, str(save_dcp(dict(tensors), tmp_path / "dcp"))) == (None, None)
     assert "does not exist" in str(why_not_seedable(config, str(tmp_path / "absent")))
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:100].clone()
     (tmp_path / "cut").mkdir()
