@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from flame_ext.errors import SeedError
+from flame_ext.errors import ConfigError, SeedError
 from flame_ext.heads.registry import build_head
+from flame_ext.heads.reverse_lm import ReverseEncoder
 from flame_ext.heads.spec import BackboneTeacher, FutureSummaries
 from flame_ext.model.attention import BOOLEAN_ATTENTION
 from flame_ext.seeding.sources.hf_safetensors import SINGLE_NAME
@@ -86,9 +87,14 @@ def predict_future(model: PreTrainedModel, heads: nn.ModuleDict, input_ids: Tens
 def future_summaries(model: PreTrainedModel, heads: nn.ModuleDict, input_ids: Tensor) -> FutureSummaries:
     """Returns the summaries of the future that the encoder of an export makes of (B, T) tokens, each row one document.
 
-    Raises a KeyError if there is no ``future_encoder``.
+    Raises a KeyError if there is no ``future_encoder``, and a ConfigError if it is 'reverse_lm', whose model is in no export.
     """
     encoder, config = heads["future_encoder"], model.config
+    if isinstance(encoder, ReverseEncoder):
+        raise ConfigError(
+            "future_encoder.summary_method is 'reverse_lm': its summaries are the states of future_encoder.reverse_model, "
+            "which no export has; take an export of a run with another summary_method"
+        )
     if not isinstance(encoder, BackboneTeacher):
         return encoder(predict_future(model, heads, input_ids).hidden_states, torch.zeros_like(input_ids))
     own = config._attn_implementation

@@ -33,9 +33,10 @@ def operations_per_token(config: FlameJobConfig) -> Operations:
     """Counts the operations of a configuration that preflight has passed, on a model without storage.
 
     The model and the heads are counted as for torchtitan's MFU: 6 for each weight that multiplies a token, and the attention
-    without causal sparsity. A frozen backbone is counted as if it had gradients. The anticausal teacher costs the backbone's forward
-    without the output embedding, on the share of sequences and steps that it runs on, and so do the heads that need it; a pooling
-    teacher costs its own maps. Every InfoNCE takes 4 operations for each pair of vectors and element, 8 where keys have a gradient.
+    without causal sparsity. A frozen backbone is counted as if it had gradients. A teacher that is a forward, of the backbone
+    or of a reverse model, costs that without the output embedding, on the share of sequences and steps that it runs on, and so
+    do the heads that need it; a pooling teacher costs its own maps. What a reverse model's own training took is not in it.
+    Every InfoNCE takes 4 operations for each pair of vectors and element, 8 where keys have a gradient.
     """
     from flame_ext.heads.registry import attach_heads, teacher_of, trained_heads
     from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm, parameters_of
@@ -47,22 +48,26 @@ def operations_per_token(config: FlameJobConfig) -> Operations:
     attach_heads(model, config)
     trained, name = trained_heads(config), teacher_of(config)
     summaries: Any = None if name is None else getattr(config, name)
-    anticausal = summaries is not None and summaries.summary_method == "anticausal"
-    share = summaries.teacher_fraction / summaries.teacher_interval if anticausal else 1.0
+    runs = summaries is not None and summaries.summary_method in ("anticausal", "reverse_lm")
+    share = summaries.teacher_fraction / summaries.teacher_interval if runs else 1.0
     heads = sum(
         6.0 * model.heads[n].multiplications * (share if spec.needs_future else 1.0) for n, spec in trained.items()
     )
     if summaries is None:
         return Operations(backbone, heads, 0.0, 0.0)
     text = model.config.get_text_config()
-    with_gradient = not anticausal and not summaries.detach_targets
-    if anticausal:
-        teacher = (backbone / 3 - 2 * text.vocab_size * text.hidden_size) * share
+    with_gradient = not runs and not summaries.detach_targets
+    if runs:
+        of_teacher = backbone
+        if summaries.summary_method == "reverse_lm":
+            reverse = HFModelArgs(summaries.reverse_model, config.seed.trust_remote_code)
+            of_teacher = float(reverse.get_nparams_and_flops(build_hf_causal_lm(reverse), seq_len)[1])
+        teacher = (of_teacher / 3 - 2 * text.vocab_size * text.hidden_size) * share
     else:  # it pools, if by attention with maps of its own
         pooling = parameters_of(model.get_submodule(str(name)))
         teacher = (6 if with_gradient else 2) * float(pooling + 2 * seq_len * text.hidden_size * bool(pooling))
-    whole_step = anticausal and summaries.negatives == "global"
+    whole_step = runs and summaries.negatives == "global"
     keys = tokens_of_a_step(config) if whole_step else config.training.local_batch_size * seq_len
-    keys *= summaries.teacher_fraction if anticausal else 1
+    keys *= summaries.teacher_fraction if runs else 1
     losses = ("future_predictor" in trained) + ("action_layer" in trained and config.action_layer.model_loss_weight > 0)
     return Operations(backbone, heads, teacher, losses * (8 if with_gradient else 4) * keys * text.hidden_size * share)

@@ -100,6 +100,8 @@ class BackgroundExports:
         pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         with subprocess.Popen(command, env=environment, **pipes) as process:
             self._process = process
+            if self._cancelled:  # since before there was a process to end
+                process.terminate()
             output, errors = process.communicate()
         self._process = None
         return process.returncode, output, errors

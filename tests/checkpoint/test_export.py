@@ -6,7 +6,9 @@ import json
 import queue
 import re
 import shutil
+import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,6 +231,27 @@ def test_an_export_that_is_cancelled_ends_at_once_and_never_sees_an_accelerator(
     assert time.monotonic() - begin < 30
     assert exports.error() is None and len(exports.in_use()) == 2
     assert seen.read_text() == "devices:\n"
+
+
+def test_an_export_that_begins_while_it_is_cancelled_ends_at_once(tmp_path: Path, monkeypatch) -> None:
+    python, begun, popen = tmp_path / "python", threading.Event(), subprocess.Popen
+    python.write_text("#!/bin/sh\nexec sleep 60\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+
+    def slow(*args, **kwargs):
+        process = popen(*args, **kwargs)
+        begun.set()
+        time.sleep(0.3)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", slow)
+    exports = BackgroundExports(tmp_path / "hf", [], due=lambda step: True)
+    exports.start(tmp_path / "step-2", just_saved=True)
+    assert begun.wait(30)
+    begin = time.monotonic()
+    exports.cancel()
+    assert time.monotonic() - begin < 30
 
 
 def test_backbone_and_heads_for_analysis(run: TrainRun) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from flame_ext.heads.registry import job_config_class
 from flame_ext.lab.operations import operations_per_token, tokens_of_a_step
@@ -48,6 +49,18 @@ def test_backbone_and_teacher_are_those_of_the_model() -> None:
         model.base_model(tokens, attention_mask=mask, use_cache=False)
     assert teacher.get_total_flops() == TOKENS * found.teacher
     assert found.total == found.backbone + found.heads + found.teacher + found.comparisons
+
+
+def test_a_reverse_model_costs_a_forward_of_its_own(tmp_path: Path) -> None:
+    found = []
+    for layers in (1, 4):
+        config = AutoConfig.from_pretrained(TINY_OLMO, num_hidden_layers=layers)
+        config.save_pretrained(tmp_path / str(layers))
+        options = {"enable": True, "summary_method": "reverse_lm", "reverse_model": str(tmp_path / str(layers))}
+        found.append(operations_per_token(job(**{**FUTURE, "future_encoder": options})))
+    anticausal = operations_per_token(job(**FUTURE))
+    assert found[1] == anticausal  # the tiny model has four layers
+    assert 0 < found[0].teacher < found[1].teacher and found[0].backbone == found[1].backbone
 
 
 def test_comparisons_are_those_of_the_loss() -> None:
