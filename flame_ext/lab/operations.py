@@ -60,7 +60,9 @@ def operations_per_token(config: FlameJobConfig) -> Operations:
     if runs:
         of_teacher = backbone
         if summaries.summary_method == "reverse_lm":
-            reverse = HFModelArgs(summaries.reverse_model, config.seed.trust_remote_code)
+            reverse = HFModelArgs(
+                hf_assets_path=summaries.reverse_model, trust_remote_code=config.seed.trust_remote_code
+            )
             of_teacher = float(reverse.get_nparams_and_flops(build_hf_causal_lm(reverse), seq_len)[1])
         teacher = (of_teacher / 3 - 2 * text.vocab_size * text.hidden_size) * share
     else:  # it pools, if by attention with maps of its own
