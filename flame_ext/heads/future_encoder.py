@@ -378,8 +378,9 @@ def _check_model(config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterato
 
 def _record(config: FlameJobConfig, step_batch: int) -> dict[str, Any]:
     encoder = config.future_encoder
-    local = encoder.negatives == "local"
-    if encoder.summary_method in WITH_A_FORWARD and not local:
+    local, action = encoder.negatives == "local", config.action_layer
+    compared = config.future_predictor.loss == "info_nce" or (action.enable and action.model_loss_weight > 0)
+    if encoder.summary_method in WITH_A_FORWARD and not (local and compared):
         return {}
     # These losses compare within a micro-batch, of one rank or of all: here its size is no matter of layout.
     return {"sequences_compared": config.training.local_batch_size if local else step_batch}

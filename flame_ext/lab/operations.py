@@ -40,6 +40,7 @@ def operations_per_token(config: FlameJobConfig) -> Operations:
     """
     from flame_ext.heads.registry import attach_heads, teacher_of, trained_heads
     from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm, parameters_of
+    from flame_ext.seeding.sources.hub import locate
 
     arguments = HFModelArgs()
     arguments.update_from_config(config)
@@ -61,7 +62,9 @@ def operations_per_token(config: FlameJobConfig) -> Operations:
         of_teacher = backbone
         if summaries.summary_method == "reverse_lm":
             reverse = HFModelArgs(
-                hf_assets_path=summaries.reverse_model, trust_remote_code=config.seed.trust_remote_code
+                hf_assets_path=str(locate(summaries.reverse_model, config.seed.allow_pickle)[0]),
+                option="future_encoder.reverse_model",
+                trust_remote_code=config.seed.trust_remote_code,
             )
             of_teacher = float(reverse.get_nparams_and_flops(build_hf_causal_lm(reverse), seq_len)[1])
         teacher = (of_teacher / 3 - 2 * text.vocab_size * text.hidden_size) * share
@@ -71,5 +74,6 @@ def operations_per_token(config: FlameJobConfig) -> Operations:
     whole_step = runs and summaries.negatives == "global"
     keys = tokens_of_a_step(config) if whole_step else config.training.local_batch_size * seq_len
     keys *= summaries.teacher_fraction if runs else 1
-    losses = ("future_predictor" in trained) + ("action_layer" in trained and config.action_layer.model_loss_weight > 0)
+    contrastive = "future_predictor" in trained and config.future_predictor.loss == "info_nce"
+    losses = contrastive + ("action_layer" in trained and config.action_layer.model_loss_weight > 0)
     return Operations(backbone, heads, teacher, losses * (8 if with_gradient else 4) * keys * text.hidden_size * share)

@@ -5,7 +5,7 @@ There is no ``from __future__ import annotations`` here: DDP reads the types in 
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -98,6 +98,18 @@ def parallelize_frozen(model: HFCausalLM, parallel_dims: ParallelDims, job_confi
     if parallel_dims.fsdp_enabled:
         replicas = ["dp_replicate"] if parallel_dims.dp_replicate_enabled else []
         apply_fsdp(model, parallel_dims.get_mesh([*replicas, "fsdp"]), job_config, None)
+        # What waits for a backward to be freed, as the root does, would stay gathered for good.
+        if job_config.parallelism.fsdp_reshard_after_forward != "never":
+            cast(FSDPModule, model).set_reshard_after_forward(True)
+
+
+def forget_forwards(model: nn.Module) -> None:
+    """Clears FSDP's record of the forwards of a model that is never trained, which a backward clears in others."""
+    if isinstance(model, FSDPModule):
+        order = model._get_fsdp_state()._comm_ctx.post_forward_order
+        for group in order:
+            group._post_forward_indices.clear()
+        order.clear()
 
 
 def apply_fsdp(

@@ -6,17 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+from torchtitan.tools.logging import logger
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flame_ext.assembly import MODEL_NAME
 from flame_ext.config.sections import FlameJobConfig, sequence_lengths
 from flame_ext.heads.registry import teacher_of
+from flame_ext.hf_config import REVERSE_FIELD
 from flame_ext.host.names import model_converters
 from flame_ext.model.attention import mask_problem
 from flame_ext.preflight.parallelism import is_launched
 from flame_ext.seeding.sources.hub import HUB_PREFIX
-from flame_ext.seeding.sources.safe_files import TOKENIZER_FILES
+from flame_ext.seeding.sources.safe_files import TOKENIZER_FILES, read_json
 from flame_ext.step.reverse_model import reverse_model_problems
 
 
@@ -105,6 +107,14 @@ def check_model_config(config: FlameJobConfig, hf_config: PreTrainedConfig) -> I
 def check_reverse_model(config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterator[str]:
     """Yields one sentence for each finding in ``future_encoder.reverse_model``; one on the Hub is looked at once it is here."""
     options = config.future_encoder
+    for option in ("model.hf_assets_path", "checkpoint.initial_load_path"):
+        section, _, name = option.partition(".")
+        path = getattr(getattr(config, section), name)
+        file = Path(path or "") / "config.json"
+        if path and not config.data.reverse and file.is_file() and read_json(file, "file").get(REVERSE_FIELD):
+            logger.warning(
+                f"{option} {path!r} was trained from right to left, and data.reverse is false: it will learn to read from left to right"
+            )
     if teacher_of(config) != "future_encoder" or options.summary_method != "reverse_lm":
         return
     if not options.reverse_model.startswith(HUB_PREFIX):

@@ -59,8 +59,12 @@ def fill_new_rows(
             if drawn:
                 init = inits.get(key, Uniform(math.sqrt(3) * initializer_range))
                 _draw(new[:drawn], ((begin, tokens_end), *box[1:]), tuple(state[key].shape), init, rng_seed, key)
-            if drawn < len(new):
-                new[drawn:] = rows.mean().to(local.dtype).to(local.device)
+            absent = [number - begin for number in growth.absent if begin <= number < tokens_end]
+            if drawn < len(new) or absent:
+                mean = rows.mean().to(local.dtype).to(local.device)
+                new[drawn:] = mean
+                for row in absent:
+                    new[row] = mean
             for number in range(begin, tokens_end):
                 if number in growth.pieces:
                     new[number - begin] = rows.mean_of(growth.pieces[number]).to(local.dtype).to(local.device)

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import groupby
@@ -50,6 +50,7 @@ def read_weights(
     tied: Mapping[str, str],
     check_finite: bool,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    growing: Collection[str] = (),
 ) -> int:
     """Fill, in place, the tensors of ``state`` that the source holds; returns the bytes that this rank has read.
 
@@ -61,6 +62,7 @@ def read_weights(
         tied: other name to key in ``state``.
         check_finite: refuse NaN and infinities; an overflow in the cast is always refused.
         progress: called with the bytes that this rank has read so far and will read in all.
+        growing: keys whose first rows alone the source has.
 
     Raises:
         SeedError: a file has changed, a value is not finite, tied values differ, or an element was not written exactly once.
@@ -71,7 +73,7 @@ def read_weights(
         local, box = local_part(tensor)
         names = [key, *sorted(name for name, owner in tied.items() if owner == key)]
         for i, entry in enumerate(source.entries[name] for name in names if name in source.entries):
-            held = intersection(box, full_box(entry.shape))  # where the vocabulary grows, the first rows only
+            held = intersection(box, full_box(entry.shape)) if key in growing else box
             if held is not None:
                 boxes[key] = held
             for chunk in entry.chunks:

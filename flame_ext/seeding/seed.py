@@ -1,5 +1,7 @@
 """Makes step 0, from the source's headers to the proof."""
 
+import hashlib
+import math
 import time
 from collections import Counter
 from dataclasses import replace
@@ -38,17 +40,21 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
     begin = time.perf_counter()
     with failing_together(SeedError):
         source, keys, differences, growth = match(target, folder, options)
-    digests = gathered(source.digest)
+    grown = {} if growth is None else growth.shapes
+    rows = hashlib.sha256(repr(growth).encode()).hexdigest()  # which tokenizers decide on
+    digests = gathered((source.digest, rows))
     for rank, other in enumerate(digests):
         if other != digests[0]:
-            raise SeedError(f"rank {rank} sees other files at {path} than rank 0; give all nodes the same copy")
+            seen = "files" if other[0] != digests[0][0] else "tokenizers (there, or at model.hf_assets_path)"
+            raise SeedError(f"rank {rank} sees other {seen} at {path} than rank 0; give all nodes the same copy")
     for line in source.passed_over:
         logger.info(f"Passed over in {folder}: {line}")
     for line in differences:
         logger.warning(f"The configurations differ, as seed.allow_config_difference permits: {line}")
     _log_casts(target, source, keys)
     with failing_together(SeedError):
-        nbytes = read_weights(source, target.state, model.tied_keys, options.verify != "none", logged_progress())
+        finite = options.verify != "none"
+        nbytes = read_weights(source, target.state, model.tied_keys, finite, logged_progress(), grown)
         new = {key: target.state[key] for key in keys.initialised if key in target.state}
         initialise(new, model.parameter_inits, options.rng_seed)
         if growth is not None:
@@ -57,7 +63,7 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
             fill_new_rows(source, target.state, model.tied_keys, growth, *inits)
     figures = gathered((time.perf_counter() - begin, nbytes))
     total_bytes, (seconds, slowest) = sum(n for _, n in figures), max((s, rank) for rank, (s, _) in enumerate(figures))
-    elements = sum(target.whole[key].numel() for key in keys.loaded)
+    elements = sum(math.prod(grown.get(key, target.whole[key].shape)) for key in keys.loaded)
     logger.info(
         f"Seeded from {path} ({source.layout}): {len(keys.loaded)} tensors ({elements:,} elements) loaded, "
         f"{len(keys.initialised)} initialised from rng_seed {options.rng_seed}, {len(keys.tied)} tied, "
@@ -75,8 +81,8 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
     verification = verify(options.verify, probe, reference.logits, folder)
     proved = [] if options.verify == "none" else prove_attention(probe)
     read = path, source.layout, keys, total_bytes, seconds, len(figures), source.digest
-    grown = None if growth is None else growth.record
-    report = SeedReport(*read, verification, revision, digest, differences, grown)
+    record = None if growth is None else growth.record
+    report = SeedReport(*read, verification, revision, digest, differences, record)
     with failing_together(SeedError):
         if is_main_rank():
             write_json(report_folder / REPORT_NAME, report.fields)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor, nn
 from torchtitan.tools.logging import logger
 from transformers import PreTrainedConfig, TokenizersBackend
 
@@ -29,6 +30,16 @@ class Growth:
     new_rows: Literal["mean", "subwords", "random"]
     pieces: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     """Of "subwords": a new token to the old tokens that its row is the mean of; one that is absent has the mean of all rows."""
+    absent: tuple[int, ...] = ()  # ids of new rows below ``tokens`` that no token has: padding as well
+
+    @property
+    def padding(self) -> list[int]:
+        """New rows that no token has."""
+        return [*self.absent, *range(self.tokens, self.rows)]
+
+    @property
+    def new_tokens(self) -> int:
+        return self.rows - self.loaded - len(self.padding)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -36,19 +47,21 @@ class Growth:
         record = {
             "rows_loaded": self.loaded,
             "rows_initialised": self.rows - self.loaded,
-            "of_which_padding": self.rows - self.tokens,
+            "of_which_padding": len(self.padding),
             "new_rows": self.new_rows,
             "keys": sorted(self.shapes),
         }
-        pieces = {"of_which_without_pieces": self.tokens - self.loaded - len(self.pieces)}
+        pieces = {"of_which_without_pieces": self.new_tokens - len(self.pieces)}
         return record | (pieces if self.new_rows == "subwords" else {})
 
     def __str__(self) -> str:
-        new, padding = self.rows - self.loaded, self.rows - self.tokens
+        new, padding = self.rows - self.loaded, len(self.padding)
         words = f"{self.loaded:,} rows loaded, {new:,} initialised in each of {', '.join(sorted(self.shapes))}: "
-        words += f"{self.tokens - self.loaded:,} of new tokens by seed.new_rows = {self.new_rows!r}"
+        words += f"{self.new_tokens:,} of new tokens by seed.new_rows = {self.new_rows!r}"
         if self.new_rows == "subwords":
-            words += f" ({self.tokens - self.loaded - len(self.pieces):,} of them special or without pieces: the mean of all rows)"
+            words += (
+                f" ({self.new_tokens - len(self.pieces):,} of them special or without pieces: the mean of all rows)"
+            )
         return words + (f", {padding:,} of padding by the mean" if padding else "")
 
 
@@ -89,6 +102,13 @@ def growth_of(target: SeedTarget, source: Source, options: Seed) -> Growth | Non
             f"a longer tokenizer only, where {assets} has one of {ids} ids: set vocab_size = {old} in config.json there, or ask for "
             "padding by seed.pad_vocabulary_to_multiple_of"
         )
+    _require_no_other_table(model.text_backbone, embedding, rows, assets)
+    if options.new_rows == "subwords" and own is not None and number_of_ids(own) > old:
+        raise SeedError(
+            f"{source.path}: seed.new_rows = 'subwords' needs the tokenizer from before the growth, and the one there has "
+            f"{number_of_ids(own)} ids for {old} rows: put the model's own tokenizer there, and the longer one at "
+            "model.hf_assets_path"
+        )
     if own is not None:
         _require_same_ids(tokenizer, own, source.path, assets, old)
     elif options.new_rows == "subwords":
@@ -108,7 +128,8 @@ def growth_of(target: SeedTarget, source: Source, options: Seed) -> Growth | Non
         and (key in model.vocabulary_keys or key.partition(".")[0] in model.heads)
     }
     pieces = _pieces(tokenizer, own, range(old, ids), old) if options.new_rows == "subwords" else {}
-    return Growth(old, max(old, ids), rows, growing, options.new_rows, pieces)
+    absent = tuple(sorted({*range(old, ids)} - {*tokenizer.get_vocab().values()}))
+    return Growth(old, max(old, ids), rows, growing, options.new_rows, pieces, absent)
 
 
 def of_source(config: PreTrainedConfig, growth: Growth) -> PreTrainedConfig:
@@ -119,6 +140,16 @@ def of_source(config: PreTrainedConfig, growth: Growth) -> PreTrainedConfig:
     if (pad := getattr(text, "pad_token_id", None)) is not None and pad >= growth.loaded:
         text.pad_token_id = None  # no row of the embedding, which transformers refuses
     return config
+
+
+def _require_no_other_table(backbone: nn.Module, embedding: Tensor, rows: int, assets: str) -> None:
+    """Raise SeedError if the backbone looks up tokens in another table as well, which does not grow (Gemma-3n's and 4's layers)."""
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.Embedding) and module.weight is not embedding and "per_layer" in name:
+            raise SeedError(
+                f"{assets}: {name!r} has {module.num_embeddings} rows, one for each token, and does not grow to {rows}: the "
+                "vocabulary of this architecture cannot grow; switch seed.resize_vocabulary off, and take a tokenizer that fits"
+            )
 
 
 def _require_same_ids(new: Any, old: Any, path: Path, assets: str, rows: int) -> None:

@@ -18,14 +18,15 @@ from transformers import PreTrainedConfig
 
 from flame_ext.config.head_options import HEAD_NAMES
 from flame_ext.config.model_config import load_model_config
+from flame_ext.config.resume_record import asset_digests
 from flame_ext.config.sections import FlameJobConfig, sequence_lengths
 from flame_ext.data.loader import positions_in_documents
 from flame_ext.distributed import failing_together, gathered
 from flame_ext.errors import ConfigError, SeedError
-from flame_ext.hf_config import REVERSE_FIELD, load_hf_config
+from flame_ext.hf_config import REVERSE_FIELD, is_part_of_transformers, load_hf_config
 from flame_ext.model.attention import attention_windows, flex_problem, mask_form, mask_problem
 from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
-from flame_ext.model.parallelize import parallelize_frozen
+from flame_ext.model.parallelize import forget_forwards, parallelize_frozen
 from flame_ext.objective.masks import causal_block_mask, causal_mask
 from flame_ext.seeding.proof.replicas import compare_replicas, weights_digest
 from flame_ext.seeding.read import logged_progress, read_weights
@@ -72,6 +73,8 @@ def reverse_model_problems(config: FlameJobConfig, folder: Path, backbone: PreTr
         yield f"{name}: its {tokenizer} has other tokens than that of model.hf_assets_path: take a reverse model of the same tokenizer"
     if (reason := mask_problem(found)) is not None:
         yield f"{name} cannot keep documents apart: {reason}; take a model with attention"
+    elif not is_part_of_transformers(found):
+        yield f"{name} is code from outside transformers, and nothing proves that it obeys its mask; take one that transformers has"
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     if options.teacher_attention == "flex" and (reason := flex_problem(found, device_type)) is not None:
         yield f"future_encoder.teacher_attention = 'flex' with {name}: {reason}; take 'auto' or 'sdpa'"
@@ -112,7 +115,7 @@ class ReverseModel:
     def __init__(self, config: FlameJobConfig, dims: ParallelDims, needed: bool, device: torch.device) -> None:
         options, self._future_k = config.future_encoder, config.future_encoder.future_k
         begin = time.perf_counter()
-        folder, _ = locate(options.reverse_model, config.seed.allow_pickle)
+        folder, _ = locate(options.reverse_model, config.seed.allow_pickle, with_tokenizer=True)
         with failing_together(ConfigError):
             backbone = load_model_config(config)
             for problem in reverse_model_problems(config, folder, backbone):
@@ -122,9 +125,11 @@ class ReverseModel:
             )
             with set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
                 model = build_hf_causal_lm(args)
-        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        assets = Path(config.model.hf_assets_path)
+        if not any((folder / name).is_file() and (assets / name).is_file() for name in TOKENIZER_FILES):
             logger.warning(
-                f"{OPTION} {str(folder)!r} has no tokenizer to compare: its token ids are taken to be the model's"
+                f"{OPTION} {str(folder)!r} has no tokenizer's file that {str(assets)!r} has too, to compare: its token ids are taken "
+                "to be the model's"
             )
         self._model = model.eval()
         if needed:
@@ -137,11 +142,11 @@ class ReverseModel:
         state = {key: value for key, value in held.items() if key not in model.tied_keys}
         local = state if needed else {}
         target = seed_target(model, state, args.load())
-        heads = [f"{head}.*" for head in HEAD_NAMES]
+        ignored = [*(f"{head}.*" for head in HEAD_NAMES), *config.seed.ignore_source_keys]
         options_of_file = replace(
             config.seed,
             new_parameters=[],
-            ignore_source_keys=heads,
+            ignore_source_keys=ignored,
             key_map=[],
             allow_config_difference=[],
             resize_vocabulary=False,
@@ -155,6 +160,9 @@ class ReverseModel:
         digests = compare_replicas(local, state, int(needed))
         self.digest = weights_digest(digests, state, keys.loaded)
         """SHA-256 over the values as they are in the model."""
+        files = asset_digests(folder, config.seed.trust_remote_code).items()
+        self.code = {name: digest for name, digest in files if name == "config.json" or name.endswith(".py")}
+        """SHA-256 of each file that says what is computed with the values."""
         self._form = mask_form(options.teacher_attention, model, device)
         # A summary attends to ``future_k`` tokens, that whose state it is included.
         windows = attention_windows(model.config).items()
@@ -174,4 +182,5 @@ class ReverseModel:
         mask = masks if len(masks) > 1 else next(iter(masks.values()))
         positions = positions_in_documents(documents)
         states: Tensor = self._model(backwards, attention_mask=mask, position_ids=positions, output="hidden_states")
+        forget_forwards(self._model)
         return states

@@ -77,7 +77,10 @@ class Teacher:
     @property
     def record(self) -> dict[str, Any]:
         """What determines the numbers of a run beside its options, by full name."""
-        return {} if self._reverse is None else {f"{self._name}.reverse_weights": self._reverse.digest}
+        if self._reverse is None:
+            return {}
+        code = {f"{self._name}.reverse_code/{name}": digest for name, digest in self._reverse.code.items()}
+        return {f"{self._name}.reverse_weights": self._reverse.digest, **code}
 
     def prepare(self, plan: StepPlan) -> None:
         """Fill the banks of all micro-batches where each is compared with the keys of the whole step. Collective.

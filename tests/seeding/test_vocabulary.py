@@ -26,7 +26,7 @@ from flame_ext.seeding.proof.parity import require_silent_padding
 from flame_ext.seeding.read import read_weights
 from flame_ext.seeding.seed import match
 from flame_ext.seeding.target import seed_target
-from flame_ext.seeding.vocabulary import Growth, of_source
+from flame_ext.seeding.vocabulary import Growth, _require_no_other_table, of_source
 from tests.ranks import DEBUG_TOML
 from tests.tiny_models import CONFIGS, save_tiny
 
@@ -61,7 +61,8 @@ def seeded(source: Path, folder: Path, **options: Any) -> tuple[dict[str, Tensor
     }
     target = seed_target(model, state, args.load())
     found, _, _, growth = match(target, source, config.seed)
-    read_weights(found, state, model.tied_keys, check_finite=True)
+    shapes = {} if growth is None else growth.shapes
+    read_weights(found, state, model.tied_keys, check_finite=True, growing=shapes)
     if growth is not None:
         fill_new_rows(found, state, model.tied_keys, growth, {}, 0.02, config.seed.rng_seed)
     return state, growth
@@ -101,6 +102,43 @@ def test_old_rows_are_the_sources_and_new_ones_their_mean(
     record = {k: v for k, v in growth.record.items() if k != "keys"}
     assert record == {"rows_loaded": 264, "rows_initialised": 4, "of_which_padding": 2, "new_rows": "mean"}
     assert "264 rows loaded, 4 initialised in each of lm_head.bias, lm_head.weight" in str(growth)
+
+
+def test_an_id_between_tokens_that_none_has_is_padding(phi: Path, tmp_path: Path) -> None:
+    folder = grown_folder(phi, tmp_path / "new")
+    fields = json.loads((folder / "tokenizer.json").read_text())
+    fields["model"]["vocab"]["ab far away"] = 280
+    (folder / "tokenizer.json").write_text(json.dumps(fields))
+    state, growth = seeded(phi, folder, new_rows="random", pad_vocabulary_to_multiple_of=PAD)
+    assert growth.padding == [*range(267, 280), *range(281, 284)], "the tokens that were added moved up by one"
+    assert growth.record["of_which_padding"] == 16 and "4 of new tokens" in str(growth)
+    for key, rows in rows_of(phi).items():
+        mean = torch.from_numpy(np.asarray(rows.mean(0))).float()
+        assert torch.equal(state[key][growth.padding], mean.expand(16, *mean.shape)), key
+        if state[key].ndim > 1:
+            assert not (state[key][[264, 265, 266, 280]] == mean).all(dim=1).any(), key
+
+
+def test_subwords_by_a_tokenizer_that_has_grown_itself_are_refused(phi: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(phi, source)
+    folder = grown_folder(phi, tmp_path / "new")
+    shutil.copyfile(folder / "tokenizer.json", source / "tokenizer.json")
+    shutil.copyfile(folder / "tokenizer_config.json", source / "tokenizer_config.json")
+    with pytest.raises(
+        SeedError, match="needs the tokenizer from before the growth, and the one there has 266 ids for 264"
+    ):
+        seeded(source, folder, new_rows="subwords")
+    seeded(source, folder, new_rows="mean")
+
+
+def test_a_model_with_another_table_of_tokens_does_not_grow() -> None:
+    table, backbone = torch.nn.Embedding(OLD, 4), torch.nn.Module()
+    backbone.embed_tokens_per_layer = table
+    with pytest.raises(
+        SeedError, match="'embed_tokens_per_layer' has 264 rows, one for each token, and does not grow to 268"
+    ):
+        _require_no_other_table(backbone, torch.nn.Embedding(OLD, 8).weight, 268, "assets")
 
 
 def test_a_subword_row_is_the_mean_of_the_old_tokenizers_pieces(phi: Path, tmp_path: Path) -> None:
@@ -241,10 +279,14 @@ def test_options_without_effect_are_refused(option: str) -> None:
 def test_a_predicted_row_of_padding_is_refused() -> None:
     logits = torch.zeros(1, 3, 8)
     logits[..., 2] = 1.0
-    require_silent_padding(logits, 6, 1e-5, Path("source"))
-    logits[0, 1, 7] = 1.1
-    with pytest.raises(SeedError, match="beyond the 6 that have a token"):
-        require_silent_padding(logits, 6, 1e-5, Path("source"))
+    require_silent_padding(logits, [4, 6, 7], 1e-5, Path("source"))
+    for number in (4, 7):
+        logits[0, 1] = 0.0
+        logits[0, 1, number] = 1.1
+        require_silent_padding(logits, [], 1e-5, Path("source"))
+        with pytest.raises(SeedError, match="predicts rows of its vocabulary that have no token"):
+            require_silent_padding(logits, [4, 6, 7], 1e-5, Path("source"))
+    require_silent_padding(logits.fill_(torch.nan), [7], 1e-5, Path("source"))  # which the loss tells
 
 
 def test_the_reference_is_of_the_sources_size_even_if_the_new_padding_token_is_not() -> None:

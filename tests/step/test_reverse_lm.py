@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from flame_ext.data.packing import PADDING
 from flame_ext.heads.future_encoder import build_future_encoder
@@ -25,7 +27,7 @@ from flame_ext.objective.masks import pair_mask
 from flame_ext.preflight.parse import parse
 from flame_ext.step.reverse_model import ReverseModel, reverse_model_problems
 from tests.preflight.refusals import refusal
-from tests.ranks import DEBUG_TOML, REPOSITORY, TINY_OLMO, TrainRun, train
+from tests.ranks import DEBUG_TOML, REPOSITORY, TINY_OLMO, TrainRun, run_ranks, train
 from tests.step.test_objective_runs import assert_same_run
 from tests.tiny_models import load_stock, save_tiny
 
@@ -44,11 +46,13 @@ def with_reverse(folder: Path, *options: str) -> list[str]:
     return ["--future_encoder.summary_method=reverse_lm", f"--future_encoder.reverse_model={folder}", *options]
 
 
-def model_and_encoder(folder: Path, *options: str) -> tuple[ReverseModel, ReverseEncoder]:
-    """The teacher of a run whose backbone is that of ``folder`` as well."""
+def model_and_encoder(
+    folder: Path, *options: str, mesh: DeviceMesh | None = None
+) -> tuple[ReverseModel, ReverseEncoder]:
+    """The teacher of a run whose backbone is that of ``folder`` as well, by FSDP if there is a mesh."""
     options = (f"--model.hf_assets_path={folder}", f"--checkpoint.initial_load_path={folder}", *options)
     config = parse([f"--job.config_file={DEBUG_TOML}", *with_reverse(folder), "--future_encoder.future_k=0", *options])
-    dims: Any = SimpleNamespace(fsdp_enabled=False, dp_replicate_enabled=False)
+    dims: Any = SimpleNamespace(fsdp_enabled=mesh is not None, dp_replicate_enabled=False, get_mesh=lambda _: mesh)
     encoder = build_future_encoder("reverse_lm", config.future_encoder.future_k, 32, 4)
     assert isinstance(encoder, ReverseEncoder) and not list(encoder.parameters())
     return ReverseModel(config, dims, True, torch.device("cpu")), encoder
@@ -143,6 +147,24 @@ def test_the_loss_against_a_naive_one_in_float64(loss: str) -> None:
     assert value.item() == pytest.approx((total / in_step).item(), rel=1e-5)
     for gradient, parameter in zip(gradients, exact.parameters(), strict=True):
         torch.testing.assert_close(gradient.double(), parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def sharded_after_forwards(folder: str) -> tuple[bool, int]:
+    """In a rank: whether every parameter is sharded after three forwards, and how many of these FSDP remembers."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
+    (teacher, _), tokens = model_and_encoder(Path(folder), mesh=mesh), torch.arange(24)[None]
+    for _ in range(3):
+        teacher.states(tokens, torch.zeros_like(tokens))
+    model: Any = teacher._model
+    remembered = len(model._get_fsdp_state()._comm_ctx.post_forward_order)
+    return all(isinstance(parameter, DTensor) for parameter in model.parameters()), remembered
+
+
+@pytest.mark.matrix
+def test_a_sharded_model_is_freed_after_each_forward(tmp_path: Path) -> None:
+    folder = said_to_be_reverse(save_tiny("olmo-tied", tmp_path / "reverse"))
+    for rank in run_ranks(sharded_after_forwards, 2, str(folder), folder=tmp_path / "ranks"):
+        assert rank.value == (True, 0), rank.output
 
 
 @pytest.mark.matrix

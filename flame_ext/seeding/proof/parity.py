@@ -97,7 +97,7 @@ def verify(mode: str, probe: Probe, reference_logits: Callable[[Probe], Tensor],
     if probe.growth is not None:
         with failing_together(SeedError):
             if mode != "none":
-                require_silent_padding(logits, probe.growth.tokens, TOLERANCE[probe.compute_dtype], source)
+                require_silent_padding(logits, probe.growth.padding, TOLERANCE[probe.compute_dtype], source)
         logits = logits[..., : probe.vocab_size]
     loss = next_token_loss(logits, probe.tokens)
     result = Verification(mode, loss=loss)
@@ -126,12 +126,14 @@ def verify(mode: str, probe: Probe, reference_logits: Callable[[Probe], Tensor],
     return result
 
 
-def require_silent_padding(logits: Tensor, tokens: int, tolerance: float, source: Path) -> None:
-    """Raise SeedError if a row beyond the ``tokens`` is predicted: (1, T, V) logits are largest there."""
-    predicted = logits[..., :tokens].amax(-1) + tolerance * logits.abs().max()
-    if logits.shape[-1] > tokens and not bool((logits[..., tokens:].amax(-1) <= predicted).all()):
+def require_silent_padding(logits: Tensor, padding: list[int], tolerance: float, source: Path) -> None:
+    """Raise SeedError if one of the rows of ``padding`` is predicted: (1, T, V) logits are largest there. NaN is for the loss to find."""
+    silent = torch.zeros(logits.shape[-1], dtype=torch.bool)
+    silent[padding] = True
+    bound = logits[..., ~silent].amax(-1) + tolerance * logits.abs().max()
+    if padding and bool((logits[..., silent].amax(-1) > bound).any()):
         raise SeedError(
-            f"{source}: the seeded model predicts rows of its vocabulary beyond the {tokens} that have a token; seed.new_rows does not "
+            f"{source}: the seeded model predicts rows of its vocabulary that have no token; seed.new_rows does not "
             "make such rows: its output embedding or the modelling code treats some rows unlike others"
         )
 
