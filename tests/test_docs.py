@@ -80,6 +80,7 @@ def tool_calls(block: Block) -> list[list[str]]:
     return [call[1:] for call in calls] if plain else []
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_run(document: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order: a later one may use what an earlier one has left."""
@@ -95,6 +96,7 @@ def test_commands_run(document: Path, copy: Path, monkeypatch: pytest.MonkeyPatc
                 execute(block, copy)
 
 
+@pytest.mark.matrix
 def test_commands_that_need_a_run_run(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is said of the debug job's results, on those of its first step."""
     run = train(copy / "outputs" / "debug", "--training.steps=1", "--training.seq_len=32", "--seed.verify=none")

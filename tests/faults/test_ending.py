@@ -66,7 +66,13 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_from_the
 
 
 @pytest.mark.parametrize(
-    ("number", "ranks"), [(signal.SIGTERM, 2), (signal.SIGUSR1, 1), (signal.SIGINT, 1), (signal.SIGHUP, 1)]
+    ("number", "ranks"),
+    [
+        (signal.SIGTERM, 2),
+        (signal.SIGINT, 1),
+        pytest.param(signal.SIGUSR1, 1, marks=pytest.mark.matrix),
+        pytest.param(signal.SIGHUP, 1, marks=pytest.mark.matrix),
+    ],
 )
 def test_a_signal_to_the_launcher_ends_with_the_code_for_requeueing(
     tmp_path: Path, number: signal.Signals, ranks: int

@@ -107,7 +107,11 @@ def run(folder: Path, path: str, *options: str, world_size: int = 1, check: bool
     )
 
 
-@pytest.mark.parametrize("layout", [[], ["--parallelism.tensor_parallel_degree=2"]], ids=["fsdp2", "tp2"])
+@pytest.mark.parametrize(
+    "layout",
+    [[], pytest.param(["--parallelism.tensor_parallel_degree=2"], marks=pytest.mark.matrix)],
+    ids=["fsdp2", "tp2"],
+)
 def test_it_is_trained_on_two_ranks_exported_and_loaded(tmp_path: Path, path: str, layout: list[str]) -> None:
     one = run(tmp_path / "one", path, "--action_layer.enable", "--action_layer.top_k=4")
     batch = () if layout else ("--training.local_batch_size=4",)

@@ -175,7 +175,7 @@ RESUMED = {
 @pytest.mark.parametrize(
     ("name", "lr", "layouts"),
     [
-        ("deepseek-v3", "0", ["ep2", "fsdp2"]),
+        pytest.param("deepseek-v3", "0", ["ep2", "fsdp2"], marks=pytest.mark.matrix),
         pytest.param("olmoe", "1e-2", ["single", "fsdp4-ep2", "single", "ep2"], marks=pytest.mark.matrix),
         pytest.param("mixtral-two", "1e-2", ["fsdp4-ep2", "single", "fsdp4-ep2"], marks=pytest.mark.matrix),
         pytest.param("gpt-oss", "0", ["fsdp4-ep2", "ep2", "single"], marks=pytest.mark.matrix),

@@ -160,7 +160,7 @@ def test_a_head_is_split_by_its_own_plan(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "tail"),
     [
-        ("fsdp2-tp2", "single"),
+        pytest.param("fsdp2-tp2", "single", marks=pytest.mark.matrix),
         pytest.param("tp2", "fsdp2", marks=pytest.mark.matrix),
         pytest.param("fsdp2", "tp2", marks=pytest.mark.matrix),
     ],
@@ -221,7 +221,11 @@ def refusal(folder: Path, config: PreTrainedConfig, *options: str, world_size: i
         (LlamaConfig(**{**_SHAPE, "num_attention_heads": 3}), 2, "num_attention_heads (3) is not divisible"),
         (LlamaConfig(**_SHAPE, num_key_value_heads=2), 4, "num_key_value_heads (2) is not divisible"),
         (LlamaConfig(**{**_SHAPE, "intermediate_size": 50}), 4, "'model.layers.*.mlp.gate_proj' (50) is not divisible"),
-        (LlamaConfig(**{**_SHAPE, "vocab_size": 265}), 2, "the vocabulary (265) is not divisible; set vocab_size"),
+        (
+            LlamaConfig(**{**_SHAPE, "vocab_size": 265}),
+            2,
+            "the vocabulary (265) is not divisible; pad it: seed.resize_vocabulary",
+        ),
         (GPT2Config(vocab_size=264, n_embd=32, n_layer=2, n_head=4), 2, "no tensor-parallel plan for its layers"),
         (
             OlmoeConfig(**_SHAPE, num_experts=4, num_experts_per_tok=2),

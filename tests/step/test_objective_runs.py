@@ -73,7 +73,7 @@ def test_losses_and_gradients_do_not_depend_on_the_layout(
     assert_same_run(train(dump_folder, *THREE_STEPS, *ACTION, *options, world_size=world_size), three_steps)
 
 
-@pytest.mark.parametrize("method", ["mean", "query"])
+@pytest.mark.parametrize("method", ["mean", pytest.param("query", marks=pytest.mark.matrix)])
 def test_gradients_through_pooled_summaries_do_not_depend_on_the_layout(dump_folder: Path, method: str) -> None:
     options = [*THREE_STEPS, f"--future_encoder.summary_method={method}", "--future_encoder.no-detach_targets"]
     reference = train(dump_folder / "one", *options)
