@@ -123,6 +123,7 @@ def test_exports_that_were_cut_off_are_made_up_for(run: TrainRun, dump_folder: P
     assert not list((dump_folder / "hf").glob(".*"))
 
 
+@pytest.mark.matrix
 def test_an_export_of_a_step_that_is_saved_again_is_replaced(run: TrainRun, dump_folder: Path) -> None:
     shutil.copytree(run.dump_folder / "checkpoint" / "step-1", dump_folder / "checkpoint" / "step-1")
     (dump_folder / "hf" / "step-2").mkdir(parents=True)

@@ -227,6 +227,7 @@ def test_a_signal_while_exports_are_made_ends_the_run_and_the_next_one_makes_the
     assert "Already complete: " in again.ranks[0].output and (dump_folder / "hf" / "step-2" / "export.json").exists()
 
 
+@pytest.mark.matrix
 def test_exports_that_were_due_are_made_up_for_before_a_run_is_complete(dump_folder: Path) -> None:
     options = (
         *FAST,

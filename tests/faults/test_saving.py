@@ -152,6 +152,7 @@ def test_a_save_that_fails_in_the_background_ends_the_run_without_waiting_for_th
     assert 30 <= run.metrics[-1]["step"] < 60, "the first save is that of step 30, the next would be that of step 60"
 
 
+@pytest.mark.matrix
 def test_saves_by_a_process_of_their_own(unbroken: TrainRun, tmp_path: Path) -> None:
     """As ``async_with_pinned_mem`` does, in memory that is not pinned. Not by ``train``: its processes may not start others."""
     dump_folder, process = tmp_path / "run", "--experimental.custom_import=tests.faults.plugins.saving_process"
