@@ -3,6 +3,7 @@
 import copy
 import difflib
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,17 +105,20 @@ def check_model_config(config: FlameJobConfig, hf_config: PreTrainedConfig) -> I
             yield f"{section}.seq_len {beyond}; shorten it, or extend the model (also rope_parameters in config.json)"
 
 
-def check_reverse_model(config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterator[str]:
-    """Yields one sentence for each finding in ``future_encoder.reverse_model``; one on the Hub is looked at once it is here."""
-    options = config.future_encoder
+def warn_of_direction(config: FlameJobConfig) -> None:
+    """Warns of a run from left to right that begins with a model that was trained from right to left."""
     for option in ("model.hf_assets_path", "checkpoint.initial_load_path"):
-        section, _, name = option.partition(".")
-        path = getattr(getattr(config, section), name)
+        path = attrgetter(option)(config)
         file = Path(path or "") / "config.json"
         if path and not config.data.reverse and file.is_file() and read_json(file, "file").get(REVERSE_FIELD):
             logger.warning(
                 f"{option} {path!r} was trained from right to left, and data.reverse is false: it will learn to read from left to right"
             )
+
+
+def check_reverse_model(config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterator[str]:
+    """Yields one sentence for each finding in ``future_encoder.reverse_model``; one on the Hub is looked at once it is here."""
+    options = config.future_encoder
     if teacher_of(config) != "future_encoder" or options.summary_method != "reverse_lm":
         return
     if not options.reverse_model.startswith(HUB_PREFIX):

@@ -8,7 +8,7 @@ from flame_ext.config.model_config import load_model_config
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError, SeedError
 from flame_ext.heads.registry import check_heads, check_heads_of_model, job_config_class
-from flame_ext.preflight.model import check_model, check_model_config, check_reverse_model
+from flame_ext.preflight.model import check_model, check_model_config, check_reverse_model, warn_of_direction
 from flame_ext.preflight.moe import check_mixture
 from flame_ext.preflight.options import check_data, check_options
 from flame_ext.preflight.parallelism import check_parallelism, check_parallelism_of_model
@@ -29,11 +29,15 @@ def parse(args: list[str]) -> FlameJobConfig:
         problems.append(str(e))
     if not problems:
         hf_config = load_model_config(config)
-        checks_of_model = (
-            *(check_model_config, check_heads_of_model, check_parallelism_of_model, check_mixture),
+        warn_of_direction(config)
+        of_model = (
+            check_model_config,
+            check_heads_of_model,
+            check_parallelism_of_model,
+            check_mixture,
             check_reverse_model,
         )
-        problems = [problem for check in checks_of_model for problem in check(config, hf_config)]
+        problems = [problem for check in of_model for problem in check(config, hf_config)]
     if len(problems) > 1:
         problems = ["\n  - ".join([f"{len(problems)} problems in the configuration:", *problems])]
     if problems:

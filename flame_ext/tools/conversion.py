@@ -106,9 +106,9 @@ def convert(
     assets = options.assets or source.path
     require_contained(assets, options.follow_links)
     origin = origin_of(folder) if to == "hf" else None
+    vocab_size = _vocab_size(folder)
     with _appearing(ExportFolder(destination, options.replace), origin) as temporary:
         if (assets / "config.json").is_file():
-            vocab_size = _vocab_size(folder)
             architecture = load_architecture(assets, options.trust_remote_code, len(source.entries), vocab_size)
             source = _as_model(source, architecture, assets)
             if to == "hf":
@@ -128,7 +128,7 @@ def convert(
             dtypes = _dtypes_to_write(source, options.dtype)
         if to != "hf":
             _convert_to_dcp(source, temporary, to == "dcp-nested", dtypes, progress)
-            _carry_assets(source.path, assets, temporary, options, _vocab_size(folder))
+            _carry_assets(source.path, assets, temporary, options, vocab_size)
     nbytes = sum(tensor.nbytes for tensor in on_meta(source.entries, dtypes).values())
     return Converted(source.layout, len(source.entries), nbytes, time.perf_counter() - begin, source.passed_over)
 

@@ -319,3 +319,14 @@ def test_a_folder_that_does_not_fit_the_model_is_refused(tmp_path: Path) -> None
         (folder / "config.json").write_text(damage)
         (found,) = reverse_model_problems(config, folder, backbone)
         assert "config.json" in found and "model.hf_assets_path" not in found
+
+
+def test_a_run_from_left_to_right_from_a_reverse_model_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = said_to_be_reverse(save_tiny("olmo-tied", tmp_path / "reverse"))
+    job = [f"--job.config_file={DEBUG_TOML}", f"--checkpoint.initial_load_path={folder}"]
+    parse([*job, "--data.reverse"])
+    assert "right to left" not in caplog.text
+    parse(job)
+    assert f"checkpoint.initial_load_path '{folder}' was trained from right to left" in caplog.text
