@@ -38,6 +38,7 @@ def operations_per_token(config: FlameJobConfig) -> Operations:
     do the heads that need it; a pooling teacher costs its own maps. What a reverse model's own training took is not in it.
     Every InfoNCE takes 4 operations for each pair of vectors and element, 8 where keys have a gradient.
     """
+    from flame_ext.heads.future_encoder import WITH_A_FORWARD
     from flame_ext.heads.registry import attach_heads, teacher_of, trained_heads
     from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm, parameters_of
     from flame_ext.seeding.sources.hub import locate
@@ -49,7 +50,7 @@ def operations_per_token(config: FlameJobConfig) -> Operations:
     attach_heads(model, config)
     trained, name = trained_heads(config), teacher_of(config)
     summaries: Any = None if name is None else getattr(config, name)
-    runs = summaries is not None and summaries.summary_method in ("anticausal", "reverse_lm")
+    runs = summaries is not None and summaries.summary_method in WITH_A_FORWARD
     share = summaries.teacher_fraction / summaries.teacher_interval if runs else 1.0
     heads = sum(
         6.0 * model.heads[n].multiplications * (share if spec.needs_future else 1.0) for n, spec in trained.items()

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from flame_ext.heads import action_layer
 from flame_ext.heads.action_layer import ActionLayer
-from flame_ext.heads.future_encoder import AnticausalEncoder, PooledEncoder, build_future_encoder
+from flame_ext.heads.future_encoder import AnticausalEncoder, build_future_encoder
+from flame_ext.heads.pooled_encoder import PooledEncoder
 from flame_ext.objective.masks import has_future
 from flame_ext.seeding.new_parameters import initialise
 

@@ -13,7 +13,7 @@ from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from transformers import DeepseekV3Config, Gemma2Config, GPT2Config, OlmoConfig, PreTrainedConfig, Qwen3Config
 
-from flame_ext.heads.future_encoder import PooledEncoder
+from flame_ext.heads.pooled_encoder import PooledEncoder
 from flame_ext.model.attention import attention_options, flex_problem, mask_form
 from flame_ext.model.context_parallel import WHOLE
 from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
