@@ -26,9 +26,8 @@ from tests.ranks import REPOSITORY
 TINY = REPOSITORY / "configs" / "lab" / "tiny.toml"
 
 
-def start(output: Path, *options: str) -> subprocess.Popen[str]:
-    """``lab run`` of the tiny plan, in a process group of its own."""
-    command = [sys.executable, "-m", "flame_ext.tools.main", "lab", "run", str(TINY), f"--output={output}", *options]
+def start(plan: Path, output: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "flame_ext.tools.main", "lab", "run", str(plan), f"--output={output}", *options]
     return subprocess.Popen(command, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -52,30 +51,34 @@ def table(output: Path) -> str:
 
 @pytest.mark.matrix
 def test_a_killed_plan_goes_on_where_it_was_and_gives_the_same_table(tmp_path: Path) -> None:
+    plan = (
+        tmp_path / "tiny.toml"
+    )  # ten times as long: a run has to be going on when it is stopped, and its steps take 10 ms
+    plan.write_text(TINY.read_text().replace("training.steps = 40\n", "training.steps = 400\n"))
     begin = time.monotonic()
-    assert "done: flame-ext lab report" in finished(start(tmp_path / "whole"))
+    assert "done: flame-ext lab report" in finished(start(plan, tmp_path / "whole"))
     assert time.monotonic() - begin < 180, "two objectives, one seed, two tasks: three minutes on two cores"
     expected = table(tmp_path / "whole").replace("whole", "killed")
 
     killed = tmp_path / "killed"
     first, second = (killed / "runs" / "star" / name / "tokens-seed-0" for name in ("ntp", "mtp"))
-    process = start(killed, "--jobs=1")
+    process = start(plan, killed, "--jobs=1")
     wait_for(first / RESULT)
-    wait_for(second / "checkpoint" / "step-20" / "manifest.json")
+    wait_for(second / "checkpoint" / "step-100" / "manifest.json")
     process.kill()  # the run that it has started notices, and saves
     process.wait()
     done, when = (first / RESULT).read_bytes(), (first / RESULT).stat().st_mtime_ns
 
-    process = start(killed, "--jobs=1")
+    process = start(plan, killed, "--jobs=1")
     wait_for(second / "log.txt", "Resuming")
     process.send_signal(signal.SIGTERM)
     assert "stopped; the same command goes on" in process.communicate(timeout=120)[0] and process.returncode == 75
 
-    finished(start(killed, "--jobs=1"))
+    finished(start(plan, killed, "--jobs=1"))
     assert (first / RESULT).read_bytes() == done and (first / RESULT).stat().st_mtime_ns == when
     assert "step:  1" not in (second / "log.txt").read_text().partition("Resuming")[2], "it begins where it was"
     assert table(killed) == expected
-    again = finished(start(killed))
+    again = finished(start(plan, killed))
     assert "4 runs, 4 done" in again and "runs/" not in again.partition("done")[2].replace(str(killed), "")
 
 
