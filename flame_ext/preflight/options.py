@@ -6,7 +6,7 @@ from operator import attrgetter
 import torch
 from torchtitan.tools.utils import device_module
 
-from flame_ext.config.sections import FlameJobConfig, Seed
+from flame_ext.config.sections import FlameJobConfig, Optimizer, Seed
 from flame_ext.errors import ConfigError, SeedError
 from flame_ext.files import parse_size
 from flame_ext.heads.registry import trained_heads
@@ -46,6 +46,7 @@ def check_options(config: FlameJobConfig) -> Iterator[str]:
     except ConfigError as e:
         yield str(e)
     yield from _check_training(config)
+    yield from _check_optimizer(config)
     yield from _check_loss(config)
     yield from _check_memory_and_speed(config)
 
@@ -90,10 +91,19 @@ def _check_training(config: FlameJobConfig) -> Iterator[str]:
         yield from _check_workers("validation", config.validation.dataloader, config.validation.local_batch_size)
     if not training.epochs and (problem := schedule_problem(config.lr_scheduler.total_steps, training.steps)):
         yield problem
-    optimizer = config.optimizer
-    if optimizer.name not in ("Adam", "AdamW"):
-        yield f"optimizer.name must be 'Adam' or 'AdamW', got {optimizer.name!r}"
-    if optimizer.name == "AdamW" and (shrinking := optimizer.lr * optimizer.weight_decay) >= 1:
+
+
+def _check_optimizer(config: FlameJobConfig) -> Iterator[str]:
+    optimizer, training, replicas = config.optimizer, config.training, data_parallel_ranks(config) or 1
+    global_batch, local_batch = training.global_batch_size, training.local_batch_size
+    if optimizer.name != "Muon":
+        for name in ("muon_momentum", "muon_adjust_lr"):
+            if (value := getattr(optimizer, name)) != getattr(Optimizer(), name):
+                yield f"optimizer.{name} = {value!r} has no effect with optimizer.name = {optimizer.name!r}; take 'Muon', or leave it out"
+    elif training.enable_cpu_offload or optimizer.early_step_in_backward:
+        option = "training.enable_cpu_offload" if training.enable_cpu_offload else "optimizer.early_step_in_backward"
+        yield f"{option} does not go with optimizer.name = 'Muon', which gathers matrices on the device after the backward; leave it out"
+    if optimizer.name != "Adam" and (shrinking := optimizer.lr * optimizer.weight_decay) >= 1:
         yield f"optimizer.lr times optimizer.weight_decay must be below 1, got {shrinking:g}: a step takes that share of each weight away"
     if optimizer.early_step_in_backward:
         early = "optimizer.early_step_in_backward updates the weights in every backward"

@@ -59,6 +59,7 @@ RANGES = {
     "optimizer.beta2": _BETA,
     "optimizer.eps": Range(0, note="a gradient that is always 0 would be divided by 0", above=True),
     "optimizer.lr": Range(0, note="below 0 the loss would rise"),
+    "optimizer.muon_momentum": _BETA,
     "optimizer.weight_decay": Range(0, note="0 = none"),
     "parallelism.context_parallel_degree": Range(1, note="1 = whole sequences"),
     "parallelism.data_parallel_replicate_degree": Range(1, note="1 = no replicas"),

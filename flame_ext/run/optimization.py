@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -16,13 +17,14 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
 from flame_ext.config.head_options import HeadOptimization
+from flame_ext.config.sections import Optimizer as OptimizerConfig
 from flame_ext.errors import ConfigError
 from flame_ext.host.names import LRScheduler as LRSchedulerConfig
 from flame_ext.host.names import LRSchedulersContainer, OptimizersInBackwardContainer
-from flame_ext.host.names import Optimizer as OptimizerConfig
 from flame_ext.host.names import build_lr_schedulers as build_torchtitan_lr_schedulers
 from flame_ext.host.names import build_optimizers as build_torchtitan_optimizers
 from flame_ext.model.hf_causal_lm import HFCausalLM
+from flame_ext.run.muon import Muon, take_matrices
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -30,7 +32,7 @@ _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 def build_optimizers(
     model_parts: list[HFCausalLM], optimizer_config: OptimizerConfig, parallel_dims: ParallelDims, *args: Any
 ) -> OptimizersContainer:
-    """Builds torchtitan's optimizers, then takes each head with options out of their one parameter group.
+    """Builds torchtitan's optimizers, then takes each head with options, and Muon's matrices, out of their one parameter group.
 
     Raises ConfigError if parameters are frozen, of which an update in the backward would wait for gradients.
     """
@@ -45,12 +47,16 @@ def build_optimizers(
             "optimizer.early_step_in_backward: gradients are neither clipped (training.max_norm) nor checked before the update, and "
             "grad_norm is 0"
         )
-    container = build_torchtitan_optimizers(model_parts, optimizer_config, parallel_dims, *args)
+    muon = optimizer_config.name == "Muon"
+    built = replace(optimizer_config, name="AdamW") if muon else optimizer_config
+    container = build_torchtitan_optimizers(model_parts, built, parallel_dims, *args)
     if optimizer_config.early_step_in_backward:
         container.__class__ = OptimizersInBackward
         return container
     for model, optimizer in zip(model_parts, container, strict=True):
         (rest,) = optimizer.param_groups
+        if muon:
+            take_matrices(optimizer, model, optimizer_config.muon_momentum, optimizer_config.muon_adjust_lr)
         for head, options in own_groups(model):
             owned = {id(p) for p in head.parameters()}
             rest["params"] = [p for p in rest["params"] if id(p) not in owned]
@@ -58,7 +64,7 @@ def build_optimizers(
             trained = [p for p in head.parameters() if p.requires_grad]
             lr = optimizer_config.lr * options.lr_scale
             optimizer.add_param_group({"params": trained, "lr": lr, "weight_decay": decay})
-        if not rest["params"]:  # the backbone is frozen
+        if not rest["params"]:  # the backbone is frozen, or has matrices alone
             optimizer.param_groups.remove(rest)
     return container
 
@@ -84,13 +90,13 @@ def build_lr_schedulers(
     """
     if problem := schedule_problem(config.total_steps, training_steps):
         raise ConfigError(problem)
-    if not any(own_groups(model.whole) for model in optimizers.model_parts):
+    grouped = any(own_groups(model.whole) for model in optimizers.model_parts)
+    if not grouped and not any(isinstance(optimizer, Muon) for optimizer in optimizers):
         return build_torchtitan_lr_schedulers(optimizers, config, training_steps)
     schedules = []
     for model, optimizer in zip(optimizers.model_parts, optimizers, strict=True):
-        warmups = [options.warmup_steps for _, options in own_groups(model)]
-        if len(optimizer.param_groups) > len(warmups):  # the group of everything else comes first
-            warmups.insert(0, None)
+        own = [options.warmup_steps for _, options in own_groups(model)]
+        warmups = [*repeat(None, len(optimizer.param_groups) - len(own)), *own]  # heads' own groups come last
         schedules.append([_schedule(config, training_steps, warmup) for warmup in warmups])
     return GroupedLRSchedulers(optimizers, schedules)
 
