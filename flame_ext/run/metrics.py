@@ -14,6 +14,7 @@ from torchtitan.tools.logging import logger
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.files import METRICS_NAME
 from flame_ext.host.names import get_metrics_rank
+from flame_ext.run.progress import Progress
 from flame_ext.run.wandb_run import continue_wandb_run
 
 VALIDATION_NAME = "validation.jsonl"
@@ -37,6 +38,7 @@ class FutureMetricsProcessor(MetricsProcessor):
         if job_config.metrics.enable_wandb and (self._writes or job_config.metrics.save_for_all_ranks):
             continue_wandb_run(self._folder, rank if job_config.metrics.save_for_all_ranks else 0)
         super().__init__(job_config, parallel_dims, tag)
+        self._progress = Progress(job_config)
 
     def rewind(self, step: int) -> None:
         """Drops the lines of steps after ``step``, from which the run goes on."""
@@ -95,6 +97,8 @@ class FutureMetricsProcessor(MetricsProcessor):
         super().log(step, global_avg_loss, global_max_loss, grad_norm, logged)
         shown = (f"{k}: {v:8.5f}" for k, v in known.items() if k.startswith("loss_") or k in self.shown)
         logger.info("  ".join([f"step: {step:2}", *shown]))
+        if (line := self._progress.line(step, record["tokens_seen"])) is not None:
+            logger.info(f"{self.color.cyan}{line}{self.color.reset}")
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
         """Logs as torchtitan does, and writes a line to ``validation.jsonl``."""
