@@ -1,6 +1,6 @@
 # The checks that a change has to pass, without installing anything: .ci/run does the same in a fresh environment.
 SHELL := bash
-.PHONY: quick check fuzz soak matrix matrix-quarter lowest lowest-versions gpu style types imports test
+.PHONY: quick check fuzz soak matrix matrix-quarter lowest lowest-versions gpu style types imports test site
 
 quick: style types imports # after each edit
 	python -m pytest -q -m "not matrix and not slow"
@@ -27,6 +27,13 @@ lowest-versions:
 
 gpu: # what a GPU alone can show
 	python -m pytest -q -n0 -m gpu
+
+SITE = build/site
+site: # the documentation as build/site/html/index.html; pip install '.[docs]'
+	rm -rf $(SITE) && mkdir -p $(SITE)/source
+	cp -r docs CHANGELOG.md CONTRIBUTING.md SECURITY.md $(SITE)/source && cp README.md $(SITE)/source/index.md
+	cd $(SITE)/source/docs && mv site/*.toml site/*.py ../.. && mv site/* . && rmdir site
+	cd $(SITE) && PYTHONPATH=.:$(CURDIR) zensical build --strict
 
 style:
 	ruff check .

@@ -15,3 +15,7 @@ class SeedError(UserError):
 
 class CheckpointError(UserError):
     """A saved step cannot be read or written."""
+
+
+class LostRankError(UserError):
+    """Another rank has ended or stands still, so that this one cannot go on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flame_ext.run.signals import EXIT_PREEMPTED
 from tests.ranks import REPOSITORY, train
 
 SCRIPTS = [
@@ -137,14 +139,18 @@ def slurm(tmp_path: Path) -> Path:
     return place
 
 
-def sbatch(slurm: Path, train_sh: str) -> subprocess.Popen[str]:
-    """The batch script in a folder whose train.sh is a stub."""
+def sbatch(
+    slurm: Path, train_sh: str, script: str = "train.sbatch", *before: str, **more: str
+) -> subprocess.Popen[str]:
+    """A batch script in a folder whose train.sh is a stub."""
     root = slurm.parent / "root"
-    root.mkdir()
+    shutil.copytree(REPOSITORY / "configs" / "slurm", root / "configs" / "slurm")
     stub(root, "train.sh", train_sh)
-    slurm_environment = {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "4321", "SLURM_JOB_NODELIST": "node-[1-2]"}
+    slurm_environment = {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "4321", "SLURM_JOB_NODELIST": "node-[1-2]", **more}
+    # As Slurm does, from a copy that lies elsewhere.
+    spooled = shutil.copy(root / "configs" / "slurm" / script, slurm.parent / "slurm_script")
     return subprocess.Popen(
-        ["bash", str(REPOSITORY / "configs" / "slurm" / "train.sbatch"), *AWKWARD],
+        ["bash", spooled, *before, *AWKWARD],
         cwd=root, env=environment(PATH=f"{slurm}:{os.environ['PATH']}", SLURM_SUBMIT_DIR=str(root), **slurm_environment),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
@@ -170,6 +176,67 @@ def test_slurm_hands_the_signal_on(slurm: Path) -> None:
     job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=30) == 75
     assert "requeue 4321" in (slurm.parent / "scontrol.log").read_text()
+
+
+SWEEP = """--optimizer.lr=1e-3
+--optimizer.lr=1e-4 '--job.description=two  words, $HOME and "quotes"' --data.rng_seed=1
+
+# no job
+"""
+
+
+def test_a_sweep_is_a_job_for_each_line(slurm: Path) -> None:
+    file = slurm.parent / "lr and seeds.v2.txt"
+    file.write_text(SWEEP)
+    stub_of_run = 'printf "%s\\0" "$@" > arguments; exit 75'
+    job = sbatch(slurm, stub_of_run, "sweep.sbatch", str(file), SLURM_ARRAY_TASK_ID="2", CONFIG_FILE="mine.toml")
+    assert job.wait(timeout=30) == 75 and "requeue 4321" in (slurm.parent / "scontrol.log").read_text()
+    arguments = (slurm.parent / "root" / "arguments").read_text().split("\0")[:-1]
+    of_line = ["--optimizer.lr=1e-4", '--job.description=two  words, $HOME and "quotes"', "--data.rng_seed=1"]
+    assert arguments == ["--job.dump_folder=outputs/sweeps/lr and seeds.v2/2", *of_line, *AWKWARD]
+
+
+@pytest.mark.parametrize("number", ["3", "4", "9"])
+def test_a_line_without_options_is_an_error(slurm: Path, number: str) -> None:
+    file = slurm.parent / "sweep.txt"
+    file.write_text(SWEEP)
+    job = sbatch(slurm, "touch started", "sweep.sbatch", str(file), SLURM_ARRAY_TASK_ID=number)
+    output, _ = job.communicate(timeout=30)
+    assert job.returncode == 2 and f"error: line {number} of {file} has no options" in output
+    assert not (slurm.parent / "root" / "started").exists() and not (slurm.parent / "scontrol.log").exists()
+
+
+def test_quotes_that_do_not_end_are_an_error(slurm: Path) -> None:
+    file = slurm.parent / "sweep.txt"
+    file.write_text("--job.description='open\n")
+    job = sbatch(slurm, "touch started", "sweep.sbatch", str(file), SLURM_ARRAY_TASK_ID="1")
+    assert job.wait(timeout=30) not in (0, 75) and not (slurm.parent / "root" / "started").exists()
+
+
+def test_the_sweep_s_signal_reaches_the_run(slurm: Path) -> None:
+    file = slurm.parent / "sweep.txt"
+    file.write_text(SWEEP)
+    train_sh = "trap 'exit 75' USR1; touch ready; while :; do sleep 0.1; done"
+    job = sbatch(slurm, train_sh, "sweep.sbatch", str(file), SLURM_ARRAY_TASK_ID="1")
+    ready, deadline = slurm.parent / "root" / "ready", time.monotonic() + 30
+    while not ready.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=30) == 75
+
+
+def test_skypilot_starts_the_same_script_and_again_after_75(tmp_path: Path) -> None:
+    task = yaml.safe_load((REPOSITORY / "configs" / "skypilot" / "train.yaml").read_text())
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [EXIT_PREEMPTED]
+    assert (REPOSITORY / task["envs"]["CONFIG_FILE"]).is_file()
+    assert "/outputs" in task["file_mounts"]
+    stub(tmp_path, "train.sh", 'echo "$NNODE $NODE_RANK $NGPU $MASTER_ADDR $CONFIG_FILE $*"')
+    given = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_GPUS_PER_NODE": "8"}
+    given |= {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "PATH": os.environ["PATH"], **task["envs"]}
+    run = subprocess.run(
+        ["bash", "-e", "-c", task["run"]], cwd=tmp_path, env=given, capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "2 1 8 10.0.0.1 configs/olmo1b_fp.toml --job.dump_folder=/outputs/run\n"
 
 
 def test_the_kubernetes_manifest_starts_the_same_script() -> None:

@@ -40,10 +40,24 @@ class FlameConfigManager(ConfigManager):
             config = super().parse_args(args)
         except (AssertionError, ValueError) as e:  # of a section's __post_init__, which names the option
             raise ConfigError(f"{_option(args, 'job.config_file') or 'command line'}: {e}") from e
-        # "--model.converters=", the only way to ask for none, is one empty name after torchtitan's split at commas.
-        config.model.converters = [name for name in config.model.converters if name]
-        _expand_paths(config)
-        return config
+        return _completed(config)
+
+    def check_built(self, config: FlameJobConfig) -> FlameJobConfig:
+        """Checks a configuration that was built in Python as a parsed one is, and completes it in place: names, types, paths.
+
+        Raises ConfigError with one line for all findings.
+        """
+        if problems := check_values(type(config), config):
+            raise ConfigError("configuration: " + "; ".join(problems))
+        self.config = config
+        try:
+            self._validate_config()
+            for section in vars(config).values():
+                if hasattr(section, "__post_init__"):  # what is assigned later was not there when it ran
+                    section.__post_init__()
+        except (AssertionError, ValueError) as e:
+            raise ConfigError(f"configuration: {e}") from e
+        return _completed(config)
 
     def _dict_to_dataclass(self, cls: Any, data: dict[str, Any]) -> Any:
         """Also convert tables in lists, such as ``[[data.sources]]``."""
@@ -86,6 +100,13 @@ class FlameConfigManager(ConfigManager):
         return config_cls
 
 
+def _completed(config: FlameJobConfig) -> FlameJobConfig:
+    # "--model.converters=", the only way to ask for none, is one empty name after torchtitan's split at commas.
+    config.model.converters = [name for name in config.model.converters if name]
+    _expand_paths(config)
+    return config
+
+
 def _expand_paths(section: Any, prefix: str = "") -> None:
     """Expand the paths of a section, in place: the fields whose names end in path, folder, file or files."""
     for field in fields(section):
@@ -117,21 +138,26 @@ def _string_annotations(config_cls: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def check_values(config_cls: type, values: dict[str, Any], prefix: str = "") -> list[str]:
-    """One sentence for each TOML value that does not fit ``config_cls``; ``prefix`` is the table's name with a trailing dot."""
+def check_values(config_cls: type, values: Any, prefix: str = "") -> list[str]:
+    """One sentence for each value that does not fit ``config_cls``; ``prefix`` is the table's name with a trailing dot.
+
+    ``values`` is a TOML table, whose sections are tables, or an object of ``config_cls``, whose sections are objects.
+    """
     hints = get_type_hints(config_cls)
     valid = [f.name for f in fields(config_cls)]
+    in_toml = isinstance(values, dict)
     problems = []
-    for key, value in values.items():
+    for key, value in (values if in_toml else vars(values)).items():
         name = prefix + key
         if key not in valid:
             close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
             hint = f" (did you mean {prefix + close[0]!r}?)" if close else f" (valid: {', '.join(valid)})"
             problems.append(f"unknown {'key' if prefix else 'section'} {name!r}{hint}")
-        elif not _has_type(value, hints[key]):
+        elif not _has_type(value, hints[key], in_toml):
             wrong = f"must be {spelled(hints[key])}, got {value!r} ({type(value).__name__})"
             if is_dataclass(hints[key]):
-                wrong = f"is a section ([{name}] in TOML), got {value!r}"
+                what = f"[{name}] in TOML" if in_toml else hints[key].__name__
+                wrong = f"is a section ({what}), got {value!r}"
             problems.append(f"{name!r} {wrong}")
         elif is_dataclass(hints[key]):
             problems += check_values(hints[key], value, f"{name}.")
@@ -147,17 +173,17 @@ def table_in_list(hint: Any) -> type | None:
     return parameters[0] if get_origin(hint) is list and is_dataclass(parameters[0]) else None  # type: ignore[return-value]
 
 
-def _has_type(value: Any, hint: Any) -> bool:
-    """Whether a TOML value has the type of a field's annotation; an integer is a valid float."""
+def _has_type(value: Any, hint: Any, in_toml: bool) -> bool:
+    """Whether a value has the type of a field's annotation; an integer is a valid float, and a table of TOML a section."""
     origin, parameters = get_origin(hint), get_args(hint)
     if origin is Literal:
         return value in parameters and type(value) in {type(p) for p in parameters}
     if origin in (Union, types.UnionType):
-        return any(_has_type(value, parameter) for parameter in parameters)
+        return any(_has_type(value, parameter, in_toml) for parameter in parameters)
     if origin is list:
-        return isinstance(value, list) and all(_has_type(item, parameters[0]) for item in value)
+        return isinstance(value, list) and all(_has_type(item, parameters[0], in_toml) for item in value)
     if is_dataclass(hint):
-        return isinstance(value, dict)
+        return isinstance(value, dict if in_toml else hint)  # type: ignore[arg-type]
     return hint is Any or type(value) is hint or (hint is float and type(value) is int)
 
 

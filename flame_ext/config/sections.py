@@ -183,6 +183,27 @@ class Checkpoint(job_config.Checkpoint):
 
 
 @dataclass
+class Metrics(job_config.Metrics):
+    """torchtitan's section, and how trackers name a run."""
+
+    enable_trackio: bool = False
+    """Whether to log to trackio, which keeps records on this machine (`pip install 'flame_ext[trackio]'`; `trackio show`)."""
+
+    project: str = ""
+    """The project at W&B and trackio. Empty: `WANDB_PROJECT` or 'torchtitan' at W&B, 'flame_ext' at trackio."""
+
+    run_name: str = ""
+    """The run's name at W&B and trackio, which tells runs apart by name, so that an id follows it there. Empty: W&B makes a name, and
+    at trackio it is that of `job.dump_folder`."""
+
+    run_group: str = ""
+    """Runs of one group are shown together at W&B and trackio, such as those of a sweep."""
+
+    run_tags: list[str] = field(default_factory=list)
+    """Tags at W&B; at trackio a part of the configuration. The whole configuration is recorded at both."""
+
+
+@dataclass
 class Moe:
     """Mixtures of experts: how experts are run, and what becomes of their routers. Dense models have neither."""
 
@@ -241,6 +262,7 @@ class FlameJobConfig(JobConfig):
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     seed: Seed = field(default_factory=Seed)
     data: Data = field(default_factory=Data)
+    metrics: Metrics = field(default_factory=Metrics)
     training: Training = field(default_factory=Training)
     optimizer: Optimizer = field(default_factory=Optimizer)
     validation: Validation = field(default_factory=Validation)

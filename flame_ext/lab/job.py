@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ from typing import Any
 from filelock import FileLock
 
 from flame_ext.files import write_json
+from flame_ext.run.process import environment_of_only_rank
 
 PLAN = "plan.json"  # in a plan's folder: its name and its runs, in their order
 JOB, SPECIFICATION, RESULT = "job.toml", "run.json", "result.json"  # in a run's folder
@@ -53,15 +53,6 @@ def held_out(folder: Path, said: dict[str, Any]) -> list[dict[str, float]]:
     ]
 
 
-def environment() -> dict[str, str]:
-    """That of torchrun's only rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    return ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
 def _end_with(parent: int) -> None:
     """Stops this process as a signal would, which saves, once its parent has ended."""
     while os.getppid() == parent:
@@ -72,7 +63,7 @@ def _end_with(parent: int) -> None:
 if __name__ == "__main__":
     code, of_run = 0, Path(sys.argv[1])
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    os.environ.update(environment())
+    os.environ.update(environment_of_only_rank())
     try:
         with FileLock(of_run / ".job.lock"):  # one that a killed plan has left ends within a moment
             run(of_run)

@@ -56,9 +56,11 @@ def info_nce(
     8·N·M·D if the keys require a gradient, and O((N + M)·D) memory. Shapes are static: invalid rows and columns are masked.
 
     Args:
-        queries, keys: (N, D) and (M, D), L2-normalised. On an accelerator matrix products are in the dtype of the keys,
-            accumulated in float32; on a CPU they are in float32.
-        query_mask, key_mask: (N,) and (M,) bool. A valid query's target must be a valid key.
+        queries: (N, D), L2-normalised.
+        keys: (M, D), L2-normalised. On an accelerator matrix products are in the dtype of the keys, accumulated in float32; on
+            a CPU they are in float32.
+        query_mask: (N,) bool. A valid query's target must be a valid key.
+        key_mask: (M,) bool.
         targets: (N,) int64 in [0, M), the index of each query's own key; ignored where ``query_mask`` is false.
         temperature: > 0.
         compile_backend: backend of ``torch.compile`` for the operations between matrix products; None = not compiled.

@@ -1,6 +1,7 @@
 """Checks of the options of checkpoints, seeding, exports, training, metrics and sources of data."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from operator import attrgetter
 
 import torch
@@ -45,6 +46,7 @@ def check_options(config: FlameJobConfig) -> Iterator[str]:
         parse_size(export.max_shard_size, "export.max_shard_size")
     except ConfigError as e:
         yield str(e)
+    yield from _check_trackers(config)
     yield from _check_training(config)
     yield from _check_optimizer(config)
     yield from _check_loss(config)
@@ -76,6 +78,17 @@ def _check_checkpoint(config: FlameJobConfig) -> Iterator[str]:
             f"checkpoint.exclude_from_loading has {name!r}, but a step is resumed whole: {consequence}; leave it out, or start "
             "anew from the weights: a new job.dump_folder with checkpoint.initial_load_path = the step or its export"
         )
+
+
+def _check_trackers(config: FlameJobConfig) -> Iterator[str]:
+    of = config.metrics
+    for name, wanted in (("trackio", of.enable_trackio), ("wandb", of.enable_wandb)):
+        if wanted and find_spec(name) is None:
+            yield f"metrics.enable_{name} needs the package {name}, which is not installed: pip install 'flame_ext[{name}]'"
+    if not (of.enable_trackio or of.enable_wandb):
+        for name in ("project", "run_name", "run_group", "run_tags"):
+            if value := getattr(of, name):
+                yield f"metrics.{name} = {value!r} has no effect without metrics.enable_trackio or enable_wandb; leave it out"
 
 
 def _check_training(config: FlameJobConfig) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Command line and TOML to a configuration that is checked before a process group exists."""
+"""Command line and TOML, or Python, to a configuration that is checked before a process group exists."""
 
 from pathlib import Path
 
@@ -19,7 +19,28 @@ from flame_ext.seeding.sources.safe_files import require_contained
 def parse(args: list[str]) -> FlameJobConfig:
     """Returns the configuration; raises ConfigError, with a line for each finding, if it is wrong in itself or for the model."""
     register()  # names that the configuration may use
-    config = FlameConfigManager(job_config_class).parse_args(args)
+    return _checked(FlameConfigManager(job_config_class).parse_args(args))
+
+
+def new_config() -> FlameJobConfig:
+    """Returns a configuration with every option's default, as an empty TOML would give it, to be completed in Python.
+
+    Heads, sources and architectures of one's own are registered before, by importing their module.
+    """
+    register()
+    return job_config_class()()
+
+
+def check(config: FlameJobConfig) -> FlameJobConfig:
+    """Checks a configuration that Python code has built or changed, as :func:`parse` does; completes its paths in place.
+
+    Raises ConfigError.
+    """
+    register()
+    return _checked(FlameConfigManager(job_config_class).check_built(config))
+
+
+def _checked(config: FlameJobConfig) -> FlameJobConfig:
     checks = (check_model, check_parallelism, check_options, check_heads, check_data)
     # The other checks calculate with numbers that are in their ranges.
     problems = [*check_ranges(config)] or [problem for check in checks for problem in check(config)]

@@ -39,6 +39,7 @@ TORCHTITAN_OPTIONS = {
     "validation.dataloader.num_workers": "divides `validation.local_batch_size`",
     "validation.seq_len": "at most the model's `max_position_embeddings`",
     "lr_scheduler.total_steps": "at least `training.steps`",
+    "optimizer.name": '`"AdamW"`, `"Adam"`, `"Muon"` ([running.md](running.md#muon))',
     "optimizer.early_step_in_backward": "refused with accumulation, DDP, pipelines, frozen parameters, and beside a head with `lr_scale`, "
     "`weight_decay` or `warmup_steps`; there is no clipping then",
     "profiling.enable_memory_snapshot": "refused without an accelerator",

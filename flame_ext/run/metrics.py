@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.metrics import BaseLogger, MetricsProcessor
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.files import METRICS_NAME
 from flame_ext.host.names import get_metrics_rank
-from flame_ext.run.wandb_run import continue_wandb_run
+from flame_ext.run.progress import Progress
+from flame_ext.run.trackers import prepare_wandb, with_trackio
 
 VALIDATION_NAME = "validation.jsonl"
 
@@ -22,6 +23,7 @@ VALIDATION_NAME = "validation.jsonl"
 class FutureMetricsProcessor(MetricsProcessor):
     """Logs what torchtitan logs, and the parts of the objective. Its arguments are those of the TrainSpec's builder."""
 
+    logger: BaseLogger
     shown: tuple[str, ...] = ()
     """Metrics that are printed beside the losses; the file has all of them. The trainer sets it."""
 
@@ -34,9 +36,14 @@ class FutureMetricsProcessor(MetricsProcessor):
     ) -> None:
         self._folder, rank = Path(job_config.job.dump_folder), torch.distributed.get_rank()
         self._writes = rank == get_metrics_rank(parallel_dims, job_config)
-        if job_config.metrics.enable_wandb and (self._writes or job_config.metrics.save_for_all_ranks):
-            continue_wandb_run(self._folder, rank if job_config.metrics.save_for_all_ranks else 0)
+        of = job_config.metrics
+        tracks, tracker_rank = self._writes or of.save_for_all_ranks, rank if of.save_for_all_ranks else 0
+        if of.enable_wandb and tracks:
+            prepare_wandb(self._folder, tracker_rank, of)
         super().__init__(job_config, parallel_dims, tag)
+        if of.enable_trackio and tracks:
+            self.logger = with_trackio(self.logger, self._folder, tracker_rank, job_config, tag)
+        self._progress = Progress(job_config)
 
     def rewind(self, step: int) -> None:
         """Drops the lines of steps after ``step``, from which the run goes on."""
@@ -95,6 +102,8 @@ class FutureMetricsProcessor(MetricsProcessor):
         super().log(step, global_avg_loss, global_max_loss, grad_norm, logged)
         shown = (f"{k}: {v:8.5f}" for k, v in known.items() if k.startswith("loss_") or k in self.shown)
         logger.info("  ".join([f"step: {step:2}", *shown]))
+        if (line := self._progress.line(step, record["tokens_seen"])) is not None:
+            logger.info(f"{self.color.cyan}{line}{self.color.reset}")
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
         """Logs as torchtitan does, and writes a line to ``validation.jsonl``."""
