@@ -95,6 +95,12 @@ class RunHooks(CheckpointHooks):
                 f"{step} was saved without {', '.join(added)}, whose parameters and moments it lacks; switch the heads off, or begin a "
                 "run with them: another job.dump_folder, and the step or its export as checkpoint.initial_load_path"
             )
+        names = manifest.get("config", {}).get("optimizer.name"), self._config.optimizer.name
+        if names[0] != names[1] and "Muon" in names:
+            raise ConfigError(
+                f"{step} has the state of optimizer.name = {names[0]!r}, which {names[1]!r} cannot continue; take it back, or begin a run: "
+                "another job.dump_folder, and the step or its export as checkpoint.initial_load_path"
+            )
         if not manifest.get("model_only"):
             self._trainer.dataloader.require_layout(manifest.get("data"))
         for change in changes:

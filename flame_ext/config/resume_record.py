@@ -97,7 +97,6 @@ ADDED = {
     "seed.new_rows": "mean",
     "seed.pad_vocabulary_to_multiple_of": 1,
     "optimizer.muon_momentum": 0.95,
-    "optimizer.muon_adjust_lr": "match_rms_adamw",
     "loss.ce_weight": 1.0,
     "loss.weighting": "none",
     "loss.mix_ce": 0.0,

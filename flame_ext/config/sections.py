@@ -148,14 +148,11 @@ class Optimizer(job_config.Optimizer):
     """torchtitan's section, and Muon."""
 
     name: Literal["AdamW", "Adam", "Muon"] = "AdamW"
-    """'Muon': orthogonal updates of the backbone's matrices, and AdamW for embeddings, vectors, stacks of experts and heads."""
+    """'Muon': orthogonal updates of the backbone's linear layers, and AdamW for embeddings, vectors, stacks of experts and heads
+    (docs/running.md)."""
 
     muon_momentum: float = 0.95
     """The share of its past that the momentum of Muon keeps in a step."""
-
-    muon_adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
-    """By what `lr` is multiplied for a matrix of A x B. 'match_rms_adamw': 0.2 √max(A, B), so that one `lr` suits both (arXiv
-    2502.16982). 'original': √max(1, A / B), for a rate of Muon's own, about 0.02; AdamW's tensors then learn at that rate, too."""
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torchtitan.tools.utils import device_module
 from flame_ext.config.sections import FlameJobConfig, Optimizer, Seed
 from flame_ext.errors import ConfigError, SeedError
 from flame_ext.files import parse_size
-from flame_ext.heads.registry import trained_heads
+from flame_ext.heads.registry import freezing_heads, trained_heads
 from flame_ext.host.names import DataLoader
 from flame_ext.preflight.parallelism import data_parallel_ranks, is_launched, replicated_alone
 from flame_ext.run.optimization import schedule_problem
@@ -110,9 +110,10 @@ def _check_optimizer(config: FlameJobConfig) -> Iterator[str]:
     optimizer, training, replicas = config.optimizer, config.training, data_parallel_ranks(config) or 1
     global_batch, local_batch = training.global_batch_size, training.local_batch_size
     if optimizer.name != "Muon":
-        for name in ("muon_momentum", "muon_adjust_lr"):
-            if (value := getattr(optimizer, name)) != getattr(Optimizer(), name):
-                yield f"optimizer.{name} = {value!r} has no effect with optimizer.name = {optimizer.name!r}; take 'Muon', or leave it out"
+        if (value := optimizer.muon_momentum) != Optimizer().muon_momentum:
+            yield f"optimizer.muon_momentum = {value} has no effect with optimizer.name = {optimizer.name!r}; take 'Muon', or leave it out"
+    elif freezing := freezing_heads(config):
+        yield f"optimizer.name = 'Muon' is for the backbone, which {freezing[0]}.freeze_backbone keeps as it is; take 'AdamW'"
     elif training.enable_cpu_offload or optimizer.early_step_in_backward:
         option = "training.enable_cpu_offload" if training.enable_cpu_offload else "optimizer.early_step_in_backward"
         yield f"{option} does not go with optimizer.name = 'Muon', which gathers matrices on the device after the backward; leave it out"

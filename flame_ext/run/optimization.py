@@ -56,7 +56,7 @@ def build_optimizers(
     for model, optimizer in zip(model_parts, container, strict=True):
         (rest,) = optimizer.param_groups
         if muon:
-            take_matrices(optimizer, model, optimizer_config.muon_momentum, optimizer_config.muon_adjust_lr)
+            take_matrices(optimizer, model, optimizer_config.muon_momentum)
         for head, options in own_groups(model):
             owned = {id(p) for p in head.parameters()}
             rest["params"] = [p for p in rest["params"] if id(p) not in owned]

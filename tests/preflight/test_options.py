@@ -31,6 +31,7 @@ from tests.ranks import DEBUG_TOML
         (["--memory_estimation.enable"], "memory_estimation.enable has no effect"),
         (["--optimizer.muon_momentum=0.9"], "optimizer.muon_momentum = 0.9 has no effect with optimizer.name = 'AdamW'; take 'Muon'"),
         (["--optimizer.name=Muon", "--optimizer.early_step_in_backward"], "step_in_backward does not go with optimizer.name = 'Muon'"),
+        (["--optimizer.name=Muon", "--future_predictor.freeze_backbone"], "which future_predictor.freeze_backbone keeps as it is"),
         (["--optimizer.name=Muon", "--training.enable_cpu_offload"], "enable_cpu_offload does not go with optimizer.name = 'Muon'"),
         (["--profiling.enable_profiling", "--profiling.profile_freq=3"], "profiling.profile_freq (3) must be at least profiler_warmup (3)"),
         (["--profiling.enable_memory_snapshot"], "profiling.enable_memory_snapshot records the allocator of an accelerator"),

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig
 
 from flame_ext.config.head_options import HeadOptimization
 from flame_ext.config.sections import Optimizer
@@ -38,14 +38,10 @@ def model() -> torch.nn.Module:
     return built
 
 
-@pytest.mark.parametrize("adjust_lr", ["match_rms_adamw", "original"])
-def test_matrices_are_updated_as_by_torchs_muon_and_the_rest_as_by_its_adamw(adjust_lr: str) -> None:
+def test_matrices_are_updated_as_by_torchs_muon_and_the_rest_as_by_its_adamw() -> None:
     ours, reference = model(), model()
-    (optimizer,) = build_optimizers(
-        [ours],
-        Optimizer(name="Muon", lr=0.01, implementation="for-loop", muon_momentum=0.9, muon_adjust_lr=adjust_lr),
-        None,
-    )
+    config = Optimizer(name="Muon", lr=0.01, implementation="for-loop", muon_momentum=0.9)
+    (optimizer,) = build_optimizers([ours], config, None)
     assert isinstance(optimizer, Muon)
     named = dict(reference.named_parameters())
     matrices = {name: p for name, p in named.items() if "proj" in name}
@@ -54,7 +50,7 @@ def test_matrices_are_updated_as_by_torchs_muon_and_the_rest_as_by_its_adamw(adj
     assert len(matrices) == 7 and {"model.embed_tokens.weight", "lm_head.weight"} <= set(rest)
     adamw = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1, "foreach": False}
     expected = [
-        torch.optim.Muon(matrices.values(), lr=0.01, weight_decay=0.1, momentum=0.9, adjust_lr_fn=adjust_lr),
+        torch.optim.Muon(matrices.values(), lr=0.01, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW([{"params": [*rest.values()]}, {"params": [*heads.values()], "lr": 0.02}], **adamw),
     ]
     for step in range(3):
@@ -68,7 +64,7 @@ def test_matrices_are_updated_as_by_torchs_muon_and_the_rest_as_by_its_adamw(adj
     assert all(torch.equal(p, named[name]) for name, p in ours.named_parameters())
 
 
-SHAPES = ((12, 8), (5, 24), (16, 16), (1, 8))
+SHAPES = ((12, 8), (5, 24), (16, 16), (2, 8), (24, 5), (7, 7))
 
 
 def _two_steps_of_one_gradient(meshes: list[tuple[int, ...]]) -> list[list[torch.Tensor]]:
@@ -86,9 +82,9 @@ def _two_steps_of_one_gradient(meshes: list[tuple[int, ...]]) -> list[list[torch
             matrices.append(torch.nn.Parameter(whole))
         optimizer = torch.optim.AdamW(matrices, lr=0.01, weight_decay=0.1)
         optimizer.__class__ = Muon
-        optimizer.param_groups[0] |= {"muon_momentum": 0.95, "muon_adjust_lr": "original"}
+        optimizer.param_groups[0] |= {"muon_momentum": 0.95}
         if mesh is None:
-            optimizer = torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1)
+            optimizer = torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
         for step in range(2):
             for number, p in enumerate(matrices):
                 grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + number))
@@ -112,6 +108,23 @@ def _in_group(meshes: list[tuple[int, ...]]) -> list[list[torch.Tensor]]:
         return _two_steps_of_one_gradient(meshes)
     finally:
         dist.destroy_process_group()
+
+
+def test_biases_of_experts_and_routers_are_no_matrices_of_muon() -> None:
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    config = GptOssConfig(**sizes, head_dim=8, num_local_experts=4, num_experts_per_tok=2, vocab_size=32)
+    built = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    built.heads = {}
+    (optimizer,) = build_optimizers([built], Optimizer(name="Muon", implementation="for-loop"), None)
+    names = {id(p): name for name, p in built.named_parameters()}
+    (matrices,) = [[names[id(p)] for p in g["params"]] for g in optimizer.param_groups if "muon_momentum" in g]
+    assert matrices == [f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkvo"]
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +174,19 @@ def test_a_run_is_resumed_bit_for_bit(dump_folder: Path, layout: tuple[int, list
     assert "Training starts at step 2" in resumed.ranks[0].output
     ours = exported(resumed)
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+@pytest.mark.matrix
+def test_a_step_is_resumed_under_another_layout_but_not_by_adamw(dump_folder: Path) -> None:
+    heads = ("--future_predictor.lr_scale=2", "--future_predictor.warmup_steps=1")
+    expected = exported(train(dump_folder / "unbroken", *OPTIONS, *heads))
+    train(dump_folder / "run", *OPTIONS, *heads, *LAYOUTS["pp2"][1], world_size=2)
+    shutil.rmtree(dump_folder / "run" / "checkpoint" / "step-2")
+    shutil.rmtree(dump_folder / "run" / "hf")
+    other = ("--optimizer.name=AdamW", "--checkpoint.allow_config_change=optimizer.name")
+    refused = train(dump_folder / "run", *OPTIONS, *heads, *other, check=False)
+    assert "has the state of optimizer.name = 'Muon', which 'AdamW' cannot continue" in refused.ranks[0].output
+    ours = exported(train(dump_folder / "run", *OPTIONS, *heads, *LAYOUTS["fsdp2-tp2"][1], world_size=4))
+    for name, theirs in expected.items():
+        place = 2e-3 * 0.2 * max(theirs.shape) ** 0.5 * 2**-8 if theirs.ndim == 2 and "layers" in name else 1e-5
+        torch.testing.assert_close(ours[name], theirs, rtol=0, atol=4 * place)
