@@ -237,6 +237,11 @@ def test_a_toml_changed_in_code_is_checked_as_a_whole(tmp_path: Path) -> None:
 def test_where_it_cannot_run_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in LAUNCHED:
         monkeypatch.delenv(name, raising=False)
+    config = debug_job(tmp_path / "refused")
+    config.training.seq_len = "256"  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="'training.seq_len' must be an integer"):
+        run(config)
+    assert not any(name in os.environ for name in LAUNCHED)
     raised: list[UserError] = []
 
     def in_thread() -> None:
