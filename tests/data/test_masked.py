@@ -20,9 +20,12 @@ from flame_ext.data.loader import PackedDataloader
 from flame_ext.data.packing import PackedDocuments
 from tests.data.test_loader import position, resume
 from tests.data.test_sources import LANES, TEXTS, job, loaders, tokens_of
+from tests.layouts import assert_same_step
+from tests.layouts import steps as steps_of_layout
 from tests.ranks import TINY_OLMO, train
 
 EOS = 9
+EOS_ID = 0  # of the tiny models
 TOKEN = st.tuples(st.sampled_from([1, 2, 3, EOS]), st.booleans())
 
 
@@ -125,3 +128,21 @@ def test_the_loss_is_that_of_from_pretrained_with_the_same_labels(tmp_path: Path
     expected = model(ids, labels=labels).loss.item()
     assert run.metrics[0]["loss_ce"] == pytest.approx(expected, rel=1e-5)
     assert abs(model(ids, labels=ids).loss.item() - expected) > 1e-3
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("layout", ["fsdp2", "cp2"])
+def test_losses_of_heads_do_not_depend_on_the_layout(models: Path, tmp_path: Path, layout: str) -> None:
+    generator, rows = np.random.default_rng(0), []
+    for length in generator.integers(5, 60, 80):
+        learned = generator.random(length) < 0.5
+        rows.append({"input_ids": [*generator.integers(3, 200, length - 1), EOS_ID], "loss_mask": learned.astype(int)})
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    heads = ("mtp", "token_order", "future_bag", "next_latent", "action_layer")
+    options = [*(f"--{head}.enable" for head in heads), "--mtp.depth=2", "--next_latent.steps=3"]
+    jobs = {"olmo-tied+heads": [*options, f"--training.dataset_path={tmp_path / 'rows.parquet'}"]}
+    data = "--training.dataset=parquet"
+    (expected,) = steps_of_layout(models, tmp_path, "single", jobs, data)
+    assert expected["olmo-tied+heads"]["parts"]["loss_mtp"] > 0
+    for rank in steps_of_layout(models, tmp_path, layout, jobs, data):
+        assert_same_step(rank["olmo-tied+heads"], expected["olmo-tied+heads"])
