@@ -16,7 +16,15 @@ Tokens = NDArray[np.int64]
 
 BLOCK = 1024  # documents that are permuted together where there is no random access
 BLOCKS_KEPT = 16  # blocks in memory; if more, two for each lane that this process reads
+READ_ONLY = (
+    2**62
+)  # added to a token that is read, but not predicted: it goes through cursors, packing and workers like any other
 FILES_OPEN = 64  # files kept open; if more, one for each lane that this process reads
+
+
+def without_marks(tokens: Any) -> Any:
+    """Takes ``READ_ONLY`` off the tokens of an array or tensor that have it."""
+    return tokens - READ_ONLY * (tokens >= READ_ONLY)
 
 
 class Cursor(NamedTuple):

@@ -18,7 +18,7 @@ from datasets import Dataset, Features, IterableDataset, load_dataset
 from torchtitan.tools.logging import logger
 
 from flame_ext.config.sections import DataSource
-from flame_ext.data.documents import Documents, IndexedDocuments, Tokens
+from flame_ext.data.documents import Documents, IndexedDocuments, Tokens, without_marks
 from flame_ext.data.rows import TOKENS_FIELD, RowError, checked, is_mask, unpadded
 from flame_ext.data.tokenizer import require_in_vocabulary
 from flame_ext.errors import ConfigError
@@ -132,7 +132,7 @@ def _read_json_rows(
                     try:
                         name, value = _json_row(line, fields)
                         if vocab_size is not None and not isinstance(value, str):
-                            require_in_vocabulary(value, vocab_size)
+                            require_in_vocabulary(without_marks(value), vocab_size)
                         fields = (name,)  # the one in the first row, since a dataset has it in every row
                         yield {name: value}
                     except RowError as e:

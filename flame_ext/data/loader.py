@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torchtitan.components.dataloader import ParallelAwareDataloader
 
-from flame_ext.data.packing import PackedDocuments
+from flame_ext.data.documents import READ_ONLY, without_marks
+from flame_ext.data.packing import IGNORED, PackedDocuments
 from flame_ext.errors import CheckpointError, UserError
 
 
@@ -60,7 +61,8 @@ class PackedDataloader(ParallelAwareDataloader):
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Yields ``{"input": (B, T), "doc_ids": (B, T), "positions": (B, T)}, labels (B, T)``.
 
-        Labels are the next tokens, and -100 after the end of a lane's data. Positions count from the beginning of a document.
+        Labels are the next tokens, and -100 where these are only read and after the end of a lane's data. Positions count from the
+        beginning of a document.
         """
         self._iterator = None  # workers of an earlier iteration have a copy of the dataset, at another position
         items = chain.from_iterable(super().__iter__())
@@ -74,8 +76,9 @@ class PackedDataloader(ParallelAwareDataloader):
                 self.dataset.move(lane, numbers)
                 going_on -= {lane} if ended else set()
             tokens, doc_ids = torch.stack([sequence for sequence, *_ in batch], dim=1)
-            inputs = {"input": tokens[:, :-1].clamp_min(0), "doc_ids": doc_ids[:, :-1]}
-            yield {**inputs, "positions": positions_in_documents(inputs["doc_ids"])}, tokens[:, 1:]
+            inputs = {"input": without_marks(tokens[:, :-1]).clamp_min(0), "doc_ids": doc_ids[:, :-1]}
+            labels = torch.where(tokens >= READ_ONLY, IGNORED, tokens)[:, 1:]
+            yield {**inputs, "positions": positions_in_documents(inputs["doc_ids"])}, labels
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the position of each of this rank's lanes; CheckpointError in the middle of a global batch."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from flame_ext.data.documents import Cursor, Documents, Tokens
+from flame_ext.data.documents import Cursor, Documents, Tokens, without_marks
 from flame_ext.errors import CheckpointError, ConfigError
 
 IGNORED = -100  # the label of a position without one, which torch's cross-entropy ignores
@@ -83,10 +83,10 @@ class PackedDocuments(IterableDataset[list[Packed]]):
     def sequences(self) -> Iterator[Packed]:
         """Yields without end a sequence of the next lane, the lane's number and position after it, and whether it has ended.
 
-        A sequence is (2, T + 1): tokens, which are ``IGNORED`` after the lane's end, and document numbers from 0. With ``reverse``
-        it is the same tokens backwards: a document begins with its EOS, and what is after the lane's end stays last. A worker
-        reads every n-th lane, so that all workers, asked in turn, yield the same as one process. Raises CheckpointError if a
-        lane's position is beyond the end of its document.
+        A sequence is (2, T + 1): tokens, with their marks (``READ_ONLY``), which are ``IGNORED`` after the lane's end, and document
+        numbers from 0. With ``reverse`` it is the same tokens backwards: a document begins with its EOS, and what is after the
+        lane's end stays last. A worker reads every n-th lane, so that all workers, asked in turn, yield the same as one process.
+        Raises CheckpointError if a lane's position is beyond the end of its document.
         """
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
@@ -134,7 +134,7 @@ class _LaneReader:
             if lane.offset == len(document):
                 lane.offset, lane.cursors[source], self._open = 0, following, None
                 lane.taken[source] += 1
-        starts[1:] |= tokens[:-1] == self._data.eos_id
+        starts[1:] |= without_marks(tokens[:-1]) == self._data.eos_id
         np.cumsum(starts, out=doc_ids)
         doc_ids -= 1
         if self._data.reverse and filled:

@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 
-from flame_ext.data.documents import Tokens
+from flame_ext.data.documents import READ_ONLY, Tokens
 from flame_ext.errors import ConfigError
 
 TOKENS_FIELD = "input_ids"
+LEARNED = (  # columns whose 1 says that a token is predicted, and whose 0 that it is only read
+    *("completion_mask", "assistant_masks", "assistant_mask", "loss_mask", "loss_masks", "response_mask", "label_mask"),
+)
 
 
 class RowError(ConfigError):
@@ -40,10 +43,11 @@ def is_mask(name: str) -> bool:
 
 
 def unpadded(row: Mapping[str, Any]) -> Any:
-    """Returns the ``input_ids`` of a row without the padding that its masks and labels leave out.
+    """Returns the ``input_ids`` of a row without padding; those that are read, but not predicted, have ``READ_ONLY`` added.
 
-    These are tokens at either end whose ``attention_mask`` is 0 or, without that, those at the end without a label. Raises
-    ConfigError, with the column's name, if a mask or labels leave out anything else: all tokens of a document are trained on.
+    Padding are tokens at either end whose ``attention_mask`` is 0 or, without that, those at the end whose label is -100. Not predicted
+    are tokens whose label is -100 or that have a 0 in a column of ``LEARNED``. Raises ConfigError, with the column's name, for holes
+    in the attention, labels that are other tokens, and columns that say anything else.
     """
     tokens = row[TOKENS_FIELD]
     # A single number, such as the label of a classification, is none.
@@ -55,29 +59,47 @@ def unpadded(row: Mapping[str, Any]) -> Any:
     for name, mask in columns.items():
         if mask.shape != tokens.shape:
             raise ConfigError(
-                f"column {name!r} has the shape {mask.shape} beside {len(tokens)} {TOKENS_FIELD}{_REMEDY}"
+                f"column {name!r} has the shape {mask.shape} beside {len(tokens)} {TOKENS_FIELD}; mend it, or leave it out of the data"
             )
     begin, end = 0, len(tokens)
     if (attended := columns.pop("attention_mask", None)) is not None:
         used = np.flatnonzero(attended)
         begin, end = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
         if not (attended[begin:end] == 1).all():
-            raise ConfigError(f"column 'attention_mask' is not 1 between the padding at both ends{_REMEDY}")
+            raise ConfigError(
+                "column 'attention_mask' is not 1 between the padding at both ends, and every token is read: mask what is not to be "
+                "predicted by labels of -100, or leave the column out of the data"
+            )
+    learned = np.ones(len(tokens), dtype=bool)
     if (labels := columns.pop("labels", None)) is not None:
-        learned = np.flatnonzero(labels[begin:end] != -100)
-        last = begin + int(learned[-1]) + 1 if len(learned) else begin
+        learned = labels != -100
+        last = begin + int(np.flatnonzero(learned[begin:end])[-1]) + 1 if learned[begin:end].any() else begin
+        if attended is None:
+            end = last
         # transformers' collator takes the label of an EOS that is the padding token, too, though it is attended.
-        end, kept = (last, last) if attended is None else (end, end - 1 if end - last == 1 else end)
+        elif last == end - 1 and learned[begin + 1 : last].all():
+            learned[last] = True
+            labels = np.append(labels[:last], tokens[last:])
         # The first label is no token's successor.
-        if not (labels[begin + 1 : kept] == tokens[begin + 1 : kept]).all():
-            raise ConfigError(f"column 'labels' differs from {TOKENS_FIELD}, as where a prompt is masked{_REMEDY}")
+        wrong = np.flatnonzero((labels != tokens) & learned)
+        if len(wrong := wrong[(wrong > begin) & (wrong < end)]):
+            i = int(wrong[0])
+            raise ConfigError(
+                f"column 'labels' has {labels[i]} at token {i + 1}, which is {tokens[i]}: labels are the tokens themselves (they are "
+                "shifted here), or -100 for those that are not to be predicted"
+            )
     for name, mask in columns.items():
-        if not (mask[begin + 1 : end] == 1).all():
-            raise ConfigError(f"column {name!r} masks tokens{_REMEDY}")
-    return tokens[begin:end]
-
-
-_REMEDY = ": every token of a document is trained on; take the masked tokens or this column out of the data"
+        if name in LEARNED and not np.isin(mask, (0, 1)).all():
+            raise ConfigError(f"column {name!r} is not 0 or 1 everywhere; 1 = the token is predicted")
+        if name not in LEARNED and not (mask[begin + 1 : end] == 1).all():
+            raise ConfigError(
+                f"column {name!r} masks tokens, and nothing says what its 0 means: name it {LEARNED[0]!r} if that is 'not to be "
+                "predicted', or leave it out of the data"
+            )
+        learned = learned & (mask == 1)
+    if learned[begin + 1 : end].all():  # whether the first one is predicted depends on what is packed before it
+        return tokens[begin:end]
+    return np.where(learned, tokens, tokens + READ_ONLY)[begin:end]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torchtitan.hf_datasets.text_datasets import DATASETS
 from torchtitan.tools.logging import logger
 
 from flame_ext.config.sections import DataSource, FlameJobConfig
-from flame_ext.data.documents import Documents, IndexedDocuments, StreamedDocuments, Tokens
+from flame_ext.data.documents import Documents, IndexedDocuments, StreamedDocuments, Tokens, without_marks
 from flame_ext.data.files import ENDINGS, flat_tokens, load_files, local_files, open_local, spread
 from flame_ext.data.python_stdlib import Split, read_stdlib
 from flame_ext.data.rows import TOKENS_FIELD, Places, RowError, checked, is_mask, unpadded
@@ -153,7 +153,8 @@ class _Encoder:
             value = checked(self._text_of(sample))
             if isinstance(value, str):
                 return np.asarray(self._encode(value) if encode else (), dtype=np.int64)
-            return require_in_vocabulary(value, self._vocab_size)
+            require_in_vocabulary(without_marks(value), self._vocab_size)
+            return value
         except RowError as e:
             if not self._skip:
                 raise ConfigError(f"{place()}: {e}; mend it, or set skip_unreadable") from e
@@ -255,9 +256,9 @@ def _row_reader(data: Dataset, text_of_sample: TextOf) -> Callable[[int], dict[s
 
 
 def text_of(sample: dict[str, Any], text_field: str = "text", where: str = "data.text_field") -> Any:
-    """Returns the text of a sample or, where ``text_field`` is absent, its tokens (``input_ids``, without padding).
+    """Returns the text of a sample or, where ``text_field`` is absent, its tokens (:func:`unpadded`).
 
-    Raises ConfigError without either, or for masks of tokens that are no padding.
+    Raises ConfigError without either, or for masks that cannot be followed (:func:`unpadded`).
     """
     if text_field in sample:
         return sample[text_field]

@@ -150,7 +150,7 @@ def mtp_loss(head: Mtp, batch: HeadBatch) -> dict[str, Tensor]:
     embeddings = None
     if head.kind == "sequential":
         assert batch.embed is not None
-        tokens, _, parts = batch.sequences
+        tokens, _, parts, _ = batch.sequences
         # What stands after the end of the sequence is read for nothing: no label depends on it.
         ahead = torch.cat([parts.shard(tokens.roll(-1 - number, dims=1)) for number in range(depth)])
         with torch.no_grad():
@@ -166,7 +166,7 @@ def mtp_loss(head: Mtp, batch: HeadBatch) -> dict[str, Tensor]:
 
 
 def _documents(head: Mtp, batch: HeadBatch) -> Within | None:
-    _, documents, parts = batch.sequences
+    _, documents, parts, _ = batch.sequences
     within = batch.config.data.document_attention
     if not (within or parts.is_split):
         return None

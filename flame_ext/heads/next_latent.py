@@ -77,7 +77,7 @@ def next_latent_loss(head: NextLatent, batch: HeadBatch) -> dict[str, Tensor]:
     """
     assert batch.embed is not None
     steps, states, input_ids = batch.config.next_latent.steps, batch.hidden_states, batch.input_ids
-    counted, (tokens, _, parts) = batch.upcoming(steps) >= 0, batch.sequences
+    counted, (tokens, _, parts, _) = batch.upcoming(steps) >= 0, batch.sequences
     if parts.is_split:  # behind each chunk come the rows that follow it, which are targets only
         later = parts.following(states.detach(), steps)[:, :, -steps:]
         counted, states = (values.unflatten(1, (parts.chunks, -1)) for values in (counted, states))

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
 from transformers import PreTrainedConfig
@@ -14,7 +16,7 @@ from flame_ext.model.attention import MaskForm
 from flame_ext.model.context_parallel import WHOLE, SequenceParts
 from flame_ext.model.hf_causal_lm import Unembed
 from flame_ext.model.initialisation import ParameterInit, linear_inits
-from flame_ext.objective.cross_entropy import TokenLogProbs
+from flame_ext.objective.cross_entropy import IGNORE_INDEX, TokenLogProbs
 from flame_ext.objective.windows import upcoming_tokens
 
 
@@ -116,6 +118,9 @@ class Sequences(NamedTuple):
     input_ids: Tensor  # (B, T)
     doc_ids: Tensor  # (B, T)
     parts: SequenceParts = WHOLE
+    labels: Tensor | None = (
+        None  # (B, T): the next tokens, or -100 for those that are not to be predicted; None = no such tokens
+    )
 
 
 class HeadBatch(NamedTuple):
@@ -144,12 +149,19 @@ class HeadBatch(NamedTuple):
     @property
     def sequences(self) -> Sequences:
         """The whole sequences of which these are the positions."""
-        return self.whole or Sequences(self.input_ids, self.doc_ids)
+        return self.whole or Sequences(self.input_ids, self.doc_ids, labels=self.labels)
 
     def upcoming(self, window: int) -> Tensor:
-        """The (B, n, window) tokens at t + 1 .. t + window, wherever they are; -1 where the document of t has ended."""
-        tokens, documents, parts = self.sequences
-        return upcoming_tokens(tokens, documents, window, parts.positions(tokens.shape[1], tokens.device))
+        """The (B, n, window) tokens at t + 1 .. t + window, wherever they are, that are to be predicted.
+
+        -1 where the document of t has ended, for tokens that are only read, and everywhere where t itself has no label.
+        """
+        tokens, documents, parts, labels = self.sequences
+        if labels is not None:  # the token at t is the label of t - 1
+            learned = F.pad(labels[:, :-1] != IGNORE_INDEX, (1, 0), value=True)
+            tokens = torch.where(learned, tokens, -1)
+        found = upcoming_tokens(tokens, documents, window, parts.positions(tokens.shape[1], tokens.device))
+        return found.masked_fill((self.labels == IGNORE_INDEX)[..., None], -1)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""A task as a folder: ``train.npy`` and ``test.npy`` for the trainer, the tokenizer, and ``task.json``, written last."""
+"""A task as a folder: rows for the trainer in two forms, the tokenizer, and ``task.json``, written last.
+
+``train.npy`` and ``test.npy`` are flat tokens, of which all are learned. ``train`` and ``test``, of tasks with a prompt, are datasets of
+the same rows with a column ``completion_mask``, so that the prompt is read and the answer alone is learned.
+"""
 
 import json
 from dataclasses import asdict
@@ -26,6 +30,11 @@ class TaskFolder(NamedTuple):
 def vocabulary_size(task: Task) -> int:
     """The number of tokens, EOS and the unknown word included."""
     return FIRST_WORD + len(task.words())
+
+
+def rows_of(folder: Path, split: str, answer_alone: bool) -> Path:
+    """The path of a task's rows for ``data.sources``."""
+    return folder / (split if answer_alone else f"{split}.npy")
 
 
 def record_of(task: Task) -> dict[str, Any]:
@@ -57,8 +66,18 @@ def write_task(task: Task, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("train", train), ("test", test)):
         np.save(folder / f"{name}.npy", rows.reshape(-1).astype(np.uint16 if rows.max() < 2**16 else np.uint32))
+        if task.prompt:
+            _save_masked(rows, task.prompt, folder / name)
     tokenizer_of(task).save_pretrained(folder)
     write_json(folder / _RECORD, record_of(task))
+
+
+def _save_masked(rows: Array, prompt: int, folder: Path) -> None:
+    from datasets import Dataset, Features, Sequence, Value
+
+    mask = np.broadcast_to(np.arange(rows.shape[1]) >= prompt, rows.shape).astype(np.int8)
+    features = Features({"input_ids": Sequence(Value("int32")), "completion_mask": Sequence(Value("int8"))})
+    Dataset.from_dict({"input_ids": rows.astype(np.int32), "completion_mask": mask}, features).save_to_disk(folder)
 
 
 def read_task(folder: Path) -> TaskFolder:

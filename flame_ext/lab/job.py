@@ -25,6 +25,8 @@ LOG = "log.txt"  # there too: what the run has printed
 def run(folder: Path) -> None:
     """Trains what ``job.toml`` says, or goes on with it, and evaluates as ``run.json`` says. ``result.json`` is written last.
 
+    A reverse model is not evaluated: it answers no prompt.
+
     Raises SystemExit if the trainer ends with anything but 0.
     """
     from flame_ext.lab.evaluate import evaluate
@@ -33,12 +35,15 @@ def run(folder: Path) -> None:
     said = json.loads((folder / SPECIFICATION).read_text())
     main([f"--job.config_file={folder / JOB}"])
     export = folder / "hf" / f"step-{said['steps']}"
-    figures = evaluate(export, Path(said["task_folder"]), said["generations"], said["temperature"], said["run"]["seed"])
+    figures: dict[str, Any] = {}
+    if "objective" in said["run"]:
+        of_task = folder / said["task_folder"]
+        figures = evaluate(export, of_task, said["generations"], said["temperature"], said["run"]["seed"])
     write_json(folder / RESULT, said | {"figures": figures, "held_out": held_out(folder, said)})
 
 
 def held_out(folder: Path, said: dict[str, Any]) -> list[dict[str, float]]:
-    """The held-out loss over the run, all tokens of a row, with the tokens and operations until then."""
+    """The held-out loss over the run, of the tokens that are learned, with the tokens and operations until then."""
     lines = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
     tokens = {line["step"]: line["step"] * said["tokens_of_a_step"] for line in lines}
     per_token = said["operations_per_token"]["total"]

@@ -17,10 +17,11 @@ class Operations:
     heads: float  # forward and backward of those that are trained
     teacher: float  # the second forward of the backbone, which has no backward
     comparisons: float  # of predictions with the summaries of the step
+    reverse_training: float = 0.0  # forward and backward of the reverse model, which has been trained on as many tokens
 
     @property
     def total(self) -> float:
-        return self.backbone + self.heads + self.teacher + self.comparisons
+        return self.backbone + self.heads + self.teacher + self.comparisons + self.reverse_training
 
 
 def tokens_of_a_step(config: FlameJobConfig) -> int:
@@ -29,13 +30,13 @@ def tokens_of_a_step(config: FlameJobConfig) -> int:
     return sequences * config.training.seq_len
 
 
-def operations_per_token(config: FlameJobConfig) -> Operations:
+def operations_per_token(config: FlameJobConfig, trains_reverse: bool = False) -> Operations:
     """Counts the operations of a configuration that preflight has passed, on a model without storage.
 
     The model and the heads are counted as for torchtitan's MFU: 6 for each weight that multiplies a token, and the attention
     without causal sparsity. A frozen backbone is counted as if it had gradients. A teacher that is a forward, of the backbone
     or of a reverse model, costs that without the output embedding, on the share of sequences and steps that it runs on, and so
-    do the heads that need it; a pooling teacher costs its own maps. What a reverse model's own training took is not in it.
+    do the heads that need it; a pooling teacher costs its own maps. The training of a reverse model is in it if ``trains_reverse``.
     Every InfoNCE takes 4 operations for each pair of vectors and element, 8 where keys have a gradient.
     """
     from flame_ext.heads.future_encoder import WITH_A_FORWARD
@@ -59,6 +60,7 @@ def operations_per_token(config: FlameJobConfig) -> Operations:
         return Operations(backbone, heads, 0.0, 0.0)
     text = model.config.get_text_config()
     with_gradient = not runs and not summaries.detach_targets
+    reverse_training = 0.0
     if runs:
         of_teacher = backbone
         if summaries.summary_method == "reverse_lm":
@@ -68,6 +70,7 @@ def operations_per_token(config: FlameJobConfig) -> Operations:
                 trust_remote_code=config.seed.trust_remote_code,
             )
             of_teacher = float(reverse.get_nparams_and_flops(build_hf_causal_lm(reverse), seq_len)[1])
+            reverse_training = of_teacher * trains_reverse
         teacher = (of_teacher / 3 - 2 * text.vocab_size * text.hidden_size) * share
     else:  # it pools, if by attention with maps of its own
         pooling = parameters_of(model.get_submodule(str(name)))
@@ -77,4 +80,5 @@ def operations_per_token(config: FlameJobConfig) -> Operations:
     keys *= summaries.teacher_fraction if runs else 1
     contrastive = "future_predictor" in trained and config.future_predictor.loss == "info_nce"
     losses = contrastive + ("action_layer" in trained and config.action_layer.model_loss_weight > 0)
-    return Operations(backbone, heads, teacher, losses * (8 if with_gradient else 4) * keys * text.hidden_size * share)
+    comparisons = losses * (8 if with_gradient else 4) * keys * text.hidden_size * share
+    return Operations(backbone, heads, teacher, comparisons, reverse_training)

@@ -15,6 +15,7 @@ from flame_ext.config.manager import check_values
 from flame_ext.errors import ConfigError
 from flame_ext.heads.names import HEAD_NAMES
 from flame_ext.heads.registry import CONVERTER_NAME, job_config_class
+from flame_ext.lab.data import rows_of
 from flame_ext.lab.tasks import KINDS
 from flame_ext.lab.tasks.task import Task
 
@@ -79,6 +80,30 @@ class Run:
 
 
 @dataclass(frozen=True)
+class ReverseRun:
+    """The training of a reverse model, for the runs of a task and seed that take so many steps and predict its states."""
+
+    task: str
+    seed: int
+    steps: int
+
+    @property
+    def folder(self) -> Path:
+        """Below the plan's own."""
+        return Path("reverse", self.task, f"{self.steps}-steps-seed-{self.seed}")
+
+    @property
+    def model(self) -> Path:
+        """Where its initial weights lie: those of the runs that use it."""
+        return Run(self.task, "", self.seed, "").model
+
+    @property
+    def export(self) -> Path:
+        """What it leaves, below the plan's folder."""
+        return self.folder / "hf" / f"step-{self.steps}"
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a TOML says."""
 
@@ -86,6 +111,7 @@ class Plan:
     model: Tables
     trainer: dict[str, Tables]  # options of all runs of each task
     tasks: dict[str, Task]
+    answer_alone: frozenset[str]  # tasks whose runs learn the answers of rows, and only read the prompts
     objectives: dict[str, Tables]
 
     def runs(self) -> Iterator[Run]:
@@ -95,12 +121,29 @@ class Plan:
                 for budget in ("tokens", "compute")[: 1 + self.section.equal_compute]:
                     yield from (Run(task, objective, seed, budget) for objective in self.objectives)
 
+    def reverse(self, run: Run, steps: int) -> ReverseRun | None:
+        """The reverse model that a run of so many steps needs and nobody has named; None if it needs none."""
+        options = merged(self.trainer[run.task], self.objectives[run.objective]).get("future_encoder", {})
+        needs = options.get("enable") and options.get("summary_method") == "reverse_lm"
+        return ReverseRun(run.task, run.seed, steps) if needs and not options.get("reverse_model") else None
+
+    def reverse_job(self, run: ReverseRun, folder: Path) -> Tables:
+        """The trainer's configuration of a reverse model: without heads, and of whole rows, since the answer comes before its prompt."""
+        chosen = {name: table for name, table in self.trainer[run.task].items() if name not in HEAD_NAMES}
+        chosen = merged(chosen, {"training": {"steps": run.steps}, "data": {"reverse": True}})
+        return self._job(run, folder, chosen, "reverse model", answer_alone=False)
+
     def job(self, run: Run, folder: Path, steps: int | None = None) -> Tables:
         """The trainer's configuration of a run below ``folder``, with ``steps`` instead of those that the plan says."""
-        task, data, model = self.tasks[run.task], str(folder / "tasks" / run.task), str(folder / run.model)
         chosen = merged(self.trainer[run.task], self.objectives[run.objective])
         if steps is not None:
             chosen = merged(chosen, {"training": {"steps": steps}})
+        if (reverse := self.reverse(run, chosen.get("training", {}).get("steps", 1000))) is not None:
+            chosen = merged(chosen, {"future_encoder": {"reverse_model": str(folder / reverse.export)}})
+        return self._job(run, folder, chosen, run.objective, run.task in self.answer_alone)
+
+    def _job(self, run: Run | ReverseRun, folder: Path, chosen: Tables, what: str, answer_alone: bool) -> Tables:
+        task, data, model = self.tasks[run.task], folder / "tasks" / run.task, str(folder / run.model)
         total = chosen.get("training", {}).get("steps", 1000)
         batch = chosen.get("training", {}).get("local_batch_size", 16)
         heads = any(chosen.get(name, {}).get("enable") for name in HEAD_NAMES)
@@ -114,10 +157,11 @@ class Plan:
             "activation_checkpoint": {"mode": "none"},
             "model": {"converters": [CONVERTER_NAME] if heads else []},
         }
+        train, test = (str(rows_of(data, split, answer_alone)) for split in ("train", "test"))
         own: Tables = {
             "job": {
                 "dump_folder": str(folder / run.folder),
-                "description": f"{run.task}, {run.objective}, seed {run.seed}",
+                "description": f"{run.task}, {what}, seed {run.seed}",
             },
             "model": {"name": "hf_causal_lm", "flavor": "auto", "hf_assets_path": model},
             "checkpoint": {
@@ -128,9 +172,9 @@ class Plan:
             "training": {"seq_len": task.length - 1},
             "validation": {
                 **{"enable": True, "seq_len": task.length - 1},
-                **{"sources": [{"path": f"{data}/test.npy", "label": "test"}]},
+                **{"sources": [{"path": test, "label": "test"}]},
             },
-            "data": {"rng_seed": run.seed, "sources": [{"path": f"{data}/train.npy", "label": "train"}]},
+            "data": {"rng_seed": run.seed, "sources": [{"path": train, "label": "train"}]},
             "seed": {"rng_seed": run.seed},
             "debug": {"seed": run.seed},
         }
@@ -169,24 +213,33 @@ def _plan(stem: str, values: Tables) -> Plan:
         except ImportError as e:
             raise ConfigError(f"trainer.experimental.custom_import: {e}") from e
     common = _trainer_tables(common, "trainer.")
-    tasks, trainer = {}, {}
+    tasks, trainer, answer_alone = {}, {}, set()
     for name, table in values["tasks"].items():
-        tasks[name], trainer[name] = _task(name, table, common)
+        tasks[name], trainer[name], alone = _task(name, table, common)
+        answer_alone |= {name} if alone else set()
     objectives = {n: _trainer_tables(table, f"objectives.{n}.") for n, table in values["objectives"].items()}
     if wrong := [name for name in (section.name, *tasks, *objectives) if not _NAME.fullmatch(name)]:
         raise ConfigError(f"{wrong[0]!r} cannot name a folder: use letters, digits, '-', '_' and '.'")
     _check_model(values["model"])
-    return Plan(section, values["model"], trainer, tasks, objectives)
+    return Plan(section, values["model"], trainer, tasks, frozenset(answer_alone), objectives)
 
 
-def _task(name: str, table: Any, common: Tables) -> tuple[Task, Tables]:
+def _task(name: str, table: Any, common: Tables) -> tuple[Task, Tables, bool]:
+    """The task, the trainer's options of its runs, and whether they learn the answer alone."""
     kind = table.get("kind") if isinstance(table, dict) else None
     if kind not in KINDS:
         raise ConfigError(f"tasks.{name}.kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    parameters = {key: value for key, value in table.items() if key not in ("kind", "trainer")}
+    parameters = {key: value for key, value in table.items() if key not in ("kind", "trainer", "learn")}
     _require_values(KINDS[kind], parameters, f"tasks.{name}.")
     own = _trainer_tables(table.get("trainer", {}), f"tasks.{name}.trainer.")
-    return KINDS[kind](**parameters), merged(common, own)
+    task, learn = KINDS[kind](**parameters), table.get("learn", "row")
+    if learn not in ("row", "answer"):
+        raise ConfigError(f"tasks.{name}.learn must be 'row' or 'answer', got {learn!r}")
+    if learn == "answer" and not task.prompt:
+        raise ConfigError(
+            f"tasks.{name}.learn = 'answer': a row of {kind} has no prompt, all of it is learned; leave it out"
+        )
+    return task, merged(common, own), learn == "answer"
 
 
 def _trainer_tables(values: Any, prefix: str) -> Tables:

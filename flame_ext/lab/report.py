@@ -108,9 +108,21 @@ def gather(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Results]]]
     tasks = {task: _of_task([result for result in found if result["run"]["task"] == task]) for task in names}
     objectives = list(dict.fromkeys(Path(run).parts[-2] for run in said["runs"]))  # as Run.folder names them
     missing = [run for run in said["runs"] if not (folder / run / RESULT).is_file()]
-    about = {"plan": said["name"], "done": len(found), "of": len(said["runs"]), "objectives": objectives}
+    reverse = {run: _loss_of(folder / run / RESULT) for run in said.get("reverse", [])}
+    about = {
+        "plan": said["name"],
+        "done": len(found),
+        "of": len(said["runs"]),
+        "objectives": objectives,
+        "reverse": reverse,
+    }
     begun = [run for run in missing if (folder / run / LOG).is_file()]
     return about | {"missing": missing, "begun": begun}, tasks
+
+
+def _loss_of(file: Path) -> float | None:
+    """The last held-out loss of a run; None if it is not done."""
+    return json.loads(file.read_text())["held_out"][-1]["loss"] if file.is_file() else None
 
 
 def _of_task(found: list[dict[str, Any]]) -> dict[str, Results]:
@@ -196,6 +208,13 @@ def markdown(about: dict[str, Any], tasks: dict[str, Any]) -> str:
                     compute,
                 ]
                 lines.append("| " + " | ".join([*cells, *(known.get(n, "–") for n in shown)]) + " |")
+        reverse = {run: loss for run, loss in about["reverse"].items() if run.startswith(f"reverse/{task}/")}
+        if losses := [loss for loss in reverse.values() if loss is not None]:
+            of_reverse = f"Reverse models: {len(losses)} of {len(reverse)} trained, held-out loss {Estimate.of(losses)}"
+            lines += [
+                "",
+                f"{of_reverse}. Their training is in the operations of the objectives that predict their states.",
+            ]
         lines += _not_done([run for run in about["missing"] if run.startswith(f"runs/{task}/")], about["begun"])
     without = [run for run in about["missing"] if Path(run).parts[1] not in tasks]
     return "\n".join([*lines, *_not_done(without, about["begun"])]) + "\n"

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from datasets import disable_progress_bars
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -25,11 +26,14 @@ from flame_ext.files import write_json
 from flame_ext.lab.data import is_written, vocabulary_size, write_task
 from flame_ext.lab.job import JOB, LOG, PLAN, RESULT, SPECIFICATION
 from flame_ext.lab.operations import operations_per_token, tokens_of_a_step
-from flame_ext.lab.plan import Plan, Run, Tables, as_toml
+from flame_ext.lab.plan import Plan, ReverseRun, Run, Tables, as_toml
 from flame_ext.lab.tokenizer import tokenizer_of
 from flame_ext.preflight.parse import parse
 from flame_ext.run.lock import FolderLock
 from flame_ext.run.signals import EXIT_PREEMPTED
+
+Job = Run | ReverseRun
+Needs = dict[Run, ReverseRun]  # runs that predict the states of a reverse model, which is trained before
 
 
 @dataclass
@@ -37,7 +41,7 @@ class _Slot:
     """A place for one run at a time: a device, or a share of the processor's cores."""
 
     environment: dict[str, str]
-    run: Run | None = None
+    run: Job | None = None
     process: subprocess.Popen[bytes] | None = None
 
 
@@ -47,28 +51,47 @@ def run_plan(plan: Plan, folder: Path, jobs: int | None) -> int:
     Raises a UserError if the plan is not the one that the folder was begun with, or if a run fails; the others are run before.
     """
     disable_progress_bar()
+    disable_progress_bars()  # of datasets, that tasks are written as
     lock = FolderLock(folder)
     lock.acquire()
     try:
         runs = list(plan.runs())
-        prepare(plan, runs, folder)
-        waiting = [run for run in runs if not (folder / run.folder / RESULT).is_file()]
-        print(f"{folder}: {len(runs)} runs, {len(runs) - len(waiting)} done", flush=True)
+        needs = prepare(plan, runs, folder)
+        left = [run for run in runs if not (folder / run.folder / RESULT).is_file()]
+        waiting = _with_reverse_models(left, needs, folder)
+        first = f"; {len(waiting) - len(left)} reverse models to train for them" if len(waiting) > len(left) else ""
+        print(f"{folder}: {len(runs)} runs, {len(runs) - len(left)} done{first}", flush=True)
         with _stopped_by_signals() as stop:
-            failed = _run_all(waiting, folder, _slots(jobs), stop)
+            failed = _run_all(waiting, needs, folder, _slots(jobs), stop)
     finally:
         lock.release()
     if failed:
         raise UserError(
-            f"{len(failed)} of {len(runs)} runs failed, the first with: {_last_line(folder / failed[0].folder)}"
+            f"{len(failed)} of {len(waiting) + len(runs) - len(left)} runs failed, the first with: "
+            f"{_last_line(folder / failed[0].folder)}"
         )
     return 0 if all((folder / run.folder / RESULT).is_file() for run in runs) else EXIT_PREEMPTED
 
 
-def prepare(plan: Plan, runs: list[Run], folder: Path) -> None:
+def _with_reverse_models(left: list[Run], needs: Needs, folder: Path) -> list[Job]:
+    """The runs with, before the first that needs it, each reverse model that is not there; results alone do not need it again."""
+    found: dict[Job, None] = {}
+    for run in left:
+        if (needed := needs.get(run)) is not None and not _is_trained(needed, folder):
+            found[needed] = None
+        found[run] = None
+    return list(found)
+
+
+def _is_trained(run: ReverseRun, folder: Path) -> bool:
+    return (folder / run.folder / RESULT).is_file() and (folder / run.export / "config.json").is_file()
+
+
+def prepare(plan: Plan, runs: list[Run], folder: Path) -> Needs:
     """Writes tasks, initial weights, and the configuration of each run, as far as they are not there; checks all configurations.
 
-    Checks what is there before it writes anything, but for the steps of equal compute; the plan's list of runs comes last.
+    Returns the reverse models that runs need. Checks what is there before it writes anything, but for the steps of equal compute; the
+    plan's list of runs comes last.
     """
     evaluation = {"generations": plan.section.generations, "temperature": plan.section.temperature}
     for name, task in plan.tasks.items():
@@ -76,32 +99,55 @@ def prepare(plan: Plan, runs: list[Run], folder: Path) -> None:
     for run in runs:
         _check_begun(_record(run, folder), _sizes(plan, run), "model.", folder)
         if run.budget == "tokens":
-            _check_job(folder / run.folder, plan.job(run, folder))
-        _check_begun(folder / run.folder / SPECIFICATION, evaluation, "plan.", folder / run.folder, others=True)
+            _check_job(folder / run.folder, tables := plan.job(run, folder))
+            if (reverse := plan.reverse(run, tables["training"]["steps"])) is not None:
+                _check_job(folder / reverse.folder, plan.reverse_job(reverse, folder))
+        for file in (SPECIFICATION, RESULT):
+            _check_begun(folder / run.folder / file, evaluation, "plan.", folder / run.folder, others=True)
     for name, task in plan.tasks.items():
         write_task(task, folder / "tasks" / name)
     for run in runs:
         _write_model(plan, run, folder)
     facts: dict[tuple[str, str, str], tuple[Any, Any]] = {}
+    needs: Needs = {}
     for run in runs:  # those of "tokens" come first
         steps = None
         if run.budget == "compute":
             steps = _steps_of_equal_compute(run, {o: facts[run.task, o, "tokens"] for o in plan.objectives})
         tables = plan.job(run, folder, steps)
         _write_job(folder / run.folder, tables)
+        if (reverse := plan.reverse(run, tables["training"]["steps"])) is not None:
+            needs[run] = reverse
         if (kind := (run.task, run.objective, run.budget)) not in facts:
-            config = parse([f"--job.config_file={folder / run.folder / JOB}"])
-            facts[kind] = config, operations_per_token(config)
-        config, operations = facts[kind]
-        said = {
-            "run": asdict(run),
-            "task_folder": str(folder / "tasks" / run.task),
-            **evaluation,
-            **{"steps": tables["training"]["steps"], "tokens_of_a_step": tokens_of_a_step(config)},
-            "operations_per_token": asdict(operations) | {"total": operations.total},
-        }
-        write_json(folder / run.folder / SPECIFICATION, said)
-    write_json(folder / PLAN, {"name": plan.section.name, "runs": [run.folder.as_posix() for run in runs]})
+            facts[kind] = _facts(folder / run.folder, folder / run.model if reverse else None)
+        _write_specification(run, folder, facts[kind], evaluation)
+    for reverse in dict.fromkeys(needs.values()):
+        _write_job(folder / reverse.folder, plan.reverse_job(reverse, folder))
+        _write_specification(reverse, folder, _facts(folder / reverse.folder), {})
+    said = {"name": plan.section.name, "runs": [run.folder.as_posix() for run in runs]}
+    write_json(folder / PLAN, said | {"reverse": sorted({run.folder.as_posix() for run in needs.values()})})
+    return needs
+
+
+def _facts(folder: Path, untrained: Path | None = None) -> tuple[Any, Any]:
+    """A run's configuration, checked, and its operations; ``untrained`` has the shapes of a reverse model that is not there yet."""
+    arguments = [f"--job.config_file={folder / JOB}"]
+    if untrained is not None:
+        arguments += [f"--future_encoder.reverse_model={untrained}", "--future_encoder.assume_reverse"]
+    config = parse(arguments)
+    return config, operations_per_token(config, trains_reverse=untrained is not None)
+
+
+def _write_specification(run: Job, folder: Path, facts: tuple[Any, Any], evaluation: Tables) -> None:
+    config, operations = facts
+    said = {
+        "run": asdict(run),
+        "task_folder": os.path.relpath(folder / "tasks" / run.task, folder / run.folder),
+        **evaluation,
+        **{"steps": config.training.steps, "tokens_of_a_step": tokens_of_a_step(config)},
+        "operations_per_token": asdict(operations) | {"total": operations.total},
+    }
+    write_json(folder / run.folder / SPECIFICATION, said)
 
 
 def _steps_of_equal_compute(run: Run, facts: dict[str, tuple[Any, Any]]) -> int:
@@ -194,20 +240,31 @@ def _devices() -> list[dict[str, str]]:
     return [{variable: name} for name in named[:count]]
 
 
-def _run_all(waiting: list[Run], folder: Path, slots: list[_Slot], stop: list[int]) -> list[Run]:
+def _run_all(waiting: list[Job], needs: Needs, folder: Path, slots: list[_Slot], stop: list[int]) -> list[Job]:
     """Runs them, in their order; ends what runs when ``stop`` has something in it. Returns those that have failed."""
-    failed: list[Run] = []
-    waiting = waiting[::-1]
+    failed: list[Job] = []
+    untrained = {run for run in waiting if isinstance(run, ReverseRun)}
+
+    def is_ready(run: Job) -> bool:
+        return isinstance(run, ReverseRun) or needs.get(run) not in untrained
+
     while any(slot.process for slot in slots) or (waiting and not stop):
         for slot in slots:
             if slot.process is not None and (code := slot.process.poll()) is not None:
                 assert slot.run is not None
                 failed += [slot.run] if code not in (0, EXIT_PREEMPTED, -signal.SIGTERM) else []
                 print(f"{slot.run.folder}: {_words(code, folder / slot.run.folder)}", flush=True)
+                if code == 0:
+                    untrained -= {slot.run}
+                elif isinstance(slot.run, ReverseRun):
+                    without = [run for run in waiting if isinstance(run, Run) and needs.get(run) == slot.run]
+                    waiting = [run for run in waiting if run not in without]
+                    print(f"{slot.run.folder}: {len(without)} runs wait for it and are not begun", flush=True)
                 slot.process = None
-            if slot.process is None and waiting and not stop:
-                slot.run = waiting.pop()
-                slot.process = _start(folder / slot.run.folder, slot.environment)
+            ready = None if slot.process or stop else next(filter(is_ready, waiting), None)
+            if ready is not None:
+                waiting = [run for run in waiting if run != ready]
+                slot.run, slot.process = ready, _start(folder / ready.folder, slot.environment)
             elif slot.process is not None and stop:
                 slot.process.terminate()  # again and again, since it may not listen yet
         time.sleep(0.2 if not stop else 1)
@@ -223,7 +280,8 @@ def _start(folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]
 
 def _words(code: int, folder: Path) -> str:
     if code == 0:
-        figures = json.loads((folder / RESULT).read_text())["figures"]
+        result = json.loads((folder / RESULT).read_text())
+        figures = result["figures"] or {"held-out loss": result["held_out"][-1]["loss"]}
         return "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if isinstance(value, float))
     return (
         "stopped" if code in (EXIT_PREEMPTED, -signal.SIGTERM) else f"failed with exit code {code}, see {folder / LOG}"

@@ -60,7 +60,8 @@ class StudentLosses:
         if rows == slice(None):
             return self
         future = None if self.future is None else self.future.rows(rows, *self.labels.shape)
-        whole = Sequences(self.whole.input_ids[rows], self.whole.doc_ids[rows], self.whole.parts)
+        tokens, documents, parts, labels = self.whole
+        whole = Sequences(tokens[rows], documents[rows], parts, None if labels is None else labels[rows])
         return replace(self, future=future, inputs=self.inputs[rows], labels=self.labels[rows], whole=whole)
 
     def __call__(self, logits: Tensor, hidden_states: Tensor, unembed: Unembed | None = None) -> LossOutput:

@@ -179,10 +179,11 @@ class Planner:
         """The selected sequences, and this micro-batch's numbers of pairs and of positions."""
         doc_ids, labels = self._documents_for_summaries(microbatch.inputs), microbatch.labels
         valid = has_future(doc_ids)
-        pairs = pair_mask(valid, doc_ids, shift)
+        labelled = labels != IGNORE_INDEX
+        pairs = pair_mask(valid, doc_ids, shift) & labelled  # as padding, a position without a label predicts nothing
         # Numbers are those of all sequences times the share that is used: a sum over the selected ones is then unbiased.
         share = 1.0 if selection is None else len(selection) / len(labels)
-        numbers = pairs.sum() * share, (valid & (labels != IGNORE_INDEX)).sum() * share
+        numbers = pairs.sum() * share, (valid & labelled).sum() * share
         chosen = None if selection is None else selection.tolist()
         if selection is not None:
             selection = self._moved(selection)

@@ -45,7 +45,8 @@ class Student:
         if self._teacher is not None:
             self._teacher.teach(plan, microbatch, lambda rows: self.attention(microbatch.inputs, rows))
         inputs, labels, _, _ = self._prepared({"input": microbatch.inputs["input"]}, microbatch.labels)
-        whole = Sequences(microbatch.inputs["input"], microbatch.doc_ids, self._runner.model.context)
+        context = self._runner.model.context
+        whole = Sequences(microbatch.inputs["input"], microbatch.doc_ids, context, microbatch.labels)
         losses = StudentLosses(self._losses, plan, microbatch.future, inputs, labels, whole)
 
         def inputs_of(rows: slice) -> dict[str, Any]:

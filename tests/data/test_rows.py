@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flame_ext.data.rows import RowError, checked, is_mask, unpadded
+from flame_ext.data.documents import READ_ONLY, without_marks
+from flame_ext.data.rows import LEARNED, RowError, checked, is_mask, unpadded
 from flame_ext.errors import ConfigError
 
 
@@ -37,18 +38,43 @@ def test_padding_is_left_out(kind: Any, columns: dict, read: list[int]) -> None:
     assert list(unpadded(row(**columns))) == read
 
 
+@pytest.mark.parametrize("kind", [list, np.array])
+@pytest.mark.parametrize(
+    ("columns", "labels"),
+    [
+        ({"labels": [-100, -100, 7, 8, 9]}, [None, None, 7, 8, 9]),
+        ({"labels": [5, 6, -100, 8, 9]}, [5, 6, None, 8, 9]),
+        ({"labels": [-100, -100, 7, 8, -100]}, [None, None, 7, 8]),  # without attention, the end is padding
+        ({"labels": [-100, -100, 7, 8, -100], "attention_mask": [1] * 5}, [None, None, 7, 8, None]),
+        ({"labels": [5, 6, 7, -100, -100], "attention_mask": [1] * 5}, [5, 6, 7, None, None]),
+        ({"labels": [-100] * 5, "attention_mask": [1] * 5}, [None] * 5),
+        ({"labels": [-100, -100, 7, 8, -100], "attention_mask": [0, 1, 1, 1, 0]}, [6, 7, 8]),
+        ({"labels": [-100, -100, -100, 8, -100], "attention_mask": [0, 1, 1, 1, 0]}, [None, None, 8]),
+        ({"labels": [-100, 6, 7, 8, 9]}, [5, 6, 7, 8, 9]),  # nothing before it: the first one has no say
+        ({"completion_mask": [0, 0, 1, 1, 1], "assistant_masks": [1, 1, 1, 0, 1]}, [None, None, 7, None, 9]),
+        ({"labels": [-100, 6, 7, 8, 9], "loss_mask": [1, 1, 1, 1, 0]}, [None, 6, 7, 8, None]),
+        *(({name: [0, 0, 0, 1, 1]}, [None, None, None, 8, 9]) for name in LEARNED),
+    ],
+)
+def test_masked_tokens_are_read_and_not_predicted(kind: Any, columns: dict, labels: list[int | None]) -> None:
+    found = unpadded(row(**{name: kind(mask) for name, mask in columns.items()}))
+    begin = columns.get("attention_mask", [1]).index(1)
+    assert [None if token >= READ_ONLY else token for token in found] == labels
+    assert without_marks(np.asarray(found)).tolist() == row()["input_ids"][begin : begin + len(labels)]
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
         ({"attention_mask": [1, 0, 1, 1, 1]}, "column 'attention_mask' is not 1 between"),
         ({"attention_mask": [1, 1, 2, 2, 2]}, "column 'attention_mask' is not 1 between"),
-        ({"labels": [-100, -100, 7, 8, 9]}, "column 'labels' differs from input_ids"),
-        ({"labels": [5, 6, -100, 8, 9]}, "column 'labels' differs"),
-        ({"attention_mask": [1] * 5, "labels": [5, 6, 7, -100, -100]}, "column 'labels' differs"),
-        ({"labels": [6, 7, 8, 9, -100]}, "column 'labels' differs"),
+        ({"labels": [6, 7, 8, 9, -100]}, "column 'labels' has 7 at token 2, which is 6"),
+        ({"labels": [5, 6, 7, 0, 0]}, "column 'labels' has 0 at token 4, which is 8"),
+        ({"labels": [-100, -100, 7, 9, 9], "attention_mask": [1] * 5}, "column 'labels' has 9 at token 4, which is 8"),
         ({"labels": [5, 6]}, r"column 'labels' has the shape \(2,\) beside 5 input_ids"),
-        ({"loss_mask": [1, 0, 1, 1, 1]}, "column 'loss_mask' masks tokens"),
-        ({"assistant_masks": [0, 0, 0, 1, 1]}, "column 'assistant_masks' masks tokens"),
+        ({"loss_mask": [1, 0, 1, 1, 2]}, "column 'loss_mask' is not 0 or 1 everywhere"),
+        ({"completion_mask": [0.0, 1.0, 1.0, 0.5, 1.0]}, "column 'completion_mask' is not 0 or 1 everywhere"),
+        ({"prompt_mask": [1, 1, 1, 0, 0]}, "column 'prompt_mask' masks tokens, and nothing says what its 0 means"),
         ({"loss_weights": [1.0, 1.0, 0.5, 1.0, 1.0]}, "column 'loss_weights' masks tokens"),
     ],
 )

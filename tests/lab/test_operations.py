@@ -61,6 +61,10 @@ def test_a_reverse_model_costs_a_forward_of_its_own(tmp_path: Path) -> None:
     anticausal = operations_per_token(job(**FUTURE))
     assert found[1] == anticausal  # the tiny model has four layers
     assert 0 < found[0].teacher < found[1].teacher and found[0].backbone == found[1].backbone
+    # Trained by the lab on as many tokens, one of four layers, as the tiny model, costs what the backbone does.
+    config = job(**{**FUTURE, "future_encoder": options})
+    trained = operations_per_token(config, trains_reverse=True)
+    assert trained.reverse_training == trained.backbone and trained.total == found[1].total + trained.backbone
 
 
 def test_comparisons_are_those_of_the_loss() -> None:

@@ -57,6 +57,44 @@ def test_plans_that_are_shown_are_plans(tmp_path: Path) -> None:
     assert all(list(read_plan(file).runs()) for file in TINY.parent.glob("*.toml"))
 
 
+def test_a_task_is_learned_as_a_whole_unless_it_says_that_its_answers_are(tmp_path: Path) -> None:
+    text = TINY.read_text().replace('kind = "siblings"', 'kind = "siblings"\nlearn = "answer"')
+    (tmp_path / "plan.toml").write_text(text)
+    plan = read_plan(tmp_path / "plan.toml")
+    for run in plan.runs():
+        job, rows = plan.job(run, tmp_path), tmp_path / "tasks" / run.task
+        ending = "" if run.task == "siblings" else ".npy"
+        assert job["data"]["sources"] == [{"path": f"{rows / 'train'}{ending}", "label": "train"}]
+        assert job["validation"]["sources"] == [{"path": f"{rows / 'test'}{ending}", "label": "test"}]
+
+
+def test_a_reverse_model_is_trained_as_the_runs_that_predict_its_states(tmp_path: Path) -> None:
+    objective = """[objectives.reverse]
+future_encoder.enable = true
+future_encoder.summary_method = "reverse_lm"
+future_predictor.enable = true
+"""
+    text = TINY.read_text().replace('kind = "siblings"', 'kind = "siblings"\nlearn = "answer"')
+    given = objective.replace("[objectives.reverse]", "[objectives.given]") + 'future_encoder.reverse_model = "there"\n'
+    (tmp_path / "plan.toml").write_text(text + objective + given)
+    plan = read_plan(tmp_path / "plan.toml")
+    ntp, reverse, named = (Run("siblings", objective, 0, "tokens") for objective in ("ntp", "reverse", "given"))
+    assert plan.reverse(ntp, 40) is None and plan.reverse(named, 40) is None
+    assert plan.job(named, tmp_path)["future_encoder"]["reverse_model"] == "there"
+    for steps in (None, 7):  # the plan's, and those of equal compute
+        needed = plan.reverse(reverse, steps or 40)
+        assert needed is not None and needed.model == reverse.model
+        trained, plain = plan.reverse_job(needed, tmp_path), plan.job(ntp, tmp_path, steps)
+        using = plan.job(reverse, tmp_path, steps)["future_encoder"]["reverse_model"]
+        assert Path(using) == Path(trained["job"]["dump_folder"], "hf", f"step-{steps or 40}")
+        assert trained["data"].pop("reverse") is True
+        rows = [table[name].pop("sources")[0]["path"] for table in (trained, plain) for name in ("data", "validation")]
+        assert [Path(path).name for path in rows] == ["train.npy", "test.npy", "train", "test"], (
+            "whole rows, and answers"
+        )
+        assert trained.pop("job") != plain.pop("job") and trained == plain
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -66,6 +104,12 @@ def test_plans_that_are_shown_are_plans(tmp_path: Path) -> None:
         ("hidden_size = 32", "hiden_size = 32", "unknown key 'model.hiden_size'"),
         ('"llama"', '"lama"', "model.model_type must be a type of transformers"),
         ('kind = "path_star"', 'kind = "path"', "tasks.star.kind must be one of path_star, siblings"),
+        ("degree = 2", 'learn = "answers"', "tasks.star.learn must be 'row' or 'answer', got 'answers'"),
+        (
+            'kind = "siblings"\nparents = 4\nchildren = 10',
+            'kind = "text"\nlearn = "answer"',
+            "tasks.siblings.learn = 'answer': a row of text has no prompt",
+        ),
         ("degree = 2", "degrees = 2", "unknown key 'tasks.star.degrees'"),
         ("degree = 2", 'degree = "2"', "'tasks.star.degree' must be an integer"),
         ("nodes = 12", "nodes = 3", "nodes must be >= 5"),

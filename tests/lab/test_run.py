@@ -16,7 +16,7 @@ import pytest
 from flame_ext.errors import ConfigError, UserError
 from flame_ext.lab.job import RESULT
 from flame_ext.lab.plan import Run, read_plan
-from flame_ext.lab.report import gather, markdown, summary
+from flame_ext.lab.report import gather, markdown, operations, summary
 from flame_ext.lab.run import _steps_of_equal_compute, prepare
 from flame_ext.lab.tasks import KINDS
 from flame_ext.preflight.parse import parse
@@ -95,6 +95,72 @@ def test_every_task_runs_with_a_teacher(tmp_path: Path) -> None:
     (of_text,) = found["text"]["tokens"]["future"]
     # The evaluation and the trainer's validation read the same rows, each in its own way.
     assert of_text["figures"]["loss_answer"] == pytest.approx(of_text["held_out"][-1]["loss"], rel=1e-5)
+
+
+REVERSE = """[objectives.reverse]
+future_encoder.enable = true
+future_encoder.summary_method = "reverse_lm"
+future_predictor.enable = true
+"""
+
+
+@pytest.mark.matrix
+def test_a_reverse_model_is_trained_first_and_results_alone_are_enough_to_go_on(tmp_path: Path) -> None:
+    head, _, _ = TINY.read_text().partition("[tasks.star]")
+    task = '[tasks.sum]\nkind = "global_constraint"\nlearn = "answer"\nearly = 4\ntrain = 300\ntest = 40\n'
+    text = head.replace("steps = 40", "steps = 8").replace("[plan]", "[plan]\nequal_compute = true")
+    (tmp_path / "plan.toml").write_text(text + task + REVERSE + "[objectives.ntp]\n")
+    command = ["lab", "run", str(tmp_path / "plan.toml"), "--jobs=2", "--output"]
+    whole = tmp_path / "whole"
+    assert main([*command, str(whole)]) == 0
+    results = {file.relative_to(whole): json.loads(file.read_text()) for file in whole.rglob(RESULT)}
+    assert len(results) == 4 + 2, "runs of two objectives and budgets, and a reverse model for each budget"
+    trained = {result["run"]["steps"] for path, result in results.items() if path.parts[0] == "reverse"}
+    using = [result for result in results.values() if result["run"].get("objective") == "reverse"]
+    assert trained == {result["steps"] for result in using} and len(trained) == 2
+    spent = {(r["run"]["objective"], r["run"]["budget"]): operations(r) for r in results.values() if r["figures"]}
+    assert spent["reverse", "compute"] < spent["reverse", "tokens"] / 2, "its training is counted"
+    assert "Reverse models: 2 of 2 trained" in table(whole)
+    (ntp,) = (r for r in results.values() if r["run"].get("objective") == "ntp" and r["run"]["budget"] == "tokens")
+    # The trainer's validation and the evaluation both look at the answer alone.
+    assert ntp["held_out"][-1]["loss"] == pytest.approx(ntp["figures"]["loss_answer"], rel=1e-5)
+
+    copied = tmp_path / "copied"  # results alone, but that of the run of the objective at equal tokens
+    missing = Path("runs", "sum", "reverse", "tokens-seed-0", RESULT)
+    for path in results.keys() - {missing}:
+        (copied / path).parent.mkdir(parents=True)
+        shutil.copy(whole / path, copied / path)
+    assert main([*command, str(copied)]) == 0
+    again = json.loads((copied / missing).read_text())
+    assert again == json.loads((whole / missing).read_text()), "the same tasks, weights and reverse model"
+    assert len([*copied.rglob("log.txt")]) == 2, "that run and its reverse model"
+
+
+def test_runs_wait_for_their_reverse_model(
+    tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+
+    def start(folder: Path, _environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        begun.append(folder.relative_to(tmp_path / "out").as_posix())
+        if folder.parts[-3] == "reverse" and "siblings" in folder.parts:
+            return subprocess.Popen(["sh", "-c", f"sleep 1; echo what is wrong > {folder}/log.txt; exit 3"])
+        result = {"figures": {"exact": 0.5}, "held_out": [{"loss": 1.0}]}
+        return subprocess.Popen(["sh", "-c", f"sleep 0.5; echo '{json.dumps(result)}' > {folder}/result.json"])
+
+    monkeypatch.setattr("flame_ext.lab.run._start", start)
+    (tmp_path / "plan.toml").write_text(TINY.read_text() + REVERSE)
+    command = ["lab", "run", str(tmp_path / "plan.toml"), "--output", str(tmp_path / "out"), "--jobs=3"]
+    assert main(command) == 2
+    found, name = capfd.readouterr(), "tokens-seed-0"
+    assert "6 runs, 0 done; 2 reverse models to train for them" in found.out
+    assert begun == [
+        *(f"runs/star/ntp/{name}", f"runs/star/mtp/{name}", "reverse/star/40-steps-seed-0"),
+        *begun[3:],
+    ]
+    assert begun.index(f"runs/star/reverse/{name}") > 3 and f"runs/siblings/reverse/{name}" not in begun
+    assert "reverse/siblings/40-steps-seed-0: 1 runs wait for it and are not begun" in found.out
+    assert "1 of 8 runs failed, the first with: what is wrong (" in found.err
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import load_from_disk
 from transformers import AutoTokenizer
 
 from flame_ext.errors import UserError
@@ -183,6 +184,20 @@ def test_other_solutions_of_countdown_are_right_and_wrong_ones_are_not(tmp_path:
     }
     ids = np.array([tokenizer(row)["input_ids"] for row in rows])
     assert dict(zip(rows, task.right(ids, ids), strict=True)) == rows
+
+
+def test_rows_are_there_with_their_prompts_masked(tmp_path: Path) -> None:
+    task = PathStar(train=20, test=5, path_length=3, nodes=9)
+    write_task(task, tmp_path / "task")
+    found = read_task(tmp_path / "task")
+    for split, rows in (("train", found.train), ("test", found.test)):
+        data = load_from_disk(tmp_path / "task" / split)
+        assert data["input_ids"][:] == rows.tolist()
+        equals = [row.index(task.words().index("=") + 2) for row in data["input_ids"]]
+        assert [mask.index(1) for mask in data["completion_mask"]] == [at + 1 for at in equals], (
+            "from the start node on"
+        )
+        assert all(mask == sorted(mask) for mask in data["completion_mask"])
 
 
 def test_creativity_counts_what_is_coherent_new_and_distinct() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flame_ext.data.packing import PADDING
-from flame_ext.heads.spec import KeyBank
+from flame_ext.heads.spec import HeadBatch, KeyBank, Sequences
 from flame_ext.preflight.parse import parse
 from flame_ext.step.plan import Batch, FutureRows, Planner, StepPlan
 from tests.ranks import DEBUG_TOML
@@ -94,3 +94,39 @@ def test_parts_of_a_micro_batch_keep_their_keys(selection: torch.Tensor | None) 
     assert torch.equal(torch.cat([part.pairs for part in parts]), pairs)
     assert all(part.bank is bank for part in parts)
     assert [part.first_key for part in parts] == [100 + 6 * sum(len(p.pairs) for p in parts[:i]) for i in range(5)]
+
+
+def test_what_is_only_read_predicts_nothing_and_is_no_target() -> None:
+    labels = torch.tensor([[-100, -100, -100, 8, 9, 5], [5, 6, -100, -100, 8, 9]])
+    tokens = torch.tensor([[4, 5, 6, 7, 8, 9], [4, 5, 6, 7, 7, 8]])
+    documents = torch.tensor([[0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1]])
+    found = plan(1, "--action_layer.enable", batches=[({"input": tokens, "doc_ids": documents}, labels)])
+    future = found.microbatches[0].future
+    assert future is not None
+    pairs = [  # t has a label, and t + 1 a future in the document of t
+        (row, t)
+        for row in range(2)
+        for t in range(4)
+        if labels[row, t] != -100 and documents[row, t] == documents[row, t + 2]
+    ]
+    assert [*map(tuple, future.pairs.nonzero().tolist())] == pairs == [(0, 3), (1, 0), (1, 1)]
+    assert (found.tokens, found.pairs) == (7, 3) and found.positions == 4
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_upcoming_tokens_are_labels_of_positions_with_a_label(whole: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 50, (4, 12), generator=generator)
+    learned = torch.rand(4, 13, generator=generator) < 0.6
+    labels = torch.where(learned[:, 1:], torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=7), -100)
+    documents = (torch.rand(4, 12, generator=generator) < 0.2).long().cumsum(1)
+    sequences = Sequences(tokens, documents, labels=labels) if whole else None
+    batch = HeadBatch(torch.zeros(4, 12, 1), torch.zeros(0), tokens, labels, documents, torch.ones(()), whole=sequences)
+    expected = torch.full((4, 12, 3), -1)
+    for row in range(4):
+        for t in range(12):
+            for distance in (1, 2, 3):
+                inside = t + distance < 12 and documents[row, t] == documents[row, t + distance]
+                if inside and learned[row, t + 1] and learned[row, t + distance]:
+                    expected[row, t, distance - 1] = tokens[row, t + distance]
+    assert batch.upcoming(3).equal(expected) and (expected >= 0).any()
