@@ -43,7 +43,7 @@ class MemoryLog(TorchDispatchMode):
     ``part_of`` names what a new tensor belongs to, given the files of the functions that it is made in, innermost first.
     """
 
-    def __init__(self, fake_mode: FakeTensorMode, part_of: Callable[[Tensor, Iterator[str]], str]) -> None:
+    def __init__(self, fake_mode: FakeTensorMode, part_of: Callable[[Tensor, list[str]], str]) -> None:
         super().__init__()
         self._fake_mode, self._part_of = fake_mode, part_of
         self._events: list[tuple[_Record, int]] = []  # bytes more or less, in order
@@ -140,8 +140,10 @@ def _one(dtype: torch.dtype) -> bool | int | float:
     return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
 
 
-def _files() -> Iterator[str]:
-    frame = sys._getframe(2)
+def _files() -> list[str]:
+    """The files of the functions that are running, innermost first."""
+    names, frame = [], sys._getframe(2)
     while frame is not None:
-        yield frame.f_code.co_filename
+        names.append(frame.f_code.co_filename)
         frame = frame.f_back  # type: ignore[assignment]
+    return names

@@ -12,7 +12,6 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
 from contextlib import ExitStack
 from operator import attrgetter
 from pathlib import Path
@@ -95,7 +94,7 @@ class _Namer:
             if weight is not None:
                 self._vocabularies |= {len(weight), len(weight.to_local() if isinstance(weight, DTensor) else weight)}
 
-    def part_of(self, tensor: Tensor, files: Iterator[str]) -> str:
+    def part_of(self, tensor: Tensor, files: list[str]) -> str:
         """Files of functions, innermost first; else copies and gradients of weights by their shape, and logits by theirs."""
         for file in files:
             for piece, part in _PARTS.items():
