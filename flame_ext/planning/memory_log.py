@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+_PROPAGATION = "torch/distributed/tensor/_sharding_prop"  # runs operations on whole tensors for their shapes alone
+
 
 @dataclass
 class _Record:
@@ -79,7 +81,10 @@ class MemoryLog(TorchDispatchMode):
             storage = local.untyped_storage()
             record = self._records.get(storage)
             if record is None:
-                record = self._records[storage] = _Record(part or self._part_of(local, _files()))
+                files = _files()
+                if any(_PROPAGATION in file for file in files):
+                    continue
+                record = self._records[storage] = _Record(part or self._part_of(local, files))
                 self._resized(record, storage.nbytes())
                 weakref.finalize(storage, self._resized, record, 0).atexit = False
             elif part is not None:

@@ -88,6 +88,7 @@ data_parallel_shard_degree = -1   # FSDP over all GPUs
 
 [activation_checkpoint]
 mode = "{checkpointing}"{pad}# "none" is faster and takes more memory, "full" slower and takes less
+selective_ac_option = "op"        # keeps what is expensive to compute again
 
 [compile]
 enable = {compiled}
