@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 from flame_ext.config.manager import FlameConfigManager
 from flame_ext.errors import ConfigError, UserError
@@ -52,10 +58,17 @@ def imagined(options: Sequence[str], machine: Machine) -> Plan:
     return Plan(tuple(options), machine, found)
 
 
+def imagined_job(options: Sequence[str], machine: Machine) -> Plan:
+    """The same of a TOML, which is the only option."""
+    config = FlameConfigManager(job_config_class).parse_args([*options])
+    batch, checkpointing = config.training.local_batch_size, config.activation_checkpoint.mode
+    return imagined([f"--training.local_batch_size={batch}", f"--activation_checkpoint.mode={checkpointing}"], machine)
+
+
 @pytest.fixture
 def by_imagination(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (remedies, starting):
-        monkeypatch.setattr(module, "make_plan", imagined)
+    monkeypatch.setattr(remedies, "make_plan", imagined)
+    monkeypatch.setattr(starting, "make_plan", imagined_job)
 
 
 def test_what_follows_from_a_rehearsal() -> None:
@@ -72,7 +85,7 @@ def test_what_follows_from_a_rehearsal() -> None:
     ("machine", "options"),
     [
         (Machine(8, 50), ["--training.local_batch_size=4", "--training.global_batch_size=64"]),
-        (Machine(8, 33), ONE_SEQUENCE),
+        (Machine(8, 28), ONE_SEQUENCE),
         (Machine(8, 24.5), [*ONE_SEQUENCE, "--activation_checkpoint.mode=full"]),
         (Machine(8, 5), [*ONE_SEQUENCE, "--activation_checkpoint.mode=full", "--training.enable_cpu_offload"]),
     ],
@@ -107,7 +120,7 @@ def test_a_first_job_takes_the_largest_batch_that_fits(by_imagination: None) -> 
     assert "local_batch_size = 8 " in settings(80)
     assert "local_batch_size = 4 " in settings(50)
     smallest = settings(24.5)
-    assert "local_batch_size = 1 " in smallest and 'mode = "full"' in smallest
+    assert "local_batch_size = 2 " in smallest and 'mode = "full"' in smallest
     with pytest.raises(UserError, match=r"nothing that was tried fits 8 x 3 GB; give more --gpus"):
         settings(3)
 
@@ -132,11 +145,9 @@ def test_options_of_the_trainer_belong_to_plan_alone(
         return imagined(options, machine)
 
     monkeypatch.setattr("flame_ext.planning.plan.make_plan", note)
-    assert (
-        main(["plan", "x.toml", "--gpus", "8", "--training.local_batch_size", "4", "--compile.enable", "--json"]) == 0
-    )
+    assert main(["plan", "x.toml", "--gpus", "8", "--training.steps", "4", "--compile.enable", "--json"]) == 0
     options, machine = seen[0]
-    assert options == ["--job.config_file=x.toml", "--training.local_batch_size", "4", "--compile.enable"]
+    assert options == ["--job.config_file=x.toml", "--training.steps", "4", "--compile.enable"]
     assert machine == Machine(8) and json.loads(capsys.readouterr().out)["tokens_per_step"] == 64_000
     with pytest.raises(SystemExit, match="2"):
         main(["inspect", str(TINY_OLMO), "--training.local_batch_size", "4"])

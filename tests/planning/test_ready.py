@@ -25,5 +25,5 @@ def test_a_ready_job_fits(name: str, tmp_path: Path) -> None:
     plan = make_plan([f"--job.config_file={FOLDER / name}.toml", *paths], Machine(ranks=8))
     assert plan.rehearsal.parameters["backbone"] == READY[name][1]
     assert plan.rehearsal.tokens == 2**19
-    assert plan.fits and plan.rehearsal.peak > 0.25 * 80e9, f"{plan.rehearsal.peak / 1e9:.1f} GB"
+    assert plan.fits and plan.rehearsal.peak > 0.15 * 80e9, f"{plan.rehearsal.peak / 1e9:.1f} GB"
     print(f"{name}: {plan.rehearsal.peak / 1e9:.1f} GB, {plan.seconds(0.4):.2f} s", plan.rehearsal.parts)
