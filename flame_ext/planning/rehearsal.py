@@ -90,7 +90,7 @@ class _Namer:
         for model in models:
             self._shapes.update(parameter.shape for parameter in model.parameters())
             output = model.get_output_embeddings()
-            weight = None if output is None else output.weight
+            weight = getattr(output, "weight", None)  # a stage of a pipeline may have none
             if weight is not None:
                 self._vocabularies |= {len(weight), len(weight.to_local() if isinstance(weight, DTensor) else weight)}
 

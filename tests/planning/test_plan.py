@@ -168,9 +168,10 @@ def test_the_debug_job_from_end_to_end(dump_folder: Path, capsys: pytest.Capture
     found = json.loads(capsys.readouterr().out)
     assert found["parameters"] == {"backbone": 1_082_368, "future_encoder": 0, "future_predictor": 66_176}
     assert found["tokens_per_step"] == 2 * 8 * 256 and found["fits"]
-    train(dump_folder, "--training.steps=2", "--checkpoint.last_save_model_only=false", world_size=2)
+    train(dump_folder, "--training.steps=2", world_size=2)
     (step,) = (dump_folder / "checkpoint").glob("step-*")
-    assert found["checkpoint_bytes"] == pytest.approx(sum(f.stat().st_size for f in step.glob("*.distcp")), rel=0.05)
+    on_disk = sum(file.stat().st_size for file in step.glob("*.distcp"))
+    assert found["checkpoint_bytes"] <= on_disk < found["checkpoint_bytes"] + 1.5e6  # of headers and the dataloader
     report = json.loads((dump_folder / "seed_report.json").read_text())
     assert found["seeding_bytes_per_node"] == pytest.approx(report["bytes_read"], rel=0.05)
 
