@@ -12,7 +12,8 @@ use a name, and what for; "patched" means replaced for a time. tests/host/test_t
 name in 0.2.2                      used in: for                            in 0.3.0rc1
 =================================  ======================================  ===============================================
 torchtitan.train
-  Trainer                          trainer: its base                       moved to torchtitan.trainer
+  Trainer                          trainer: its base,                      moved to torchtitan.trainer
+                                   planning.rehearsal: without lock
   CheckpointManager                host.patches: patched with ours         ``Trainer.Config.checkpoint`` names the class
   ensure_pp_loss_visible           host.patches: patched, wrong here       the same, in torchtitan.trainer
 torchtitan.tools
@@ -35,7 +36,8 @@ torchtitan.protocols
 torchtitan.protocols.train_spec
   ParallelizeFunction              model.pipeline: type                    moved to ``protocols.model_spec``
   TrainSpec                        assembly: parts of a run                gone: ``ModelSpec`` and ``Trainer.Config``
-  register_train_spec              assembly: ``model.name``                gone: ``--module`` names a module
+  register_train_spec              assembly: ``model.name``,               gone: ``--module`` names a module
+                                   planning.rehearsal: one without data
 torchtitan.protocols.model_converter
   _registry_model_converter_cls    assembly, preflight.model: all          gone: ``ModelConfigConverter``, which changes
                                    converters, to wrap those to float8     the configuration of a model, not the model

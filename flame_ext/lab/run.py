@@ -25,9 +25,9 @@ from flame_ext.errors import ConfigError, UserError
 from flame_ext.files import write_json
 from flame_ext.lab.data import is_written, vocabulary_size, write_task
 from flame_ext.lab.job import JOB, LOG, PLAN, RESULT, SPECIFICATION
-from flame_ext.lab.operations import operations_per_token, tokens_of_a_step
 from flame_ext.lab.plan import Plan, ReverseRun, Run, Tables, as_toml
 from flame_ext.lab.tokenizer import tokenizer_of
+from flame_ext.operations import operations_per_token, tokens_of_a_step
 from flame_ext.preflight.parse import parse
 from flame_ext.run.lock import FolderLock
 from flame_ext.run.signals import EXIT_PREEMPTED

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from flame_ext.errors import UserError
 from flame_ext.files import expanded
-from flame_ext.tools import convert, information, inspect, plot
+from flame_ext.tools import convert, information, init, inspect, plan, plot
 
 _PATHS = {"against", "assets", "config_file", "destination", "output", "path", "plan", "source"}
 
@@ -17,14 +17,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from flame_ext.lab import command as lab  # above this layer, and the only way into it
 
     about = (
-        "Look at, compare and convert checkpoints; draw the curves of runs; measure what a model knows of the future; compare "
-        "objectives."
+        "Plan jobs; look at, compare and convert checkpoints; draw the curves of runs; measure what a model knows of the future; "
+        "compare objectives."
     )
     parser = argparse.ArgumentParser(prog="flame-ext", description=about)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (inspect, convert, plot, information, lab):
+    for command in (plan, init, inspect, convert, plot, information, lab):
         command.add_parser(commands)
-    options = parser.parse_args(arguments)
+    options, others = parser.parse_known_args(arguments)
+    if others and not hasattr(options, "trainer_options"):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    options.trainer_options = others
     if arguments is None:  # `| head` ends the command by the signal, not with exit code 1, which means "differs"
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names in files may be any text

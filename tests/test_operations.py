@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flame_ext.heads.registry import job_config_class
-from flame_ext.lab.operations import operations_per_token, tokens_of_a_step
 from flame_ext.objective.contrastive import info_nce
+from flame_ext.operations import operations_per_token, tokens_of_a_step
 from tests.ranks import TINY_OLMO
 
 BATCH, LENGTH, SIZE = 2, 24, 128
