@@ -155,7 +155,8 @@ def _build(config: FlameJobConfig, folder: Path) -> _Trainer:
     register_train_spec(_NAME, dataclasses.replace(build_train_spec(), build_dataloader_fn=None))
     config.model.name, config.job.dump_folder = _NAME, str(folder)
     config.checkpoint.enable = config.validation.enable = config.profiling.enable_profiling = False
-    config.metrics.enable_tensorboard = config.metrics.enable_wandb = False
+    for tracker in ("tensorboard", "wandb", "trackio"):
+        setattr(config.metrics, f"enable_{tracker}", False)
     trainer = _Trainer(config)
     trainer.metrics_processor.should_log = lambda _step: False
     return trainer
