@@ -17,14 +17,14 @@ from tests.ranks import REPOSITORY, run_ranks
 
 WIDE = Shape(layers=4, hidden=512, intermediate=2048, heads=8, vocabulary=8192, batch=4, seq_len=512)
 MANY_TOKENS = Shape(layers=2, hidden=256, intermediate=688, heads=4, vocabulary=50304, batch=4, seq_len=512)
-LONG = Shape(layers=4, hidden=512, intermediate=2048, heads=8, vocabulary=4096, batch=4, seq_len=1024)
+LONG = Shape(layers=4, hidden=512, intermediate=2048, heads=8, vocabulary=4096, batch=2, seq_len=1024)
 HEADS = ("--action_layer.enable", "--action_layer.top_k=4", "--future_predictor.head_type=linear")
 JOBS = {
     "cross-entropy": (WIDE, tuple(PLAIN)),
     "heads, many tokens": (MANY_TOKENS, HEADS),
     "full checkpointing, accumulation": (
         LONG,
-        (*PLAIN, "--activation_checkpoint.mode=full", "--training.global_batch_size=8"),
+        (*PLAIN, "--activation_checkpoint.mode=full", "--training.global_batch_size=4"),
     ),
 }
 
