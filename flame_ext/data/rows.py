@@ -66,8 +66,10 @@ def used_columns(where: str, names: tuple[str, ...], text_field: str) -> list[st
     """
     field = next((name for name in (text_field, TOKENS_FIELD) if name in names), None)
     masks = [name for name in names if is_mask(name)]
-    if field is None or field == TOKENS_FIELD or not masks:
-        return [field, *masks * (field == TOKENS_FIELD)] if field else []
+    if field is None:
+        return []
+    if field == TOKENS_FIELD or not masks:
+        return [field, *masks]
     instead = (
         "set text_field"
         if TOKENS_FIELD in names

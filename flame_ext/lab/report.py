@@ -29,11 +29,8 @@ FIGURES = {  # of a run, and what a table says above them
     "loss_equal_tokens": "held-out loss, equal tokens",
     "loss_equal_compute": "held-out loss, equal compute",
 }
-LEARNED = {
-    "answer": " of the answer",
-    "row": " of the row",
-    None: "",
-}  # what a run's loss is of; an early result does not say
+# What a run's losses are of; an early result does not say.
+OF_WHAT = {"answer": " of the answer", "row": " of the row", None: ""}
 # Student's t, 97.5 %, of 1 to 30 degrees of freedom
 _STUDENT = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
@@ -207,7 +204,7 @@ def markdown(about: dict[str, Any], tasks: dict[str, Any]) -> str:
             if budget == "compute":  # these runs end there: nothing has to be read off between
                 shown = [n for n in shown if n not in ("loss_equal_tokens", "loss_equal_compute")]
             cheapest = min(objective["operations"] for objective in objectives.values())
-            of_what = LEARNED[next(iter(objectives.values()))["learn"]]
+            of_what = OF_WHAT[next(iter(objectives.values()))["learn"]]
             heads = (FIGURES[n].replace("held-out loss", f"held-out loss{of_what}") for n in shown)
             columns = ["objective", "seeds", "tokens", "operations", *heads]
             lines += ["", f"{said}:", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
@@ -231,15 +228,18 @@ def markdown(about: dict[str, Any], tasks: dict[str, Any]) -> str:
 
 def _of_reverse_models(losses: dict[str, float], missing: list[str], task: str) -> list[str]:
     """A line for each number of steps that the reverse models of a task take, and what their training counts in."""
-    found: dict[str, list[float | None]] = {}  # None = not done
+    found: dict[str, dict[str, float | None]] = {}  # None = not done
     for run in [*losses, *missing]:
         if run.startswith(f"reverse/{task}/"):
-            found.setdefault(Path(run).name.partition("-")[0], []).append(losses.get(run))
+            found.setdefault(Path(run).name.partition("-")[0], {})[run] = losses.get(run)
     lines = []
     for steps in sorted(found, key=int):
-        done = [loss for loss in found[steps] if loss is not None]
-        loss = f", held-out loss{LEARNED['row']} {Estimate.of(done)}" if done else ""
-        lines.append(f"- Reverse models of {int(steps):,} steps: {len(done)} of {len(found[steps])} trained{loss}")
+        done = {run: loss for run, loss in found[steps].items() if loss is not None}
+        loss = f", held-out loss{OF_WHAT['row']} {Estimate.of(list(done.values()))}" if done else ""
+        diverged = "".join(f", `{run}`" for run, loss in done.items() if not math.isfinite(loss))
+        lines.append(
+            f"- Reverse models of {int(steps):,} steps: {len(done)} of {len(found[steps])} trained{loss}{diverged}"
+        )
     counted = ["", "Their training is in the operations of the objectives that predict their states."]
     return ["", *lines, *counted] if lines else []
 
@@ -276,7 +276,7 @@ def draw(task: str, budgets: dict[str, Results], objectives: list[str]) -> Figur
                 panel.plot(places, losses, color=f"C{numbers[objective]}", linewidth=1.2, label=label)
             panel.set_xlabel(axis)
             learn = next(iter(whole.values()))[0].get("learn")
-            panel.set_title(f"held-out loss{LEARNED[learn]}", fontsize=10)
+            panel.set_title(f"held-out loss{OF_WHAT[learn]}", fontsize=10)
     over_tokens.legend(frameon=False, fontsize=8)
     of_first = next(iter(whole.values()))[0]["figures"]
     shown = next(

@@ -134,7 +134,7 @@ def test_reverse_models_are_told_apart_by_their_steps_and_named_if_they_failed(t
     about, tasks = gather(folder)
     text = markdown(about, summary(tasks))
     assert [line for line in text.splitlines() if line.startswith("- ")] == [
-        "- Reverse models of 9 steps: 2 of 3 trained, held-out loss of the row diverged (1 of 2)",
+        "- Reverse models of 9 steps: 2 of 3 trained, held-out loss of the row diverged (1 of 2), `reverse/star/9-steps-seed-1`",
         "- Reverse models of 40 steps: 2 of 2 trained, held-out loss of the row 1.5000 ± 6.3530",
         f"- `{names[-1]}`: running, stopped or failed, see its log.txt",
     ]
