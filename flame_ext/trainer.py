@@ -29,7 +29,7 @@ from flame_ext.run.signals import Circumstances, StopSignals, agree
 from flame_ext.step.backward import Gradients, drop_gradients
 from flame_ext.step.balance import Balance
 from flame_ext.step.losses import Losses
-from flame_ext.step.plan import Batch, MicroBatch, Planner, StepPlan
+from flame_ext.step.plan import Batch, MicroBatch, Planner, StepPlan, labelled_and_padded, require_labels
 from flame_ext.step.reported import Reported, Stopwatch
 from flame_ext.step.student import Student
 from flame_ext.step.teacher import Teacher
@@ -113,8 +113,7 @@ class FutureTrainer(Trainer):
 
         Raises:
             DataloaderExhaustedError: on all ranks, if the data of any do not suffice.
-            UserError: on all ranks, if the data cannot be read on any, a save in the background has failed, or gradients stay
-                non-finite.
+            UserError: on all ranks, if data cannot be read or none has a label, a save has failed, or gradients stay non-finite.
         """
         self.optimizers.zero_grad()
         lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
@@ -184,8 +183,8 @@ class FutureTrainer(Trainer):
         except Exception as e:  # of whatever kind: the other ranks have to hear of it before it is raised
             unreadable = e
         error = self._error_of_files()
-        stop = self.signals.received is not None
-        now = agree(Circumstances(stop, ended, unreadable is not None, error is not None))
+        stop, labels = self.signals.received is not None, labelled_and_padded(batches)
+        now = agree(Circumstances(stop, ended, unreadable is not None, error is not None, *labels))
         if now.data_failed:
             with failing_together(ConfigError):
                 if unreadable is not None:
@@ -195,6 +194,7 @@ class FutureTrainer(Trainer):
         if now.data_ended:
             self.ntokens_seen, self.finishing = tokens_before, True
             raise DataloaderExhaustedError
+        require_labels(self.step, now.labelled, now.padded)
         self._stopping = now.stop
         return batches
 

@@ -7,19 +7,22 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import chain, pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 from datasets import Dataset, Features, IterableDataset, load_dataset
 from torchtitan.tools.logging import logger
 
 from flame_ext.config.sections import DataSource
-from flame_ext.data.documents import Documents, IndexedDocuments, Tokens, without_marks
-from flame_ext.data.rows import TOKENS_FIELD, RowError, checked, is_mask, unpadded
+from flame_ext.data.documents import Documents, IndexedDocuments, Tokens
+from flame_ext.data.rows import LEARNED, TOKENS_FIELD, RowError, checked, unpadded, used_columns
 from flame_ext.data.tokenizer import require_in_vocabulary
 from flame_ext.errors import ConfigError
 
@@ -72,40 +75,52 @@ def _in_a_loop(file: str, named: int) -> bool:
     return any(folder.parent.resolve().is_relative_to(folder.resolve()) for folder in links)
 
 
-def load_files(
-    source: DataSource, kind: str, files: list[str], vocab_size: int | None = None
-) -> Dataset | IterableDataset:
-    """Load files of one kind (a key of ``ENDINGS``) with the options of ``source``; tokens in JSON have to be below ``vocab_size``."""
+def load_files(source: DataSource, kind: str, files: list[str], vocab_size: int = 2**31) -> Dataset | IterableDataset:
+    """Load files of one kind (a key of ``ENDINGS``) with the options of ``source``; tokens in JSON have to be below ``vocab_size``,
+    which is at most 2**31, since the datasets library writes ``input_ids`` as int32.
+    """
     if kind not in ("json", "text"):
-        columns = _columns(source, files) if kind == "parquet" else {}
+        used = _columns(source, kind, files)
+        columns = {"columns": list(used), "features": used} if kind == "parquet" else {}
         return load_dataset(kind, data_files=files, split="train", streaming=source.streaming, **columns)
     # With size and time, a changed file gets another entry in the cache of the datasets library.
     stamped = [(file, (stat := Path(file).stat()).st_size, stat.st_mtime_ns) for file in files]
     arguments = {"files": stamped, "field": source.text_field, "skip": source.skip_unreadable}
     if kind == "json":
-        arguments["vocab_size"] = vocab_size
+        arguments |= {"vocab_size": vocab_size, "form": _FORM_OF_ROWS}
     read = _read_text_files if kind == "text" else _read_json_rows
     return (IterableDataset if source.streaming else Dataset).from_generator(read, gen_kwargs=arguments)
 
 
-def _columns(source: DataSource, files: list[str]) -> dict[str, Any]:
-    """Options of the datasets library for Parquet: the columns that are used, so that files may differ in the others."""
-    used: Features | None = None
-    for file in (files[number] for number in spread(len(files))) if source.streaming else files:
-        try:
-            schema = pyarrow.parquet.read_schema(file)
-        except (OSError, ValueError) as e:
-            raise ConfigError(f"{file}: {str(e).splitlines()[0]}; copy it again") from e
-        field = source.text_field if source.text_field in schema.names else TOKENS_FIELD
-        if field not in schema.names or (used and field not in used):
-            needed = repr(source.text_field) if used is None else f"{next(iter(used))!r}, as {files[0]} has"
-            raise ConfigError(f"{file}: no column {needed}, but {', '.join(sorted(schema.names))}")
-        names = [field, *(name for name in schema.names if field == TOKENS_FIELD and is_mask(name))]
-        if used is not None and set(names) != set(used):
-            raise ConfigError(f"{file}: columns {names}, and {files[0]} has {list(used)}; name one of both with a glob")
-        if used is None or pyarrow.types.is_null(used.arrow_schema.field(field).type):  # nothing but null in it
-            used = Features.from_arrow_schema(pyarrow.schema([schema.field(name) for name in names]))
-    return {"columns": list(used or {}), "features": used}
+def _columns(source: DataSource, kind: str, files: list[str]) -> Features:
+    """The columns of Parquet or Arrow that are used, which all files have to have; they may differ in the others."""
+    used: dict[str, pyarrow.Field] = {}
+    with ThreadPoolExecutor(16) as pool:  # a source may have thousands of files
+        for file, schema in zip(files, pool.map(partial(_schema, kind), files), strict=True):
+            names = used_columns(source.path, tuple(schema.names), source.text_field)
+            if not names or (used and names[0] not in used):
+                needed = f"{next(iter(used))!r}, as {files[0]} has" if used else repr(source.text_field)
+                raise ConfigError(f"{file}: no column {needed}, but {', '.join(sorted(schema.names))}")
+            if used and set(names) != set(used):
+                raise ConfigError(
+                    f"{file}: columns {names}, and {files[0]} has {list(used)}; name one of both with a glob"
+                )
+            # A file may have nothing but null in a column.
+            used |= {n: schema.field(n) for n in names if n not in used or pyarrow.types.is_null(used[n].type)}
+    return Features.from_arrow_schema(pyarrow.schema(list(used.values())))
+
+
+def _schema(kind: str, file: str) -> pyarrow.Schema:
+    try:
+        if kind == "parquet":
+            return pyarrow.parquet.read_schema(file)
+        with pyarrow.memory_map(file) as stream:
+            try:
+                return pyarrow.ipc.open_stream(stream).schema
+            except pyarrow.ArrowInvalid:
+                return pyarrow.ipc.open_file(stream).schema
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{file}: {str(e).splitlines()[0]}; copy it again") from e
 
 
 def _read_text_files(files: list[tuple[str, int, int]], field: str, skip: bool) -> Iterator[dict[str, Any]]:
@@ -118,8 +133,11 @@ def _read_text_files(files: list[tuple[str, int, int]], field: str, skip: bool) 
             logger.warning(f"{file}: skipped, since it is not UTF-8 (byte {e.start})")
 
 
+_FORM_OF_ROWS = 2  # of _read_json_rows, so that the cache of the datasets library has no rows of another form
+
+
 def _read_json_rows(
-    files: list[tuple[str, int, int]], field: str, skip: bool, vocab_size: int | None
+    files: list[tuple[str, int, int]], field: str, skip: bool, vocab_size: int, form: int
 ) -> Iterator[dict[str, Any]]:
     fields: tuple[str, ...] = (field, TOKENS_FIELD)
     for file, *_ in files:
@@ -130,11 +148,9 @@ def _read_json_rows(
                     if not line.strip():
                         continue
                     try:
-                        name, value = _json_row(line, fields)
-                        if vocab_size is not None and not isinstance(value, str):
-                            require_in_vocabulary(without_marks(value), vocab_size)
-                        fields = (name,)  # the one in the first row, since a dataset has it in every row
-                        yield {name: value}
+                        row = _json_row(file, line, fields, vocab_size)
+                        fields = (next(iter(row)),)  # the one in the first row, since a dataset has it in every row
+                        yield row
                     except RowError as e:
                         if not skip:
                             raise ConfigError(f"{file}, line {number}: {e}; mend it, or set skip_unreadable") from e
@@ -148,8 +164,11 @@ def _read_json_rows(
             logger.warning(f"{file}: skipped {skipped} unreadable lines")
 
 
-def _json_row(line: bytes, fields: tuple[str, ...]) -> tuple[str, Any]:
-    """The first of the fields that a line has, and its text or tokens; raises RowError without, ConfigError for masks."""
+def _json_row(file: str, line: bytes, fields: tuple[str, ...], vocab_size: int) -> dict[str, Any]:
+    """The text or tokens in the first of the fields that a line has; beside ``input_ids``, always, which are learned.
+
+    Raises RowError without any of them, ConfigError for masks and ids that cannot be right.
+    """
     try:
         row = json.loads(line)
         field = next((name for name in fields if name in row), fields[0])
@@ -158,7 +177,15 @@ def _json_row(line: bytes, fields: tuple[str, ...]) -> tuple[str, Any]:
         raise RowError(f"no field {fields[0]!r} (text_field), which has {', '.join(sorted(row))}") from e
     except (ValueError, TypeError, RecursionError) as e:
         raise RowError(f"not JSON with a field {fields[0]!r} ({e})") from e
-    return field, checked(unpadded(row) if field == TOKENS_FIELD else value)
+    if len(fields) > 1:  # the first row
+        used_columns(file, tuple(row), field)
+    tokens, learned = unpadded(row) if field == TOKENS_FIELD else (value, None)
+    if isinstance(value := checked(tokens), str):
+        return {field: value}
+    found = {field: require_in_vocabulary(value, vocab_size).astype(np.int64)}
+    if field == TOKENS_FIELD:
+        found[LEARNED[0]] = (np.ones(len(value), bool) if learned is None else learned).astype(np.int8)
+    return found
 
 
 def _opened(file: str) -> Any:

@@ -20,16 +20,16 @@ from torchtitan.hf_datasets.text_datasets import DATASETS
 from torchtitan.tools.logging import logger
 
 from flame_ext.config.sections import DataSource, FlameJobConfig
-from flame_ext.data.documents import Documents, IndexedDocuments, StreamedDocuments, Tokens, without_marks
+from flame_ext.data.documents import Documents, IndexedDocuments, StreamedDocuments, Tokens
 from flame_ext.data.files import ENDINGS, flat_tokens, load_files, local_files, open_local, spread
 from flame_ext.data.python_stdlib import Split, read_stdlib
-from flame_ext.data.rows import TOKENS_FIELD, Places, RowError, checked, is_mask, unpadded
+from flame_ext.data.rows import TOKENS_FIELD, Masked, Places, RowError, checked, unpadded, used_columns
 from flame_ext.data.tokenizer import AutoHuggingFaceTokenizer, around_a_document, require_in_vocabulary
 from flame_ext.errors import ConfigError
 
 LOCAL_FORMATS = ("text", "json", "parquet")  # names in torchtitan's registry that stand for local files
 _HUB = "hf://"  # before a name of the Hub where a local folder has the owner's name
-TextOf = Callable[[dict[str, Any]], Any]  # maps a sample to its text or its tokens
+TextOf = Callable[[dict[str, Any]], Any]  # maps a sample to its text or its tokens, which may be Masked
 
 
 def register_local_sources() -> None:
@@ -150,11 +150,11 @@ class _Encoder:
     def __call__(self, sample: dict[str, Any], place: Callable[[], str], encode: bool = True) -> Tokens:
         """Returns the tokens of a sample; raises ConfigError, which begins with its place, if it has none that can be used."""
         try:
-            value = checked(self._text_of(sample))
-            if isinstance(value, str):
+            found = self._text_of(sample)
+            given, learned = found if isinstance(found, Masked) else (found, None)
+            if isinstance(value := checked(given), str):
                 return np.asarray(self._encode(value) if encode else (), dtype=np.int64)
-            require_in_vocabulary(without_marks(value), self._vocab_size)
-            return value
+            return Masked(require_in_vocabulary(value, self._vocab_size), learned).marked()
         except RowError as e:
             if not self._skip:
                 raise ConfigError(f"{place()}: {e}; mend it, or set skip_unreadable") from e
@@ -201,7 +201,8 @@ def _open(source: DataSource, vocab_size: int, registered_path: str | None) -> _
             if source.split not in data:
                 raise ConfigError(f"{source.path}: no split {source.split!r}, which has {', '.join(data)}")
             data = data[source.split]
-        data = data.to_iterable_dataset() if source.streaming else data
+        # Without the format that it was saved with, such as tensors of torch.
+        data = data.with_format(None).to_iterable_dataset() if source.streaming else data
     elif place.exists() or _looks_local(source.path):
         without_effect(source, "local files", "name", "split", "data_files", "tokens_dtype")
         data, files = open_local(source, vocab_size)
@@ -210,10 +211,8 @@ def _open(source: DataSource, vocab_size: int, registered_path: str | None) -> _
         options = {"name": source.name or None, "data_files": source.data_files or None}
         name = source.path.removeprefix(_HUB)
         data = load_dataset(name, split=source.split, streaming=source.streaming, **options)
-    names = data.column_names or ()
-    field = next((name for name in (source.text_field, TOKENS_FIELD) if name in names), None)
-    if field is not None:
-        data = data.select_columns([field, *(name for name in names if field == TOKENS_FIELD and is_mask(name))])
+    if used := used_columns(source.path, tuple(data.column_names or ()), source.text_field):
+        data = data.select_columns(used)
     return _Opened(data, partial(text_of, text_field=source.text_field, where=source.path), files)
 
 
@@ -256,11 +255,11 @@ def _row_reader(data: Dataset, text_of_sample: TextOf) -> Callable[[int], dict[s
 
 
 def text_of(sample: dict[str, Any], text_field: str = "text", where: str = "data.text_field") -> Any:
-    """Returns the text of a sample or, where ``text_field`` is absent, its tokens (:func:`unpadded`).
+    """Returns the text of a sample or, where ``text_field`` is absent or ``input_ids``, its tokens (:func:`unpadded`).
 
     Raises ConfigError without either, or for masks that cannot be followed (:func:`unpadded`).
     """
-    if text_field in sample:
+    if text_field in sample and text_field != TOKENS_FIELD:
         return sample[text_field]
     if TOKENS_FIELD in sample:
         return unpadded(sample)

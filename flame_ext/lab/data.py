@@ -45,10 +45,11 @@ def record_of(task: Task) -> dict[str, Any]:
 
 
 def is_written(task: Task, folder: Path) -> bool:
-    """Whether the folder holds the task. Raises a UserError if it holds something else."""
+    """Whether the folder holds the task, in both forms of rows. Raises a UserError if it holds something else."""
     record = folder / _RECORD
     if record.is_file() and json.loads(record.read_text()) == record_of(task):
-        return True
+        # A folder of an earlier version has flat tokens alone.
+        return not task.prompt or all((folder / split / "dataset_info.json").is_file() for split in ("train", "test"))
     if folder.is_dir() and (record.is_file() or (not any(folder.glob("*.npy")) and any(folder.iterdir()))):
         raise UserError(
             f"{folder}: holds something else than this task with these parameters; name another folder, or remove it"

@@ -37,7 +37,7 @@ def run(folder: Path) -> None:
     export = folder / "hf" / f"step-{said['steps']}"
     figures: dict[str, Any] = {}
     if "objective" in said["run"]:
-        of_task = folder / said["task_folder"]
+        of_task = Path(os.path.normpath(folder / said["task_folder"]))  # from the plan's folder, though runs/ is a link
         figures = evaluate(export, of_task, said["generations"], said["temperature"], said["run"]["seed"])
     write_json(folder / RESULT, said | {"figures": figures, "held_out": held_out(folder, said)})
 

@@ -121,6 +121,10 @@ class Plan:
                 for budget in ("tokens", "compute")[: 1 + self.section.equal_compute]:
                     yield from (Run(task, objective, seed, budget) for objective in self.objectives)
 
+    def learn(self, run: Run | ReverseRun) -> str:
+        """Of which tokens a run's losses are: "answer", or "row", prompt and answer."""
+        return "answer" if isinstance(run, Run) and run.task in self.answer_alone else "row"
+
     def reverse(self, run: Run, steps: int) -> ReverseRun | None:
         """The reverse model that a run of so many steps needs and nobody has named; None if it needs none."""
         options = merged(self.trainer[run.task], self.objectives[run.objective]).get("future_encoder", {})
@@ -140,7 +144,7 @@ class Plan:
             chosen = merged(chosen, {"training": {"steps": steps}})
         if (reverse := self.reverse(run, chosen.get("training", {}).get("steps", 1000))) is not None:
             chosen = merged(chosen, {"future_encoder": {"reverse_model": str(folder / reverse.export)}})
-        return self._job(run, folder, chosen, run.objective, run.task in self.answer_alone)
+        return self._job(run, folder, chosen, run.objective, self.learn(run) == "answer")
 
     def _job(self, run: Run | ReverseRun, folder: Path, chosen: Tables, what: str, answer_alone: bool) -> Tables:
         task, data, model = self.tasks[run.task], folder / "tasks" / run.task, str(folder / run.model)

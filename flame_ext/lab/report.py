@@ -13,7 +13,7 @@ import numpy as np
 
 from flame_ext.errors import UserError
 from flame_ext.files import write_json
-from flame_ext.lab.job import LOG, PLAN, RESULT
+from flame_ext.lab.job import LOG, PLAN, RESULT, SPECIFICATION
 from flame_ext.tools.plot import figure_class
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ FIGURES = {  # of a run, and what a table says above them
     "loss_equal_tokens": "held-out loss, equal tokens",
     "loss_equal_compute": "held-out loss, equal compute",
 }
+# What a run's losses are of; an early result does not say.
+OF_WHAT = {"answer": " of the answer", "row": " of the row", None: ""}
 # Student's t, 97.5 %, of 1 to 30 degrees of freedom
 _STUDENT = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
@@ -101,28 +103,35 @@ def gather(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Results]]]
         said = json.loads((folder / PLAN).read_text())
     except (OSError, ValueError) as e:
         raise UserError(f"{folder}: no {PLAN} that can be read; name the folder of a flame-ext lab run") from e
-    found = [json.loads(file.read_text()) for run in said["runs"] if (file := folder / run / RESULT).is_file()]
+    found = [result for run in said["runs"] if (result := _result_of(folder / run)) is not None]
     if not found:
         raise UserError(f"{folder}: none of {len(said['runs'])} runs is done yet")
     names = list(dict.fromkeys(result["run"]["task"] for result in found))
     tasks = {task: _of_task([result for result in found if result["run"]["task"] == task]) for task in names}
     objectives = list(dict.fromkeys(Path(run).parts[-2] for run in said["runs"]))  # as Run.folder names them
-    missing = [run for run in said["runs"] if not (folder / run / RESULT).is_file()]
-    reverse = {run: _loss_of(folder / run / RESULT) for run in said.get("reverse", [])}
+    reverse = said.get("reverse", [])
+    missing = [run for run in [*said["runs"], *reverse] if not (folder / run / RESULT).is_file()]
     about = {
         "plan": said["name"],
         "done": len(found),
         "of": len(said["runs"]),
         "objectives": objectives,
-        "reverse": reverse,
+        "reverse": {run: _last_loss(result) for run in reverse if (result := _result_of(folder / run)) is not None},
     }
     begun = [run for run in missing if (folder / run / LOG).is_file()]
     return about | {"missing": missing, "begun": begun}, tasks
 
 
-def _loss_of(file: Path) -> float | None:
-    """The last held-out loss of a run; None if it is not done."""
-    return json.loads(file.read_text())["held_out"][-1]["loss"] if file.is_file() else None
+def _result_of(folder: Path) -> dict[str, Any] | None:
+    """The result of a run, with what its specification says beside; None if it is not done."""
+    files = [file for file in (folder / SPECIFICATION, folder / RESULT) if file.is_file()]
+    values = {key: value for file in files for key, value in json.loads(file.read_text()).items()}
+    return values if folder / RESULT in files else None
+
+
+def _last_loss(result: dict[str, Any]) -> float:
+    """The last held-out loss; NaN if it was not finite."""
+    return _curve(result, "tokens")[1][-1]
 
 
 def _of_task(found: list[dict[str, Any]]) -> dict[str, Results]:
@@ -166,6 +175,7 @@ def summary(tasks: dict[str, dict[str, Results]]) -> dict[str, Any]:
             "tokens": fmean(result["steps"] * result["tokens_of_a_step"] for result in results),
             "operations": fmean(operations(result) for result in results),
             "operations_per_token": results[0]["operations_per_token"],
+            "learn": results[0].get("learn"),
             "figures": {n: {"mean": e.mean, "half": e.half, "values": e.values} for n, e in estimates.items()},
         }
 
@@ -194,7 +204,9 @@ def markdown(about: dict[str, Any], tasks: dict[str, Any]) -> str:
             if budget == "compute":  # these runs end there: nothing has to be read off between
                 shown = [n for n in shown if n not in ("loss_equal_tokens", "loss_equal_compute")]
             cheapest = min(objective["operations"] for objective in objectives.values())
-            columns = ["objective", "seeds", "tokens", "operations", *(FIGURES[n] for n in shown)]
+            of_what = OF_WHAT[next(iter(objectives.values()))["learn"]]
+            heads = (FIGURES[n].replace("held-out loss", f"held-out loss{of_what}") for n in shown)
+            columns = ["objective", "seeds", "tokens", "operations", *heads]
             lines += ["", f"{said}:", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
             for objective, values in objectives.items():
                 known = {n: str(Estimate(**v)) for n, v in values["figures"].items()}
@@ -208,16 +220,28 @@ def markdown(about: dict[str, Any], tasks: dict[str, Any]) -> str:
                     compute,
                 ]
                 lines.append("| " + " | ".join([*cells, *(known.get(n, "–") for n in shown)]) + " |")
-        reverse = {run: loss for run, loss in about["reverse"].items() if run.startswith(f"reverse/{task}/")}
-        if losses := [loss for loss in reverse.values() if loss is not None]:
-            of_reverse = f"Reverse models: {len(losses)} of {len(reverse)} trained, held-out loss {Estimate.of(losses)}"
-            lines += [
-                "",
-                f"{of_reverse}. Their training is in the operations of the objectives that predict their states.",
-            ]
-        lines += _not_done([run for run in about["missing"] if run.startswith(f"runs/{task}/")], about["begun"])
+        missing = [run for run in about["missing"] if Path(run).parts[1] == task]
+        lines += _of_reverse_models(about["reverse"], missing, task) + _not_done(missing, about["begun"])
     without = [run for run in about["missing"] if Path(run).parts[1] not in tasks]
     return "\n".join([*lines, *_not_done(without, about["begun"])]) + "\n"
+
+
+def _of_reverse_models(losses: dict[str, float], missing: list[str], task: str) -> list[str]:
+    """A line for each number of steps that the reverse models of a task take, and what their training counts in."""
+    found: dict[str, dict[str, float | None]] = {}  # None = not done
+    for run in [*losses, *missing]:
+        if run.startswith(f"reverse/{task}/"):
+            found.setdefault(Path(run).name.partition("-")[0], {})[run] = losses.get(run)
+    lines = []
+    for steps in sorted(found, key=int):
+        done = {run: loss for run, loss in found[steps].items() if loss is not None}
+        loss = f", held-out loss{OF_WHAT['row']} {Estimate.of(list(done.values()))}" if done else ""
+        diverged = "".join(f", `{run}`" for run, loss in done.items() if not math.isfinite(loss))
+        lines.append(
+            f"- Reverse models of {int(steps):,} steps: {len(done)} of {len(found[steps])} trained{loss}{diverged}"
+        )
+    counted = ["", "Their training is in the operations of the objectives that predict their states."]
+    return ["", *lines, *counted] if lines else []
 
 
 def _not_done(runs: list[str], begun: list[str]) -> list[str]:
@@ -251,7 +275,8 @@ def draw(task: str, budgets: dict[str, Results], objectives: list[str]) -> Figur
                 label = objective if i == 0 else None
                 panel.plot(places, losses, color=f"C{numbers[objective]}", linewidth=1.2, label=label)
             panel.set_xlabel(axis)
-            panel.set_title("held-out loss, all tokens", fontsize=10)
+            learn = next(iter(whole.values()))[0].get("learn")
+            panel.set_title(f"held-out loss{OF_WHAT[learn]}", fontsize=10)
     over_tokens.legend(frameon=False, fontsize=8)
     of_first = next(iter(whole.values()))[0]["figures"]
     shown = next(

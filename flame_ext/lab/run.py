@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 from flame_ext.distributed import cores
 from flame_ext.errors import ConfigError, UserError
 from flame_ext.files import write_json
-from flame_ext.lab.data import is_written, vocabulary_size, write_task
+from flame_ext.lab.data import is_written, record_of, vocabulary_size, write_task
 from flame_ext.lab.job import JOB, LOG, PLAN, RESULT, SPECIFICATION
 from flame_ext.lab.plan import Plan, ReverseRun, Run, Tables, as_toml
 from flame_ext.lab.tokenizer import tokenizer_of
@@ -100,8 +101,12 @@ def prepare(plan: Plan, runs: list[Run], folder: Path) -> Needs:
         _check_begun(_record(run, folder), _sizes(plan, run), "model.", folder)
         if run.budget == "tokens":
             _check_job(folder / run.folder, tables := plan.job(run, folder))
+            _check_result(folder / run.folder, {"digest": _digest(plan, run, plan.job(run, Path()))})
             if (reverse := plan.reverse(run, tables["training"]["steps"])) is not None:
                 _check_job(folder / reverse.folder, plan.reverse_job(reverse, folder))
+                _check_result(
+                    folder / reverse.folder, {"digest": _digest(plan, reverse, plan.reverse_job(reverse, Path()))}
+                )
         for file in (SPECIFICATION, RESULT):
             _check_begun(folder / run.folder / file, evaluation, "plan.", folder / run.folder, others=True)
     for name, task in plan.tasks.items():
@@ -120,10 +125,12 @@ def prepare(plan: Plan, runs: list[Run], folder: Path) -> Needs:
             needs[run] = reverse
         if (kind := (run.task, run.objective, run.budget)) not in facts:
             facts[kind] = _facts(folder / run.folder, folder / run.model if reverse else None)
-        _write_specification(run, folder, facts[kind], evaluation)
+        about = {"learn": plan.learn(run), "digest": _digest(plan, run, plan.job(run, Path(), steps))}
+        _write_specification(run, folder, facts[kind], evaluation | about)
     for reverse in dict.fromkeys(needs.values()):
         _write_job(folder / reverse.folder, plan.reverse_job(reverse, folder))
-        _write_specification(reverse, folder, _facts(folder / reverse.folder), {})
+        about = {"learn": plan.learn(reverse), "digest": _digest(plan, reverse, plan.reverse_job(reverse, Path()))}
+        _write_specification(reverse, folder, _facts(folder / reverse.folder), about)
     said = {"name": plan.section.name, "runs": [run.folder.as_posix() for run in runs]}
     write_json(folder / PLAN, said | {"reverse": sorted({run.folder.as_posix() for run in needs.values()})})
     return needs
@@ -138,16 +145,39 @@ def _facts(folder: Path, untrained: Path | None = None) -> tuple[Any, Any]:
     return config, operations_per_token(config, trains_reverse=untrained is not None)
 
 
-def _write_specification(run: Job, folder: Path, facts: tuple[Any, Any], evaluation: Tables) -> None:
+def _write_specification(run: Job, folder: Path, facts: tuple[Any, Any], about: Tables) -> None:
+    """What the run's process needs and its result repeats. A ConfigError if there is a result of something else."""
     config, operations = facts
     said = {
         "run": asdict(run),
         "task_folder": os.path.relpath(folder / "tasks" / run.task, folder / run.folder),
-        **evaluation,
+        **about,
         **{"steps": config.training.steps, "tokens_of_a_step": tokens_of_a_step(config)},
         "operations_per_token": asdict(operations) | {"total": operations.total},
     }
+    _check_result(folder / run.folder, said)
     write_json(folder / run.folder / SPECIFICATION, said)
+
+
+def _digest(plan: Plan, run: Job, tables: Tables) -> str:
+    """Of all that determines a run's result: its configuration, with paths below the plan's folder, the model's sizes and the task."""
+    everything = [as_toml(tables), _sizes(plan, run), record_of(plan.tasks[run.task])]
+    return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
+
+
+def _check_result(folder: Path, now: Tables) -> None:
+    """Raises a ConfigError if the result that is there is not that of this run, as far as ``now`` says.
+
+    Results of earlier versions have no digest, and are compared by their steps and operations.
+    """
+    file = folder / RESULT
+    was = json.loads(file.read_text()) if file.is_file() else now
+    compared = ("digest",) if "digest" in was else ("steps", "tokens_of_a_step", "operations_per_token")
+    if key := next((key for key in compared if key in now and was.get(key) != now[key]), None):
+        raise ConfigError(
+            f"{file} is the result of another plan: {key} is {was.get(key)!r}, and that of this plan {now[key]!r} (digest: of job.toml, "
+            f"model and task); take another --output, or remove {folder}"
+        )
 
 
 def _steps_of_equal_compute(run: Run, facts: dict[str, tuple[Any, Any]]) -> int:
@@ -164,7 +194,7 @@ def _check_begun(file: Path, now: Tables, prefix: str, folder: Path, others: boo
         raise ConfigError(f"{file} {begun}: take another --output, or remove {folder}")
 
 
-def _sizes(plan: Plan, run: Run) -> Tables:
+def _sizes(plan: Plan, run: Job) -> Tables:
     """What determines the initial weights of a seed: ``[model]``, and the sizes that are the task's."""
     task = plan.tasks[run.task]
     sizes = {"vocab_size": vocabulary_size(task), "eos_token_id": 0, "bos_token_id": None, "pad_token_id": None}

@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torchtitan.tools.logging import logger
 
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.data.packing import PADDING
+from flame_ext.errors import UserError
 from flame_ext.heads.registry import loss_weights, teacher_of, trained_heads
 from flame_ext.heads.spec import KeyBank
 from flame_ext.model.context_parallel import SequenceParts
@@ -208,6 +210,24 @@ class Planner:
         if given is None:
             return torch.zeros_like(inputs["input"])
         return torch.where(given < PADDING, 0, given)  # what comes after the end of the data belongs to nothing
+
+
+def labelled_and_padded(batches: list[Batch]) -> tuple[bool, bool]:
+    """Whether any position of a step's batches has a label, and whether any comes after the end of a lane's data."""
+    padded = (bool((inputs["doc_ids"] >= PADDING).any()) for inputs, _ in batches if "doc_ids" in inputs)
+    return any(_labelled(labels) for _, labels in batches), any(padded)
+
+
+def require_labels(step: int, labelled: bool, padded: bool) -> None:
+    """Raises a UserError for a step of all ranks without a label; warns where the data end, since a lane may end with a single token."""
+    if labelled:
+        return
+    said = f"step {step} has no token to predict on any rank: all are masked"
+    if not padded:
+        raise UserError(
+            f"{said}; look at the columns of labels and masks in the data, or make training.global_batch_size larger"
+        )
+    logger.warning(f"{said}, or alone at the end of the data")
 
 
 def _labelled(labels: Tensor) -> int:

@@ -117,7 +117,7 @@ class Reported:
         summed = torch.stack([value.double() for value in (self._filled(tokens), loss, *parts.values())])
         largest, norms = loss, self._norms_of_gradients()
         if self._loss_mesh is not None:
-            largest = loss * plan.tokens / plan.local_tokens
+            largest = loss * plan.tokens / max(1, plan.local_tokens)  # with masked rows, a rank may have none
             dist.all_reduce(summed, group=self._loss_mesh.get_group())
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._loss_mesh.get_group())
         of_this_rank = torch.stack([largest, *norms.values()])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset
@@ -16,8 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from flame_ext.config.sections import DataSource
 from flame_ext.data.documents import READ_ONLY, IndexedDocuments
+from flame_ext.data.files import _json_row
 from flame_ext.data.loader import PackedDataloader
 from flame_ext.data.packing import PackedDocuments
+from flame_ext.errors import ConfigError
 from tests.data.test_loader import position, resume
 from tests.data.test_sources import LANES, TEXTS, job, loaders, tokens_of
 from tests.layouts import assert_same_step
@@ -146,3 +150,99 @@ def test_losses_of_heads_do_not_depend_on_the_layout(models: Path, tmp_path: Pat
     assert expected["olmo-tied+heads"]["parts"]["loss_mtp"] > 0
     for rank in steps_of_layout(models, tmp_path, layout, jobs, data):
         assert_same_step(rank["olmo-tied+heads"], expected["olmo-tied+heads"])
+
+
+def labels_of(source: DataSource, rows: int = 1) -> list[int]:
+    """The labels of so many first sequences of a source, in the order of its files."""
+    config = job(source, seq_len=3, global_batch_size=1)
+    config.data.shuffle = False
+    (loader,) = loaders(config, 1, 0)
+    return [label for _, labels in islice(iter(loader), rows) for label in labels.flatten().tolist()]
+
+
+MASKED = {"input_ids": [5, 6, 7, 8], "completion_mask": [0, 0, 1, 1]}
+
+
+def test_a_mask_after_many_rows_without(tmp_path: Path) -> None:
+    rows = [{"input_ids": [5, 6, 7, 8]}] * 1500 + [MASKED]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert labels_of(DataSource(str(tmp_path)), 1501)[-6:] == [6, 7, 8, -100, 7, 8]
+
+
+def test_a_dataset_saved_with_tensors_has_its_masks(tmp_path: Path) -> None:
+    Dataset.from_list([MASKED] * 2).with_format("torch").save_to_disk(tmp_path / "saved")
+    assert labels_of(DataSource(str(tmp_path / "saved"), streaming=True)) == [-100, 7, 8]
+
+
+def save(folder: Path, kind: str, rows: list[dict]) -> str:
+    data, file = Dataset.from_list(rows), folder / f"a.{kind}"
+    {"jsonl": data.to_json, "parquet": data.to_parquet, "arrow": data.save_to_disk}[kind](file)
+    return str(file)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_file_with_a_mask_among_many_without_is_refused(tmp_path: Path, kind: str) -> None:
+    for number in range(40):
+        table = pyarrow.table({name: [MASKED[name]] for name in [*MASKED][: 1 + (number == 4)]})
+        file = tmp_path / f"{number:02}.{kind}"
+        if kind == "parquet":
+            pyarrow.parquet.write_table(table, file)
+        else:
+            with pyarrow.ipc.new_stream(file, table.schema) as stream:
+                stream.write_table(table)
+    message = rf"04.{kind}: columns \['input_ids', 'completion_mask'\], and .*00.{kind} has \['input_ids'\]"
+    with pytest.raises(ConfigError, match=message):
+        loaders(job(DataSource(str(tmp_path), streaming=True)), 1, 0)
+
+
+@pytest.mark.parametrize(("kind", "streaming"), [("jsonl", False), ("parquet", True), ("arrow", False)])
+def test_masks_beside_input_ids_that_text_field_names(tmp_path: Path, kind: str, streaming: bool) -> None:
+    source = DataSource(save(tmp_path, kind, [MASKED] * 2), text_field="input_ids", streaming=streaming)
+    assert labels_of(source) == [-100, 7, 8]
+
+
+@pytest.mark.parametrize(("kind", "field"), [("jsonl", "text"), ("parquet", "text"), ("arrow", "tokens")])
+def test_masks_beside_something_else_are_named(tmp_path: Path, kind: str, field: str, caplog: Any) -> None:
+    row = (
+        {"text": "words and words", **MASKED}
+        if field == "text"
+        else {"tokens": [5, 6, 7, 8], "loss_mask": [0, 0, 1, 1]}
+    )
+    assert -100 not in labels_of(DataSource(save(tmp_path, kind, [row] * 2), text_field=field))
+    mask = next(name for name in row if "mask" in name)
+    (said,) = (r.message for r in caplog.records if "is not followed" in r.message)
+    assert f"a.{kind}: column '{field}' (text_field) is read" in said and f"'{mask}' beside it" in said
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"), [("input_ids", 2**62 + 5), ("input_ids", 2**63 + 5), ("input_ids", -3), ("tokens", 2**62 + 5)]
+)
+def test_ids_are_refused_as_they_are_in_the_file(tmp_path: Path, field: str, wrong: int) -> None:
+    row = {field: [5, wrong, 7, 8], "completion_mask": [0, 0, 1, 1]}
+    with pytest.raises(ConfigError, match=f"{wrong}"):
+        _json_row("a.jsonl", json.dumps(row).encode(), (field, "input_ids"), 100)
+    ids = pyarrow.array([row[field]], pyarrow.list_(pyarrow.int64() if wrong < 0 else pyarrow.uint64()))
+    file = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({field: ids, "completion_mask": [row["completion_mask"]]}), file)
+    with pytest.raises(ConfigError, match=f"row 1: token id {wrong} is not in the model's vocabulary"):
+        labels_of(DataSource(str(file), text_field=field))
+
+
+def test_what_a_mask_says_of_the_first_token_holds_from_both_sides(tmp_path: Path) -> None:
+    rows = [{"input_ids": [1, 2, 3, 4], "completion_mask": [0, 1, 1, 1]}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    config = job(DataSource(str(tmp_path)), seq_len=3, global_batch_size=1, epochs=1)
+    config.data.reverse = True
+    (loader,) = loaders(config, 1, 0)
+    _, labels = next(iter(loader))
+    assert labels.tolist() == [[3, 2, -100]]
+
+
+@pytest.mark.matrix
+def test_a_run_whose_tokens_are_all_masked_ends_with_an_error(tmp_path: Path) -> None:
+    rows = [{"input_ids": [5, 6, 7, 8], "completion_mask": [0, 0, 0, 0]}] * 200
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    options = ["--training.dataset=parquet", f"--training.dataset_path={tmp_path / 'rows.parquet'}"]
+    run = train(tmp_path / "run", *options, "--training.steps=2", world_size=2, check=False)
+    assert run.exit_codes == [1, 1]
+    assert "step 1 has no token to predict on any rank: all are masked" in run.ranks[0].output

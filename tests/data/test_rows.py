@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from flame_ext.data.documents import READ_ONLY, without_marks
 from flame_ext.data.rows import LEARNED, RowError, checked, is_mask, unpadded
@@ -30,12 +31,14 @@ def row(**columns: Any) -> dict[str, Any]:
         ({"attention_mask": [0] * 5}, []),
         ({"attention_mask": [1] * 5, "labels": [5, 6, 7, 8, -100]}, [5, 6, 7, 8, 9]),
         ({"attention_mask": [1, 1, 1, 0, 0], "labels": [5, 6, -100, -100, -100]}, [5, 6, 7]),
-        ({"labels": [5, 6, 7, 8, -100], "assistant_masks": [0, 1, 1, 1, 0]}, [5, 6, 7, 8]),
+        ({"attention_mask": [0, 1, 1, 1, 0], "loss_mask": [7, 1, 1, 1, -1], "prompt_mask": [0, 1, 1, 1, 9]}, [6, 7, 8]),
+        ({"loss_mask": None, "completion_mask": 0, "loss_weight": 0.5}, [5, 6, 7, 8, 9]),
     ],
 )
 def test_padding_is_left_out(kind: Any, columns: dict, read: list[int]) -> None:
     columns = {name: kind(mask) if isinstance(mask, list) else mask for name, mask in columns.items()}
-    assert list(unpadded(row(**columns))) == read
+    found = unpadded(row(**columns))
+    assert list(found.tokens) == read and found.learned is None
 
 
 @pytest.mark.parametrize("kind", [list, np.array])
@@ -52,12 +55,15 @@ def test_padding_is_left_out(kind: Any, columns: dict, read: list[int]) -> None:
         ({"labels": [-100, -100, -100, 8, -100], "attention_mask": [0, 1, 1, 1, 0]}, [None, None, 8]),
         ({"labels": [-100, 6, 7, 8, 9]}, [5, 6, 7, 8, 9]),  # nothing before it: the first one has no say
         ({"completion_mask": [0, 0, 1, 1, 1], "assistant_masks": [1, 1, 1, 0, 1]}, [None, None, 7, None, 9]),
-        ({"labels": [-100, 6, 7, 8, 9], "loss_mask": [1, 1, 1, 1, 0]}, [None, 6, 7, 8, None]),
+        ({"labels": [-100, 6, 7, 8, 9], "loss_mask": [1, 1, 1, 1, 0]}, [5, 6, 7, 8, None]),
+        ({"completion_mask": [0, 1, 1, 1, 1]}, [None, 6, 7, 8, 9]),  # it says something of the first one too
+        ({"labels": [-100, 6, 7, 8, 9], "completion_mask": [0, 1, 1, 1, 1]}, [None, 6, 7, 8, 9]),
+        ({"labels": [5, 6, 7, 8, -100], "assistant_masks": [0, 1, 1, 1, 0]}, [None, 6, 7, 8]),
         *(({name: [0, 0, 0, 1, 1]}, [None, None, None, 8, 9]) for name in LEARNED),
     ],
 )
 def test_masked_tokens_are_read_and_not_predicted(kind: Any, columns: dict, labels: list[int | None]) -> None:
-    found = unpadded(row(**{name: kind(mask) for name, mask in columns.items()}))
+    found = unpadded(row(**{name: kind(mask) for name, mask in columns.items()})).marked()
     begin = columns.get("attention_mask", [1]).index(1)
     assert [None if token >= READ_ONLY else token for token in found] == labels
     assert without_marks(np.asarray(found)).tolist() == row()["input_ids"][begin : begin + len(labels)]
@@ -76,6 +82,14 @@ def test_masked_tokens_are_read_and_not_predicted(kind: Any, columns: dict, labe
         ({"completion_mask": [0.0, 1.0, 1.0, 0.5, 1.0]}, "column 'completion_mask' is not 0 or 1 everywhere"),
         ({"prompt_mask": [1, 1, 1, 0, 0]}, "column 'prompt_mask' masks tokens, and nothing says what its 0 means"),
         ({"loss_weights": [1.0, 1.0, 0.5, 1.0, 1.0]}, "column 'loss_weights' masks tokens"),
+        (
+            {"completion_mask": "00111"},
+            "column 'completion_mask' has '00111' of the type str beside input_ids, expected",
+        ),
+        (
+            {"labels": torch.ones(5)},
+            "column 'labels' has .* of the type Tensor beside input_ids, expected a list of numbers",
+        ),
     ],
 )
 def test_other_masks_are_refused_by_name(columns: dict, message: str) -> None:

@@ -121,6 +121,27 @@ def test_runs_that_are_not_done_are_named(tmp_path: Path) -> None:
     assert "Not done" not in markdown(about, summary(tasks))
 
 
+def test_reverse_models_are_told_apart_by_their_steps_and_named_if_they_failed(tmp_path: Path) -> None:
+    folder = write(tmp_path / "lab", [values | {"learn": "answer"} for values in RESULTS])
+    losses = {"40-steps-seed-0": 2.0, "40-steps-seed-1": 1.0, "9-steps-seed-0": 7.0, "9-steps-seed-1": None}
+    names = [f"reverse/star/{name}" for name in (*losses, "9-steps-seed-2")]
+    write_json(folder / "plan.json", json.loads((folder / "plan.json").read_text()) | {"reverse": names})
+    for name, loss in losses.items():
+        held_out = [{"step": 1, "tokens": 100, "operations": 1.0, "loss": loss}]
+        write_json(folder / "reverse" / "star" / name / "result.json", {"held_out": held_out, "learn": "row"})
+    (folder / names[-1]).mkdir()
+    (folder / names[-1] / "log.txt").write_text("what is wrong")
+    about, tasks = gather(folder)
+    text = markdown(about, summary(tasks))
+    assert [line for line in text.splitlines() if line.startswith("- ")] == [
+        "- Reverse models of 9 steps: 2 of 3 trained, held-out loss of the row diverged (1 of 2), `reverse/star/9-steps-seed-1`",
+        "- Reverse models of 40 steps: 2 of 2 trained, held-out loss of the row 1.5000 ± 6.3530",
+        f"- `{names[-1]}`: running, stopped or failed, see its log.txt",
+    ]
+    assert "held-out loss of the answer, equal tokens" in text
+    assert draw("star", tasks["star"], ["ntp", "top"]).axes[0].get_title() == "held-out loss of the answer"
+
+
 def test_runs_of_equal_compute_have_a_table_of_their_own(tmp_path: Path) -> None:
     short = [result("ntp", 0, 0.5, budget="compute"), result("top", 0, 0.7, steps=2, budget="compute")]
     folder = write(tmp_path / "lab", [*RESULTS[:2], *short])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -14,10 +15,11 @@ from typing import Any
 import pytest
 
 from flame_ext.errors import ConfigError, UserError
-from flame_ext.lab.job import RESULT
+from flame_ext.lab.data import is_written, write_task
+from flame_ext.lab.job import RESULT, run
 from flame_ext.lab.plan import Run, read_plan
 from flame_ext.lab.report import gather, markdown, operations, summary
-from flame_ext.lab.run import _steps_of_equal_compute, prepare
+from flame_ext.lab.run import _digest, _steps_of_equal_compute, prepare
 from flame_ext.lab.tasks import KINDS
 from flame_ext.preflight.parse import parse
 from flame_ext.tools.main import main
@@ -120,7 +122,9 @@ def test_a_reverse_model_is_trained_first_and_results_alone_are_enough_to_go_on(
     assert trained == {result["steps"] for result in using} and len(trained) == 2
     spent = {(r["run"]["objective"], r["run"]["budget"]): operations(r) for r in results.values() if r["figures"]}
     assert spent["reverse", "compute"] < spent["reverse", "tokens"] / 2, "its training is counted"
-    assert "Reverse models: 2 of 2 trained" in table(whole)
+    assert table(whole).count("steps: 1 of 1 trained, held-out loss of the row ") == 2, (
+        "a line for each number of steps"
+    )
     (ntp,) = (r for r in results.values() if r["run"].get("objective") == "ntp" and r["run"]["budget"] == "tokens")
     # The trainer's validation and the evaluation both look at the answer alone.
     assert ntp["held_out"][-1]["loss"] == pytest.approx(ntp["figures"]["loss_answer"], rel=1e-5)
@@ -274,6 +278,82 @@ def test_a_plan_that_is_refused_leaves_the_folder_as_it_was(
     with pytest.raises(UserError, match=message):
         prepare(plan, list(plan.runs()), prepared)
     assert {file: file.read_bytes() for file in prepared.rglob("*") if file.is_file()} == before
+
+
+RUN = Path("runs", "star", "mtp", "tokens-seed-0")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({}, None),
+        (
+            {"digest": "another"},
+            f"{RUN / RESULT} is the result of another plan: digest is 'another', and that of this plan",
+        ),
+        ({"digest": None}, None),  # of an earlier version
+        ({"digest": None, "steps": 39}, "is the result of another plan: steps is 39, and that of this plan 40"),
+        (
+            {"digest": None, "operations_per_token": {"total": 1.0}},
+            "of another plan: operations_per_token is {'total': 1.0}",
+        ),
+    ],
+)
+def test_results_of_another_plan_are_refused(
+    prepared: Path, tmp_path: Path, changed: dict[str, Any], message: str | None
+) -> None:
+    said = json.loads((prepared / RUN / "run.json").read_text()) | {"figures": {}, "held_out": []} | changed
+    shutil.copytree(prepared / "tasks", tmp_path / "tasks")
+    shutil.copytree(prepared / "models", tmp_path / "models")
+    (tmp_path / RUN).mkdir(parents=True)
+    (tmp_path / RUN / RESULT).write_text(json.dumps({key: value for key, value in said.items() if value is not None}))
+    plan = read_plan(TINY)
+    runs = [run for run in plan.runs() if run.folder == RUN]
+    if message is None:
+        prepare(plan, runs, tmp_path)
+        return
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        prepare(plan, runs, tmp_path)
+
+
+def test_the_digest_says_data_model_and_options_and_not_where(prepared: Path, tmp_path: Path) -> None:
+    text, found = TINY.read_text(), []
+    for old, new in (
+        ("", ""),
+        ("lr = 3e-3", "lr = 3e-2"),
+        ("hidden_size = 32", "hidden_size = 64"),
+        ("train = 100\n", "train = 99\n"),
+    ):
+        assert old in text
+        (tmp_path / "tiny.toml").write_text(text.replace(old, new) if old else text)
+        plan = read_plan(tmp_path / "tiny.toml")
+        run = next(run for run in plan.runs() if run.task == "siblings")
+        found.append(_digest(plan, run, plan.job(run, Path())))
+    assert len(set(found)) == 4
+    assert json.loads((prepared / run.folder / "run.json").read_text())["digest"] == found[0]
+
+
+def test_the_task_is_found_though_runs_lie_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere" / "deep" / "star" / "ntp" / "seed").mkdir(parents=True)
+    (tmp_path / "plan").mkdir()
+    (tmp_path / "plan" / "runs").symlink_to(tmp_path / "elsewhere" / "deep")
+    folder, asked = tmp_path / "plan" / "runs" / "star" / "ntp" / "seed", []
+    said = {"run": {"objective": "ntp", "seed": 0}, "task_folder": "../../../../tasks/star", "steps": 1}
+    (folder / "run.json").write_text(json.dumps(said | {"generations": 1, "temperature": 1.0}))
+    monkeypatch.setattr("flame_ext.train.main", lambda _arguments: None)
+    monkeypatch.setattr("flame_ext.lab.evaluate.evaluate", lambda _export, task, *_: asked.append(task) or {})
+    monkeypatch.setattr("flame_ext.lab.job.held_out", lambda *_: [])
+    run(folder)
+    assert asked == [tmp_path / "plan" / "tasks" / "star"]
+
+
+def test_a_task_that_has_flat_tokens_alone_is_completed(tmp_path: Path) -> None:
+    task = KINDS["path_star"](train=10, test=5)
+    write_task(task, tmp_path)
+    shutil.rmtree(tmp_path / "test")
+    assert not is_written(task, tmp_path)
+    write_task(task, tmp_path)
+    assert is_written(task, tmp_path) and (tmp_path / "test" / "dataset_info.json").is_file()
 
 
 def test_a_run_that_fails_does_not_keep_the_others_from_running(

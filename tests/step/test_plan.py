@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from flame_ext.data.packing import PADDING
+from flame_ext.errors import UserError
 from flame_ext.heads.spec import HeadBatch, KeyBank, Sequences
 from flame_ext.preflight.parse import parse
-from flame_ext.step.plan import Batch, FutureRows, Planner, StepPlan
+from flame_ext.step.plan import Batch, FutureRows, Planner, StepPlan, labelled_and_padded, require_labels
 from tests.ranks import DEBUG_TOML
 
 EOS = 0
@@ -130,3 +131,19 @@ def test_the_upcoming_tokens_are_labels_of_positions_with_a_label(whole: bool) -
                 if inside and learned[row, t + 1] and learned[row, t + distance]:
                     expected[row, t, distance - 1] = tokens[row, t + distance]
     assert batch.upcoming(3).equal(expected) and (expected >= 0).any()
+
+
+def test_a_step_without_a_label_is_refused_but_at_the_end_of_the_data(caplog: pytest.LogCaptureFixture) -> None:
+    masked, inside = torch.full((2, 6), -100), torch.zeros(2, 6, dtype=torch.long)
+    ended = inside.clone()
+    ended[1, 1:] = PADDING + torch.arange(5)
+    batches = [({"input": IDS, "doc_ids": inside}, masked), ({"input": IDS, "doc_ids": inside}, LABELS)]
+    assert labelled_and_padded(batches) == (True, False)
+    assert labelled_and_padded(batches[:1]) == labelled_and_padded([({"input": IDS}, masked)]) == (False, False)
+    assert labelled_and_padded([*batches[:1], ({"input": IDS, "doc_ids": ended}, masked)]) == (False, True)
+    require_labels(1, True, False)
+    assert not caplog.records
+    with pytest.raises(UserError, match="step 7 has no token to predict on any rank: all are masked; look at"):
+        require_labels(7, False, False)
+    require_labels(7, False, True)
+    assert "step 7 has no token to predict on any rank: all are masked, or alone at the end" in caplog.text
