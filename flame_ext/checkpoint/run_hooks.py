@@ -35,11 +35,13 @@ from flame_ext.model.routing import KeptRoutes
 from flame_ext.model.runner import ModelRunner, StageInputs
 from flame_ext.run.background_export import background_exports
 from flame_ext.run.optimization import configured_again
+from flame_ext.seeding.accounting import matches
 from flame_ext.seeding.conversion import in_files
 from flame_ext.seeding.proof.parity import Probe, probe_tokens
 from flame_ext.seeding.report import changed_source
 from flame_ext.seeding.seed import seed
 from flame_ext.seeding.sources.open import open_source
+from flame_ext.seeding.sources.safe_files import some
 from flame_ext.seeding.sources.traced import TracedTensor
 from flame_ext.seeding.target import seed_target, whole_state
 
@@ -95,6 +97,11 @@ class RunHooks(CheckpointHooks):
                 f"{step} was saved without {', '.join(added)}, whose parameters and moments it lacks; switch the heads off, or begin a "
                 "run with them: another job.dump_folder, and the step or its export as checkpoint.initial_load_path"
             )
+        if thawed := self._thawed(manifest.get("config", {}).get("training.freeze", [])):
+            raise ConfigError(
+                f"{step} has no moments of {some(thawed)} ({len(thawed)}), which training.freeze kept in its run; keep them frozen, or "
+                "begin a run: another job.dump_folder, and the step or its export as checkpoint.initial_load_path"
+            )
         if not manifest.get("model_only"):
             self._trainer.dataloader.require_layout(manifest.get("data"))
         for change in changes:
@@ -109,6 +116,11 @@ class RunHooks(CheckpointHooks):
         if not changes:
             return lambda: None
         return configured_again(self._trainer.optimizers, self._trainer.lr_schedulers)
+
+    def _thawed(self, patterns: list[str]) -> list[str]:
+        """Returns the parameters that match patterns of ``training.freeze`` and are trained now."""
+        whole = whole_state(self._model, self._trainer.checkpointer.states[MODEL].state_dict())
+        return [key for key in whole if matches(key, patterns) and key not in self._model.whole.frozen]
 
     def admit(self, step: int) -> bool:
         parameters = (p.detach() for part in self._runner.parts for p in part.parameters())

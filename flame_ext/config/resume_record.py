@@ -92,6 +92,7 @@ def check_unchanged(then: dict[str, Any], now: dict[str, Any], allowed: list[str
 # Options that came after records, and what was done before; those of heads that are not attached are not compared.
 ADDED = {
     "data.reverse": False,
+    "training.freeze": [],
     "future_predictor.loss": "info_nce",
     "seed.resize_vocabulary": False,
     "seed.new_rows": "mean",

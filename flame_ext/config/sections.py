@@ -136,11 +136,16 @@ class Data:
 
 @dataclass
 class Training(job_config.Training):
-    """torchtitan's section, and an end after whole epochs."""
+    """torchtitan's section, an end after whole epochs, and what is not trained."""
 
     epochs: int = 0
     """End after this many passes over every source, instead of after `steps`. Each rank then reads its data once before step 1 to
     count the steps. 0 = `steps`."""
+
+    freeze: list[str] = field(default_factory=list)
+    """Patterns (fnmatch) of parameters, heads' included, that stay as the source has them, without gradients and moments, such as
+    'model.embed_tokens.*'. Names are those of the exports' files, or, where transformers renames or stacks, of its model. Each
+    pattern must match one."""
 
 
 @dataclass

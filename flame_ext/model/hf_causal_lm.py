@@ -152,6 +152,7 @@ class HFCausalLM(nn.Module):
     weight_transforms: tuple[WeightTransform, ...]  # with which transformers loads files of this architecture
     heads: dict[str, AttachedHead]  # by name of the child module, in the order in which they were added
     parameter_inits: dict[str, ParameterInit]  # by name of a head's parameter
+    frozen: dict[str, str]  # by name, the option that keeps a parameter as the source has it
     tied_keys: dict[str, str]  # a tied parameter's name, e.g. of lm_head, to the one that the state dict keeps
     computed_buffers: list[str]  # names of the buffers that are in no state dict (RoPE frequencies and the like)
     own_attention: str  # transformers' name of the attention that the backbone uses with its own masks
@@ -373,7 +374,7 @@ def build_hf_causal_lm(model_args: HFModelArgs) -> HFCausalLM:
     model_class: Any = type(model)
     model.__class__ = _with_training_interface(model_class)
     model.own_attention = model.base_model.config._attn_implementation
-    model.model_args, model.heads, model.parameter_inits = model_args, {}, {}
+    model.model_args, model.heads, model.parameter_inits, model.frozen = model_args, {}, {}, {}
     model.beside_text = _freeze_beside_text(model)
     model.routing = prepare_routers(model, model_args.aux_loss_coef, model_args.freeze_router)
     model.remember_state()

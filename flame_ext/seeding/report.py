@@ -1,5 +1,6 @@
 """Writes ``seed_report.json``, which records what was put into the model, from where, and how it was proved."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,11 +34,14 @@ class SeedReport:
     vocabulary: dict[str, Any] | None = None
     """Of a vocabulary that has grown: rows loaded and initialised, and how."""
 
+    frozen: Sequence[str] = ()
+    """The loaded keys that stay as they are (``training.freeze``, ``freeze`` of a head)."""
+
     @property
     def fields(self) -> dict[str, Any]:
-        """The content of the file, which has ``config_differences`` and ``vocabulary`` only if there is something to say."""
+        """The content of the file, which has the last of these fields only if there is something to say."""
         fields = asdict(self)
-        absent = {name for name in ("config_differences", "vocabulary") if not fields[name]}
+        absent = {name for name in ("config_differences", "vocabulary", "frozen") if not fields[name]}
         return {name: value for name, value in fields.items() if name not in absent}
 
     @property
