@@ -29,6 +29,7 @@ from flame_ext.distributed import from_main_rank, is_main_rank, on_main_rank
 from flame_ext.errors import ConfigError, SeedError
 from flame_ext.heads.registry import head_arguments, record_of_heads
 from flame_ext.host.high_precision import in_high_precision
+from flame_ext.model.adapters import is_adapter, merged, name_in_peft
 from flame_ext.model.dtypes import dtypes_in
 from flame_ext.model.hf_causal_lm import HFCausalLM
 from flame_ext.model.routing import KeptRoutes
@@ -36,14 +37,16 @@ from flame_ext.model.runner import ModelRunner, StageInputs
 from flame_ext.run.background_export import background_exports
 from flame_ext.run.optimization import configured_again
 from flame_ext.seeding.accounting import matches
+from flame_ext.seeding.again import read_again
 from flame_ext.seeding.conversion import in_files
 from flame_ext.seeding.proof.parity import Probe, probe_tokens
 from flame_ext.seeding.report import changed_source
 from flame_ext.seeding.seed import seed
+from flame_ext.seeding.sources.hub import HUB_PREFIX
 from flame_ext.seeding.sources.open import open_source
 from flame_ext.seeding.sources.safe_files import some
 from flame_ext.seeding.sources.traced import TracedTensor
-from flame_ext.seeding.target import seed_target, whole_state
+from flame_ext.seeding.target import SeedTarget, in_source_names, seed_target
 
 
 class RunHooks(CheckpointHooks):
@@ -75,19 +78,25 @@ class RunHooks(CheckpointHooks):
         assets, options = Path(self._config.model.hf_assets_path), self._config.seed
         self._assets = on_main_rank(read_assets, assets, options.trust_remote_code, options.follow_links) or {}
         if self._config.checkpoint.last_save_in_hf or self._config.export.interval > 0:
-            whole = self._model.whole.state_dict()
+            whole = in_source_names(self._model, self._model.whole.state_dict())
             self._stored(whole, _dtypes(whole))
         # The manifest of every step names the run and the source of its step 0.
         self._run_id: str | None = None
         self._seed_identity: dict[str, Any] | None = None
 
     def seed(self, path: str) -> None:
-        state = self._trainer.checkpointer.states[MODEL].state_dict()
-        target = seed_target(self._model, state, self._trainer.model_args.load())
-        report = seed(target, path, self._config.seed, self._probe(), self._folder)
+        report = seed(self._target(), path, self._config.seed, self._probe(), self._folder)
         self._seed_identity = report.identity
         self._run_id = from_main_rank(uuid.uuid4().hex)
         self._trainer.metrics_processor.rewind(0)
+
+    def _target(self) -> SeedTarget:
+        state = self._trainer.checkpointer.states[MODEL].whole()
+        return seed_target(self._model, state, self._trainer.model_args.load())
+
+    def read_rest(self, manifest: dict[str, Any], path: str) -> None:
+        if self._model.whole.adapters is not None:
+            read_again(self._target(), path, self._config.seed, manifest.get("seed") or {})
 
     def resumed(self, manifest: dict[str, Any], step: Path) -> Callable[[], None]:
         allowed = self._config.checkpoint.allow_config_change
@@ -119,8 +128,7 @@ class RunHooks(CheckpointHooks):
 
     def _thawed(self, patterns: list[str]) -> list[str]:
         """Returns the parameters that match patterns of ``training.freeze`` and are trained now."""
-        whole = whole_state(self._model, self._trainer.checkpointer.states[MODEL].state_dict())
-        return [key for key in whole if matches(key, patterns) and key not in self._model.whole.frozen]
+        return [key for key in self._target().whole if matches(key, patterns) and key not in self._model.whole.frozen]
 
     def admit(self, step: int) -> bool:
         parameters = (p.detach() for part in self._runner.parts for p in part.parameters())
@@ -179,17 +187,33 @@ class RunHooks(CheckpointHooks):
             reverse=self._config.data.reverse,
             card=on_main_rank(card_of_step, self._step_folder(step), self._folder),
             origin=on_main_rank(origin_of, self._step_folder(step)),
+            adapter=self._adapter_config(),
         )
-        state, whole = self._trainer.checkpointer.states[MODEL].state_dict(), self._model.whole
-        full = whole_state(self._model, state)
-        gather = BoxGatherer(state, {key: tensor.shape for key, tensor in full.items()}, self._device)
-        stored = self._stored(full, dtypes_in(whole, spec.dtype, _dtypes(full)))
-        export_hf(stored, list(whole.heads), self._folder / "hf" / f"step-{step}", spec, gather)
+        target, whole = self._target(), self._model.whole
+        stored = self._stored(target.whole, dtypes_in(whole, spec.dtype, _dtypes(target.whole)))
+        with merged(self._model, target.state):
+            gather = BoxGatherer(target.state, {key: t.shape for key, t in target.whole.items()}, self._device)
+            export_hf(stored, list(whole.heads), self._folder / "hf" / f"step-{step}", spec, gather)
+
+    def _adapter_config(self) -> dict[str, Any] | None:
+        """Returns the content of peft's file beside the adapters, which names their source; None without adapters."""
+        if (adapters := self._model.whole.adapters) is None:
+            return None
+        identity = self._seed_identity or {}
+        path, _, revision = str(identity.get("source")).removeprefix(HUB_PREFIX).partition("@")
+        return {
+            **adapters.config,
+            "base_model_name_or_path": path,
+            "revision": identity.get("revision") or revision or None,
+        }
 
     def _stored(self, state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, TracedTensor]:
         """Returns the whole model's tensors as files hold them, in other dtypes, made of those of its state."""
-        model, whole = self._model.whole, TracedTensor.whole
-        return in_files(model, {key: whole(tensor.shape, dtypes[key], key) for key, tensor in state.items()})
+        model = self._model.whole
+        traced = {key: TracedTensor.whole(tensor.shape, dtypes[key], key) for key, tensor in state.items()}
+        adapters = [key for key in traced if model.adapters is not None and is_adapter(key)]
+        in_peft = {name_in_peft(key): traced.pop(key) for key in adapters}
+        return in_files(model, traced) | in_peft
 
     def _step_folder(self, step: int) -> Path:
         return Path(self._trainer.checkpointer.folder) / f"step-{step}"

@@ -13,7 +13,7 @@ from flame_ext.preflight.moe import check_mixture
 from flame_ext.preflight.options import check_data, check_options
 from flame_ext.preflight.parallelism import check_parallelism, check_parallelism_of_model
 from flame_ext.preflight.ranges import check_ranges
-from flame_ext.preflight.trained import check_trained
+from flame_ext.preflight.trained import check_adapters, check_trained
 from flame_ext.seeding.sources.safe_files import require_contained
 
 
@@ -21,7 +21,7 @@ def parse(args: list[str]) -> FlameJobConfig:
     """Returns the configuration; raises ConfigError, with a line for each finding, if it is wrong in itself or for the model."""
     register()  # names that the configuration may use
     config = FlameConfigManager(job_config_class).parse_args(args)
-    checks = (check_model, check_parallelism, check_options, check_heads, check_data)
+    checks = (check_model, check_parallelism, check_options, check_heads, check_adapters, check_data)
     # The other checks calculate with numbers that are in their ranges.
     problems = [*check_ranges(config)] or [problem for check in checks for problem in check(config)]
     try:  # before any of it is read

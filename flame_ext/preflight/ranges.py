@@ -52,6 +52,8 @@ RANGES = {
     "lr_scheduler.min_lr_factor": Range(0, 1, "a share of optimizer.lr; more would raise the rate instead of lowering it"),
     "lr_scheduler.total_steps": Range(1, note="leave it out for training.steps"),
     "lr_scheduler.warmup_steps": Range(0, note="0 = none"),
+    "lora.lora_alpha": _COUNT,
+    "lora.r": _COUNT,
     "metrics.log_freq": _COUNT,
     "moe.aux_loss_coef": Range(0, note="0 = no auxiliary loss; leave it out for that of config.json"),
     "moe.bias_update_rate": Range(0, note="0 = the biases stay as they are"),

@@ -74,7 +74,9 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
     if growth is not None:
         logger.info(f"Vocabulary: {growth}")
         probe = replace(probe, tokens=probe.tokens % growth.loaded, vocab_size=growth.loaded, growth=growth)
-    digest = weights_digest(compare_replicas(target.state, target.whole, target.part), target.whole, keys.loaded)
+    parts = compare_replicas(target.state, target.whole, target.part)
+    digest = weights_digest(parts, target.whole, keys.loaded)
+    kept = weights_digest(parts, target.whole, frozen) if model.whole.adapters is not None else None
     backbone = {*target.whole, *model.tied_keys} - {*model.parameter_inits}
     rules, trust = parse_key_map(options.key_map), options.trust_remote_code
     config = target.config if growth is None else of_source(target.config, growth)
@@ -83,7 +85,7 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
     proved = [] if options.verify == "none" else prove_attention(probe)
     read = path, source.layout, keys, total_bytes, seconds, len(figures), source.digest
     record = None if growth is None else growth.record
-    report = SeedReport(*read, verification, revision, digest, differences, record, frozen)
+    report = SeedReport(*read, verification, revision, digest, differences, record, frozen, kept)
     with failing_together(SeedError):
         if is_main_rank():
             write_json(report_folder / REPORT_NAME, report.fields)
@@ -110,7 +112,8 @@ def match(target: SeedTarget, folder: Path, options: Seed) -> tuple[Source, Acco
     growth = growth_of(target, source, options)
     needed = target.whole, model.tied_keys, model.computed_buffers, model.parameter_inits
     ignored, growing = options.ignore_source_keys, {} if growth is None else growth.shapes
-    keys = account(*needed, source, options.new_parameters, ignored, model.vocabulary_keys, growing)
+    adapters = () if model.whole.adapters is None else model.whole.adapters.keys
+    keys = account(*needed, source, [*options.new_parameters, *adapters], ignored, model.vocabulary_keys, growing)
     _require_frozen(target, keys, source, growth)
     return source, keys, differences, growth
 

@@ -27,7 +27,7 @@ from flame_ext.heads.registry import build_head
 from flame_ext.hf_config import mark_direction
 from flame_ext.model.dtypes import dtypes_in
 from flame_ext.model.hf_causal_lm import HFCausalLM
-from flame_ext.seeding.accounting import SOURCE_DTYPES, matches, quantised
+from flame_ext.seeding.accounting import SOURCE_DTYPES, matches, what_to_do
 from flame_ext.seeding.conversion import in_files
 from flame_ext.seeding.names import in_model_names, parse_key_map, renamed
 from flame_ext.seeding.sources.dcp import NESTED_PREFIX
@@ -304,7 +304,7 @@ def _require_shapes(
             lines.append(f"{entry.key!r}: shape {list(entry.shape)} in {entry.place}, the model has {list(shape)}")
     if lines:
         more = [f"… and {len(lines) - 10} more"] if len(lines) > 10 else []
-        raise SeedError("\n  - ".join([f"{path} {message}:", *lines[:10], *more, *quantised(unexpected)]))
+        raise SeedError("\n  - ".join([f"{path} {message}:", *lines[:10], *more, *what_to_do(unexpected)]))
 
 
 def _require_tensors(source: Source) -> None:

@@ -1,0 +1,148 @@
+"""Adapters of low rank (LoRA, https://arxiv.org/abs/2106.09685), which peft puts around linear layers of the decoder layers, in place.
+
+A layer's own weight is then called ``….base_layer.weight``; :meth:`HFCausalLM.source_name` takes that out again.
+"""
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torchtitan.tools.logging import logger
+
+from flame_ext.config.sections import ALL_LINEAR, Lora
+from flame_ext.errors import ConfigError
+from flame_ext.model.hf_causal_lm import BASE_LAYER, Adapters, HFCausalLM, parameters_of, parameters_on_meta
+from flame_ext.model.initialisation import Constant, Uniform
+
+CONVERTER_NAME = "lora"
+"""The model converter that adds the adapters."""
+
+OPTION = f"model.converters {CONVERTER_NAME!r}"
+PEFT_PREFIX = "base_model.model."  # of keys in peft's files
+_A, _B = "lora_A.default.weight", "lora_B.default.weight"
+
+
+def import_peft() -> Any:
+    """Returns the module; raises a ConfigError where it is not installed."""
+    try:
+        import peft
+    except ImportError as e:
+        raise ConfigError(f"{OPTION} needs peft ({e}): pip install 'flame_ext[lora]'") from e
+    return peft
+
+
+def add_adapters(model: HFCausalLM, options: Lora) -> None:
+    """Adds adapters to a whole model on meta, before its heads are attached, and freezes everything else, in place.
+
+    Raises a ConfigError if a name in ``options.target_modules`` is not that of linear layers in the decoder layers.
+    """
+    peft = import_peft()
+    _require_targets(model, options.target_modules)
+    every = options.target_modules == [ALL_LINEAR]
+    config = peft.LoraConfig(
+        r=options.r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        use_rslora=options.use_rslora,
+        target_modules=ALL_LINEAR if every else list(options.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    base = dict(model.named_parameters(remove_duplicate=False))
+    if taken := [name for name in base if f".{BASE_LAYER}." in name or ".lora_" in name]:
+        raise ConfigError(f"{OPTION}: {model.architecture} has parameters of such names itself: {taken[0]}")
+    with parameters_on_meta():
+        peft.inject_adapter_in_model(config, model)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+    _require_linear(model, layers, peft.tuners.lora.Linear)
+    keys = []
+    for name, layer in layers.items():
+        # peft's: Kaiming-uniform with a = sqrt(5), and zeros, with which step 0 is the source.
+        for key, init in ((_A, Uniform(1 / math.sqrt(layer.in_features))), (_B, Constant(0.0))):
+            keys.append(f"{name}.{key}")
+            model.parameter_inits[keys[-1]] = init
+    (scaling,) = {layer.scaling["default"] for layer in layers.values()}
+    model.adapters = Adapters(tuple(keys), scaling, _as_data(config), OPTION)
+    model.frozen |= dict.fromkeys(base, OPTION)
+    model.remember_state()
+    count = sum(model.get_parameter(key).numel() for key in keys)
+    logger.info(
+        f"Added adapters of rank {options.r} to {len(layers)} linear layers: {count:,} parameters, beside which the "
+        f"{parameters_of(model) - count:,} of {model.architecture} stay as the source has them"
+    )
+
+
+def _require_targets(model: HFCausalLM, targets: list[str]) -> None:
+    names = [name for layer in model.layers for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    known = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    for target in targets if targets != [ALL_LINEAR] else ():
+        if target.rpartition(".")[2] not in known:
+            close = difflib.get_close_matches(target, known, n=3, cutoff=0.3) or [*known]
+            raise ConfigError(
+                f"lora.target_modules: no linear layer in the decoder layers of {model.architecture} is called {target!r}; names are "
+                f"{', '.join(close)}"
+            )
+
+
+def _require_linear(model: HFCausalLM, layers: Mapping[str, nn.Module], kind: Any) -> None:
+    """Raises a ConfigError if peft has put adapters around what is no plain linear layer of a decoder layer."""
+    within = {id(module) for layer in model.layers for module in layer.modules()}
+    for name, layer in layers.items():
+        why = "" if id(layer) in within else "it lies outside of the decoder layers"
+        if type(layer) is not kind or not isinstance(layer.base_layer, nn.Linear):
+            why = f"it is no plain linear layer ({type(layer).__name__})"
+        if why:
+            raise ConfigError(
+                f"lora.target_modules: {name!r} of {model.architecture} cannot have an adapter here: {why}"
+            )
+
+
+def _as_data(config: Any) -> dict[str, Any]:
+    """Returns the content of ``adapter_config.json``, but for the name of the base model."""
+    data = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+    return data | {"inference_mode": True}
+
+
+def is_adapter(key: str) -> bool:
+    """Returns whether a key is that of an adapter's parameter, in a model that has adapters."""
+    return key.endswith((f".{_A}", f".{_B}"))
+
+
+def name_in_peft(key: str) -> str:
+    """Returns the name under which peft's files have an adapter's parameter."""
+    return f"{PEFT_PREFIX}{key.replace('.default.', '.')}"
+
+
+@contextmanager
+@torch.no_grad()
+def merged(model: HFCausalLM, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """While this is entered, the weights in ``state``, by source names, have the adapters added, W + scaling · B A; then they are as
+    before, to the bit: this rank's part is kept in the host's memory. Collective.
+    """
+    adapters = model.whole.adapters
+    if adapters is None:
+        yield
+        return
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        for layer in (key.removesuffix(_A) for key in state if key.endswith(_A)):
+            # A shard has the same rows of the weight and of B.
+            a, b, rows = _whole(state[layer + _A]), _local(state[layer + _B]), _local(state[f"{layer}weight"])
+            before.append((rows, rows.to("cpu", copy=True)))
+            rows.copy_(rows.float() + (b.float() @ a.float()) * adapters.scaling)
+        yield
+    finally:
+        for rows, values in before:
+            rows.copy_(values)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
