@@ -128,7 +128,8 @@ class RunHooks(CheckpointHooks):
 
     def _thawed(self, patterns: list[str]) -> list[str]:
         """Returns the parameters that match patterns of ``training.freeze`` and are trained now."""
-        return [key for key in self._target().whole if matches(key, patterns) and key not in self._model.whole.frozen]
+        whole = self._target().whole if patterns else ()
+        return [key for key in whole if matches(key, patterns) and key not in self._model.whole.frozen]
 
     def admit(self, step: int) -> bool:
         parameters = (p.detach() for part in self._runner.parts for p in part.parameters())

@@ -42,21 +42,22 @@ def add_adapters(model: HFCausalLM, options: Lora) -> None:
     Raises a ConfigError if a name in ``options.target_modules`` is not that of linear layers in the decoder layers.
     """
     peft = import_peft()
-    _require_targets(model, options.target_modules)
-    every = options.target_modules == [ALL_LINEAR]
     config = peft.LoraConfig(
         r=options.r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         use_rslora=options.use_rslora,
-        target_modules=ALL_LINEAR if every else list(options.target_modules),
+        target_modules=_targets(model, options.target_modules),
         task_type="CAUSAL_LM",
     )
     base = dict(model.named_parameters(remove_duplicate=False))
     if taken := [name for name in base if f".{BASE_LAYER}." in name or ".lora_" in name]:
         raise ConfigError(f"{OPTION}: {model.architecture} has parameters of such names itself: {taken[0]}")
-    with parameters_on_meta():
-        peft.inject_adapter_in_model(config, model)
+    try:
+        with parameters_on_meta():
+            peft.inject_adapter_in_model(config, model)
+    except ValueError as e:  # such as of stacked experts, which it takes for linear layers of these names
+        raise ConfigError(f"lora.target_modules {options.target_modules} with {model.architecture}: peft: {e}") from e
     layers = {name: module for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
     _require_linear(model, layers, peft.tuners.lora.Linear)
     keys = []
@@ -76,16 +77,28 @@ def add_adapters(model: HFCausalLM, options: Lora) -> None:
     )
 
 
-def _require_targets(model: HFCausalLM, targets: list[str]) -> None:
-    names = [name for layer in model.layers for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
-    known = dict.fromkeys(name.rpartition(".")[2] for name in names)
-    for target in targets if targets != [ALL_LINEAR] else ():
-        if target.rpartition(".")[2] not in known:
-            close = difflib.get_close_matches(target, known, n=3, cutoff=0.3) or [*known]
+def _targets(model: HFCausalLM, names: list[str]) -> list[str]:
+    """Returns the names of layers to give to peft, which takes ends of full names; raises a ConfigError if one fits no linear layer of
+    the decoder layers.
+    """
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    within = {id(module) for layer in model.layers for module in layer.modules()}
+    inside = {name for name in linear if id(model.get_submodule(name)) in within}
+    known, others = ({name.rpartition(".")[2] for name in some} for some in (inside, linear - inside))
+    if not inside:
+        raise ConfigError(
+            f"{OPTION}: {model.architecture} has no nn.Linear in its decoder layers, and others are not supported"
+        )
+    if names == [ALL_LINEAR]:
+        return sorted(inside if known & others else known)
+    for name in names:
+        if not any(f".{full}".endswith(f".{name}") for full in inside):
+            close = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or sorted(known)
             raise ConfigError(
-                f"lora.target_modules: no linear layer in the decoder layers of {model.architecture} is called {target!r}; names are "
+                f"lora.target_modules: no linear layer in the decoder layers of {model.architecture} is called {name!r}; names are "
                 f"{', '.join(close)}"
             )
+    return list(names)
 
 
 def _require_linear(model: HFCausalLM, layers: Mapping[str, nn.Module], kind: Any) -> None:
