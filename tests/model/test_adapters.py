@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from flame_ext.train import parse
-from tests.layouts import LAYOUTS
+from tests.layouts import LAYOUTS, NO_HEADS
 from tests.preflight.refusals import refusal
 from tests.ranks import DEBUG_TOML, TINY_OLMO, TrainRun, run_ranks, train
 from tests.tiny_models import save_tiny
@@ -22,6 +22,7 @@ from tests.tiny_models import save_tiny
 peft = pytest.importorskip("peft")
 
 LORA = ("--model.converters=lora,future_prediction", "--lora.r=4", "--lora.lora_dropout=0.1")
+ADAPTER = "adapter/adapter_model.safetensors"
 TOKENS = torch.arange(3, 63).unsqueeze(0)
 
 
@@ -110,10 +111,25 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(tmp_path: Path, layout: s
     shutil.rmtree(tmp_path / "broken" / "hf")
     again = train(tmp_path / "broken", *options(), *more, world_size=ranks)
     assert "they are those of step 0" in again.ranks[0].output
-    for name in ("model.safetensors", "adapter/adapter_model.safetensors", "future_heads/model.safetensors"):
+    for name in ("model.safetensors", ADAPTER, "future_heads/model.safetensors"):
         now, then = weights(again, name), weights(unbroken, name)
         assert now.keys() == then.keys() and all(torch.equal(now[key], value) for key, value in then.items())
     assert again.values("loss") == unbroken.values("loss")
+
+
+@pytest.mark.matrix
+def test_adapters_without_heads(tmp_path: Path) -> None:
+    names = ["q_proj", "layers.1.mlp.up_proj"]
+    more = [*NO_HEADS, "--model.converters=lora", f"--lora.target_modules={','.join(names)}", "--lora.use_rslora"]
+    run = train(tmp_path / "run", *options(), *more, "--seed.verify=parity")
+    export = run.dump_folder / "hf" / "step-2"
+    changed = {
+        key.removesuffix(".lora_A.weight")[len("base_model.model.") :] for key in weights(run, ADAPTER) if "_A" in key
+    }
+    assert changed == {"model.layers.1.mlp.up_proj", *(f"model.layers.{n}.self_attn.q_proj" for n in range(4))}
+    base = AutoModelForCausalLM.from_pretrained(TINY_OLMO, dtype=torch.float32)
+    adapted = logits(peft.PeftModel.from_pretrained(base, export / "adapter"))
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(export)), adapted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.matrix
@@ -124,7 +140,7 @@ def test_a_run_is_resumed_on_another_number_of_ranks_in_bfloat16(tmp_path: Path)
     run = train(tmp_path / "run", *options(), *more, *LAYOUTS["single"][1])
     assert run.values("loss") == pytest.approx(alone.values("loss"), rel=1e-2)
     with torch.no_grad():
-        for key, value in weights(run, "adapter/adapter_model.safetensors").items():
+        for key, value in weights(run, ADAPTER).items():
             assert value.dtype is torch.float32 and not torch.equal(value, value.bfloat16().float()), key
 
 
@@ -155,7 +171,7 @@ def test_under_parallelisms_and_architectures(tmp_path: Path, layout: str, name:
     alone = train(tmp_path / "alone", *arguments, "--training.local_batch_size=4")
     run = train(tmp_path / "run", *arguments, *layout_options, world_size=ranks, timeout=400)
     assert run.values("loss") == pytest.approx(alone.values("loss"), rel=1e-4)
-    now, then = (weights(r, "adapter/adapter_model.safetensors") for r in (run, alone))
+    now, then = (weights(r, ADAPTER) for r in (run, alone))
     assert now.keys() == then.keys()
     assert_exports(run, source)
 
