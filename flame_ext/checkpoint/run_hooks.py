@@ -24,12 +24,13 @@ from flame_ext.checkpoint.export import ExportSpec, export_hf
 from flame_ext.checkpoint.export_folder import origin_of, why_not_exported
 from flame_ext.checkpoint.gathering import BoxGatherer
 from flame_ext.checkpoint.hooks import CheckpointHooks
+from flame_ext.checkpoint.merging import merged
 from flame_ext.config.resume_record import asset_digests, check_unchanged, config_digest, config_record
 from flame_ext.distributed import from_main_rank, is_main_rank, on_main_rank
 from flame_ext.errors import ConfigError, SeedError
 from flame_ext.heads.registry import head_arguments, record_of_heads
 from flame_ext.host.high_precision import in_high_precision
-from flame_ext.model.adapters import is_adapter, merged, name_in_peft
+from flame_ext.model.adapters import is_adapter, name_in_peft
 from flame_ext.model.dtypes import dtypes_in
 from flame_ext.model.hf_causal_lm import HFCausalLM
 from flame_ext.model.routing import KeptRoutes

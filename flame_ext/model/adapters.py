@@ -5,13 +5,10 @@ A layer's own weight is then called ``….base_layer.weight``; :meth:`HFCausalLM
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 from torchtitan.tools.logging import logger
 
 from flame_ext.config.sections import ALL_LINEAR, Lora
@@ -24,7 +21,7 @@ CONVERTER_NAME = "lora"
 
 OPTION = f"model.converters {CONVERTER_NAME!r}"
 PEFT_PREFIX = "base_model.model."  # of keys in peft's files
-_A, _B = "lora_A.default.weight", "lora_B.default.weight"
+KEY_A, KEY_B = "lora_A.default.weight", "lora_B.default.weight"
 
 
 def import_peft() -> Any:
@@ -63,7 +60,7 @@ def add_adapters(model: HFCausalLM, options: Lora) -> None:
     keys = []
     for name, layer in layers.items():
         # peft's: Kaiming-uniform with a = sqrt(5), and zeros, with which step 0 is the source.
-        for key, init in ((_A, Uniform(1 / math.sqrt(layer.in_features))), (_B, Constant(0.0))):
+        for key, init in ((KEY_A, Uniform(1 / math.sqrt(layer.in_features))), (KEY_B, Constant(0.0))):
             keys.append(f"{name}.{key}")
             model.parameter_inits[keys[-1]] = init
     (scaling,) = {layer.scaling["default"] for layer in layers.values()}
@@ -122,40 +119,9 @@ def _as_data(config: Any) -> dict[str, Any]:
 
 def is_adapter(key: str) -> bool:
     """Returns whether a key is that of an adapter's parameter, in a model that has adapters."""
-    return key.endswith((f".{_A}", f".{_B}"))
+    return key.endswith((f".{KEY_A}", f".{KEY_B}"))
 
 
 def name_in_peft(key: str) -> str:
     """Returns the name under which peft's files have an adapter's parameter."""
     return f"{PEFT_PREFIX}{key.replace('.default.', '.')}"
-
-
-@contextmanager
-@torch.no_grad()
-def merged(model: HFCausalLM, state: Mapping[str, Tensor]) -> Iterator[None]:
-    """While this is entered, the weights in ``state``, by source names, have the adapters added, W + scaling · B A; then they are as
-    before, to the bit: this rank's part is kept in the host's memory. Collective.
-    """
-    adapters = model.whole.adapters
-    if adapters is None:
-        yield
-        return
-    before: list[tuple[Tensor, Tensor]] = []
-    try:
-        for layer in (key.removesuffix(_A) for key in state if key.endswith(_A)):
-            # A shard has the same rows of the weight and of B.
-            a, b, rows = _whole(state[layer + _A]), _local(state[layer + _B]), _local(state[f"{layer}weight"])
-            before.append((rows, rows.to("cpu", copy=True)))
-            rows.copy_(rows.float() + (b.float() @ a.float()) * adapters.scaling)
-        yield
-    finally:
-        for rows, values in before:
-            rows.copy_(values)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

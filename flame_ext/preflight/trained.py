@@ -14,6 +14,7 @@ from flame_ext.model.adapters import OPTION, add_adapters
 from flame_ext.model.freezing import freeze_parameters
 from flame_ext.model.hf_causal_lm import HFCausalLM, HFModelArgs, Stage, build_hf_causal_lm
 from flame_ext.model.pipeline_stages import layers_of_stages, not_pipelined, stage_of
+from flame_ext.model.tensor_parallel import adapter_problems
 
 
 def check_adapters(config: FlameJobConfig) -> Iterator[str]:
@@ -40,8 +41,9 @@ def check_adapters(config: FlameJobConfig) -> Iterator[str]:
 def _not_with_adapters(config: FlameJobConfig) -> Iterator[tuple[str, bool, str]]:
     """Yields options, whether they are set, and why they do not go with adapters."""
     degrees = config.parallelism
-    split = "the plans of transformers split linear layers, and know none with adapters; scale with FSDP"
-    yield "parallelism.tensor_parallel_degree > 1", degrees.tensor_parallel_degree > 1, split
+    dropped = config.lora.lora_dropout > 0 and degrees.tensor_parallel_degree > 1
+    drawn = "ranks would draw the same for different features; set lora.lora_dropout = 0, or scale with FSDP"
+    yield "lora.lora_dropout > 0 with parallelism.tensor_parallel_degree > 1", dropped, drawn
     yield "parallelism.expert_parallel_degree > 1", degrees.expert_parallel_degree > 1, "not tested; scale with FSDP"
     float8 = [name for name in config.model.converters if name.startswith("quantize.")]
     yield f"model.converters {', '.join(map(repr, float8))}", bool(float8), "its layers are no plain linear ones"
@@ -77,6 +79,8 @@ def check_trained(config: FlameJobConfig, _hf_config: PreTrainedConfig) -> Itera
     except ConfigError as e:
         yield str(e)
         return
+    if has_adapters and config.parallelism.tensor_parallel_degree > 1:
+        yield from adapter_problems(model)
     if config.parallelism.pipeline_parallel_degree > 1 and not_pipelined(model) is None:
         option = OPTION if has_adapters else "training.freeze"
         yield from _resting_stages(model, config, option)
