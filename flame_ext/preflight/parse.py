@@ -13,7 +13,7 @@ from flame_ext.preflight.moe import check_mixture
 from flame_ext.preflight.options import check_data, check_options
 from flame_ext.preflight.parallelism import check_parallelism, check_parallelism_of_model
 from flame_ext.preflight.ranges import check_ranges
-from flame_ext.preflight.trained import check_adapters, check_trained
+from flame_ext.preflight.trained import check_adapters, check_recomputed, check_trained
 from flame_ext.seeding.sources.safe_files import require_contained
 
 
@@ -37,6 +37,7 @@ def parse(args: list[str]) -> FlameJobConfig:
             check_parallelism_of_model,
             check_mixture,
             check_reverse_model,
+            check_recomputed,
             check_trained,
         )
         problems = [problem for check in of_model for problem in check(config, hf_config)]

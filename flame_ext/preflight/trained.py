@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from flame_ext.config.sections import ALL_LINEAR, FlameJobConfig, Lora
 from flame_ext.errors import ConfigError
 from flame_ext.heads.registry import CONVERTER_NAME, attach_heads, freezing_heads
+from flame_ext.hf_config import random_fields
 from flame_ext.model.adapters import CONVERTER_NAME as LORA
 from flame_ext.model.adapters import OPTION, add_adapters
 from flame_ext.model.freezing import freeze_parameters
@@ -58,6 +59,21 @@ def _not_with_adapters(config: FlameJobConfig) -> Iterator[tuple[str, bool, str]
     yield "moe.bias_update_rate > 0", config.moe.bias_update_rate > 0, biases
     early = "it waits for every gradient; leave it out"
     yield "optimizer.early_step_in_backward", config.optimizer.early_step_in_backward, early
+
+
+def check_recomputed(config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterator[str]:
+    """Yields a sentence if layers would draw other random numbers when activation checkpointing runs them again."""
+    checkpointed = config.activation_checkpoint
+    if checkpointed.mode == "none" or checkpointed.preserve_rng_state:
+        return
+    drawing = [f"{name} = {value} in config.json" for name, value in random_fields(hf_config).items()]
+    if LORA in config.model.converters and config.lora.lora_dropout > 0:
+        drawing.insert(0, f"lora.lora_dropout = {config.lora.lora_dropout}")
+    if drawing:
+        yield (
+            f"activation_checkpoint.preserve_rng_state = false does not go with {', '.join(drawing)}: layers that run again in the "
+            "backward would draw other masks than in the forward, and gradients would be wrong; leave it out, or set these to 0"
+        )
 
 
 def check_trained(config: FlameJobConfig, _hf_config: PreTrainedConfig) -> Iterator[str]:
