@@ -1,39 +1,38 @@
-"""Adds adapters to the weights that they belong to while these are exported."""
+"""Computes what adapters add to the weights that they belong to, for an export in which both are one."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from flame_ext.checkpoint.gathering import Summand
 from flame_ext.model.adapters import KEY_A, KEY_B
 from flame_ext.model.hf_causal_lm import HFCausalLM
-from flame_ext.seeding.sources.boxes import local_part
+from flame_ext.seeding.sources.boxes import Box
 
 
-@contextmanager
 @torch.no_grad()
-def merged(model: HFCausalLM, state: Mapping[str, Tensor]) -> Iterator[None]:
-    """While this is entered, the weights in ``state``, by source names, have the adapters added, W + scaling · B A; then they are as
-    before, to the bit: this rank's part is kept in the host's memory. Collective.
+def adapter_summands(model: HFCausalLM, state: Mapping[str, Tensor]) -> dict[str, Summand]:
+    """Returns scaling · B A for each weight in ``state``, by source names, that has an adapter; {} without adapters. Collective.
+
+    A and B are kept whole in the host's memory, and multiplied where they are asked for.
     """
+    found: dict[str, Summand] = {}
     adapters = model.whole.adapters
-    if adapters is None:
-        yield
-        return
-    before: list[tuple[Tensor, Tensor]] = []
-    try:
-        for layer in (key.removesuffix(KEY_A) for key in state if key.endswith(f".{KEY_A}")):
-            a, b = _whole(state[layer + KEY_A]), _whole(state[layer + KEY_B])
-            part, (rows, columns) = local_part(state[f"{layer}weight"].detach())
-            before.append((part, part.to("cpu", copy=True)))
-            part.copy_(part.float() + (b[slice(*rows)].float() @ a[:, slice(*columns)].float()) * adapters.scaling)
-        yield
-    finally:
-        for part, values in before:
-            part.copy_(values)
+    for layer in (key.removesuffix(KEY_A) for key in state if adapters and key.endswith(f".{KEY_A}")):
+        assert adapters is not None
+        a, b = (_whole(state[layer + key]) for key in (KEY_A, KEY_B))
+        found[f"{layer}weight"] = partial(_product, a, b, adapters.scaling)
+    return found
+
+
+def _product(a: Tensor, b: Tensor, scaling: float, box: Box, device: torch.device) -> Tensor:
+    rows, columns = (slice(*ends) for ends in box)
+    return b[rows].to(device) @ a[:, columns].to(device) * scaling
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().to("cpu", torch.float32)

@@ -24,12 +24,13 @@ from flame_ext.checkpoint.export import ExportSpec, export_hf
 from flame_ext.checkpoint.export_folder import origin_of, why_not_exported
 from flame_ext.checkpoint.gathering import BoxGatherer
 from flame_ext.checkpoint.hooks import CheckpointHooks
-from flame_ext.checkpoint.merging import merged
+from flame_ext.checkpoint.merging import adapter_summands
 from flame_ext.config.resume_record import asset_digests, check_unchanged, config_digest, config_record
 from flame_ext.distributed import from_main_rank, is_main_rank, on_main_rank
 from flame_ext.errors import ConfigError, SeedError
 from flame_ext.heads.registry import head_arguments, record_of_heads
 from flame_ext.host.high_precision import in_high_precision
+from flame_ext.model.adapters import CONVERTER_NAME as LORA
 from flame_ext.model.adapters import is_adapter, name_in_peft
 from flame_ext.model.dtypes import dtypes_in
 from flame_ext.model.hf_causal_lm import HFCausalLM
@@ -43,6 +44,7 @@ from flame_ext.seeding.conversion import in_files
 from flame_ext.seeding.proof.parity import Probe, probe_tokens
 from flame_ext.seeding.report import changed_source
 from flame_ext.seeding.seed import seed
+from flame_ext.seeding.sources.dcp import DcpReader
 from flame_ext.seeding.sources.hub import HUB_PREFIX
 from flame_ext.seeding.sources.open import open_source
 from flame_ext.seeding.sources.safe_files import some
@@ -107,6 +109,10 @@ class RunHooks(CheckpointHooks):
                 f"{step} was saved without {', '.join(added)}, whose parameters and moments it lacks; switch the heads off, or begin a "
                 "run with them: another job.dump_folder, and the step or its export as checkpoint.initial_load_path"
             )
+        if problem := self._problem_of_adapters(manifest.get("config", {}), step):
+            raise ConfigError(
+                f"{step} {problem}, or begin a run: another job.dump_folder, and the step's export as checkpoint.initial_load_path"
+            )
         if thawed := self._thawed(manifest.get("config", {}).get("training.freeze", [])):
             raise ConfigError(
                 f"{step} has no moments of {some(thawed)} ({len(thawed)}), which training.freeze kept in its run; keep them frozen, or "
@@ -118,19 +124,42 @@ class RunHooks(CheckpointHooks):
             logger.warning(f"Changed since {step.name}, as checkpoint.allow_config_change permits: {change}")
         self._seed_identity, self._run_id = manifest.get("seed"), manifest.get("run")
         path, seed = self._config.checkpoint.initial_load_path, self._config.seed
-        other = (
-            changed_source(self._seed_identity, path, seed.allow_pickle, seed.follow_links) if is_main_rank() else None
-        )
-        if other is not None:
+        # Beside adapters the source is read again, and has to be the same.
+        compared = is_main_rank() and self._model.whole.adapters is None
+        if compared and (other := changed_source(self._seed_identity, path, seed.allow_pickle, seed.follow_links)):
             logger.warning(other)
         if not changes:
             return lambda: None
         return configured_again(self._trainer.optimizers, self._trainer.lr_schedulers)
 
+    def _problem_of_adapters(self, then: dict[str, Any], step: Path) -> str | None:
+        """Returns what keeps the adapters of a step from being those of the model, or the weights beside them; None if nothing does.
+
+        Collective.
+        """
+        adapters = self._model.whole.adapters
+        if adapters is None and LORA not in then.get("model.converters", []):
+            return None
+        needed = set() if adapters is None else {*adapters.keys}
+        held = from_main_rank(on_main_rank(_adapters_in, step)) or set()
+        remedy = "set model.converters and lora.target_modules as they were"
+        if lost := held - needed:
+            return f"holds adapters that the model lacks, {some(lost)} ({len(lost)}); {remedy}"
+        if absent := needed - held:
+            return f"has no adapters {some(absent)} ({len(absent)}); {remedy}"
+        name, now = "training.dtype", self._config.training.dtype
+        if then.get(name, now) != now:
+            return f"was saved with {name} {then[name]}, now {now}: the weights beside its adapters would be others; take it back"
+        return None
+
     def _thawed(self, patterns: list[str]) -> list[str]:
-        """Returns the parameters that match patterns of ``training.freeze`` and are trained now."""
-        whole = self._target().whole if patterns else ()
-        return [key for key in whole if matches(key, patterns) and key not in self._model.whole.frozen]
+        """Returns the parameters that match patterns of ``training.freeze``, by any of their names, and are trained now."""
+        if not patterns:
+            return []
+        model = self._model.whole
+        names = {key: key for key in self._target().whole} | model.tied_keys
+        matched = dict.fromkeys(key for name, key in names.items() if matches(name, patterns))
+        return [key for key in matched if key not in model.frozen]
 
     def admit(self, step: int) -> bool:
         parameters = (p.detach() for part in self._runner.parts for p in part.parameters())
@@ -193,9 +222,9 @@ class RunHooks(CheckpointHooks):
         )
         target, whole = self._target(), self._model.whole
         stored = self._stored(target.whole, dtypes_in(whole, spec.dtype, _dtypes(target.whole)))
-        with merged(self._model, target.state):
-            gather = BoxGatherer(target.state, {key: t.shape for key, t in target.whole.items()}, self._device)
-            export_hf(stored, list(whole.heads), self._folder / "hf" / f"step-{step}", spec, gather)
+        shapes = {key: t.shape for key, t in target.whole.items()}
+        gather = BoxGatherer(target.state, shapes, self._device, adapter_summands(self._model, target.state))
+        export_hf(stored, list(whole.heads), self._folder / "hf" / f"step-{step}", spec, gather)
 
     def _adapter_config(self) -> dict[str, Any] | None:
         """Returns the content of peft's file beside the adapters, which names their source; None without adapters."""
@@ -282,6 +311,11 @@ class RunHooks(CheckpointHooks):
         with in_high_precision(self._runner.parts, self._config):
             summaries = self._summaries(tokens, routes)
         return self._runner.from_last(summaries)
+
+
+def _adapters_in(step: Path) -> set[str]:
+    """Returns the names of the adapters' parameters that a step holds."""
+    return {key for key in DcpReader(step).read_metadata().state_dict_metadata if is_adapter(key)}
 
 
 def _dtypes(state: Mapping[str, Tensor]) -> dict[str, torch.dtype]:

@@ -231,7 +231,8 @@ class Lora:
     """Dropout on the adapters' input."""
 
     target_modules: list[str] = field(default_factory=lambda: [ALL_LINEAR])
-    """Names of linear layers, or the ends of their full names, such as 'q_proj'; or 'all-linear' alone: every one in the decoder layers."""
+    """Names of linear layers, or the ends of their full names, such as 'q_proj'; or 'all-linear' alone: every one in the decoder layers,
+    but for those whose names peft takes for stacked experts."""
 
     use_rslora: bool = False
     """Multiply by `lora_alpha` over the square root of `r` (arXiv 2312.03732)."""

@@ -4,6 +4,7 @@ A layer's own weight is then called ``….base_layer.weight``; :meth:`HFCausalLM
 """
 
 import difflib
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -44,7 +45,7 @@ def add_adapters(model: HFCausalLM, options: Lora) -> None:
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         use_rslora=options.use_rslora,
-        target_modules=_targets(model, options.target_modules),
+        target_modules=_targets(model, options.target_modules, peft),
         task_type="CAUSAL_LM",
     )
     base = dict(model.named_parameters(remove_duplicate=False))
@@ -53,7 +54,9 @@ def add_adapters(model: HFCausalLM, options: Lora) -> None:
     try:
         with parameters_on_meta():
             peft.inject_adapter_in_model(config, model)
-    except ValueError as e:  # such as of stacked experts, which it takes for linear layers of these names
+    except ImportError as e:  # which it raises at the first layer, of a torchao that it cannot use
+        raise ConfigError(f"{OPTION}: peft: {str(e).rstrip('.')}; update or uninstall it") from e
+    except ValueError as e:
         raise ConfigError(f"lora.target_modules {options.target_modules} with {model.architecture}: peft: {e}") from e
     layers = {name: module for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
     _require_linear(model, layers, peft.tuners.lora.Linear)
@@ -74,9 +77,9 @@ def add_adapters(model: HFCausalLM, options: Lora) -> None:
     )
 
 
-def _targets(model: HFCausalLM, names: list[str]) -> list[str]:
+def _targets(model: HFCausalLM, names: list[str], peft: Any) -> list[str]:
     """Returns the names of layers to give to peft, which takes ends of full names; raises a ConfigError if one fits no linear layer of
-    the decoder layers.
+    the decoder layers, or stacked experts as well.
     """
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     within = {id(module) for layer in model.layers for module in layer.modules()}
@@ -86,8 +89,20 @@ def _targets(model: HFCausalLM, names: list[str]) -> list[str]:
         raise ConfigError(
             f"{OPTION}: {model.architecture} has no nn.Linear in its decoder layers, and others are not supported"
         )
+    stacked = _names_of_experts(model, known, peft)
+    usable = known - stacked
     if names == [ALL_LINEAR]:
-        return sorted(inside if known & others else known)
+        if left_out := sorted(name for name in inside if name.rpartition(".")[2] in stacked):
+            logger.info(
+                f"lora.target_modules: {len(left_out)} linear layers of {model.architecture} get no adapter, such as {left_out[0]}: "
+                f"peft takes {', '.join(sorted(stacked))} for the stacked experts"
+            )
+        return sorted(inside - {*left_out} if usable & others else usable)
+    if taken := [name for name in names if name.rpartition(".")[2] in stacked]:
+        raise ConfigError(
+            f"lora.target_modules: peft takes {', '.join(taken)} of {model.architecture} for its stacked experts, which cannot have "
+            f"adapters here; lora.target_modules = {json.dumps(sorted(usable))} works"
+        )
     for name in names:
         if not any(f".{full}".endswith(f".{name}") for full in inside):
             close = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or sorted(known)
@@ -96,6 +111,23 @@ def _targets(model: HFCausalLM, names: list[str]) -> list[str]:
                 f"{', '.join(close)}"
             )
     return list(names)
+
+
+def _names_of_experts(model: HFCausalLM, names: set[str], peft: Any) -> set[str]:
+    """Returns the names that peft changes into those of stacked experts, by whatever path: each expert had such layers before
+    transformers 5. It would do so again to the export.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    def is_kept(name: str) -> bool:
+        config = peft.LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(config, model=model, conversions=None)
+        except ValueError:  # layers that are stacked as one, such as gate_proj and up_proj, go together
+            return False
+        return set(config.target_modules) == {name}
+
+    return {name for name in names if not is_kept(name)}
 
 
 def _require_linear(model: HFCausalLM, layers: Mapping[str, nn.Module], kind: Any) -> None:

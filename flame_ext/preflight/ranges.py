@@ -53,6 +53,7 @@ RANGES = {
     "lr_scheduler.total_steps": Range(1, note="leave it out for training.steps"),
     "lr_scheduler.warmup_steps": Range(0, note="0 = none"),
     "lora.lora_alpha": _COUNT,
+    "lora.lora_dropout": Range(0, 1, "the share of inputs that are dropped", below=True),
     "lora.r": _COUNT,
     "metrics.log_freq": _COUNT,
     "moe.aux_loss_coef": Range(0, note="0 = no auxiliary loss; leave it out for that of config.json"),

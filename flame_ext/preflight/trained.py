@@ -32,8 +32,6 @@ def check_adapters(config: FlameJobConfig) -> Iterator[str]:
         )
     if ALL_LINEAR in options.target_modules[1:] or not all(options.target_modules) or options.target_modules[:1] == []:
         yield f"lora.target_modules must name linear layers, or be ['{ALL_LINEAR}'] alone, got {options.target_modules}"
-    if not 0 <= options.lora_dropout < 1:
-        yield f"lora.lora_dropout must be in [0, 1), got {options.lora_dropout}"
     for name, is_set, why in _not_with_adapters(config):
         if is_set:
             yield f"{name} does not go with {OPTION}: {why}"

@@ -13,6 +13,7 @@ from flame_ext.config.sections import Seed
 from flame_ext.distributed import failing_together, gathered, is_main_rank
 from flame_ext.errors import SeedError
 from flame_ext.files import write_json
+from flame_ext.model.freezing import OPTION as FREEZE
 from flame_ext.seeding.accounting import Account, account, require_same_function
 from flame_ext.seeding.names import in_model_names, parse_key_map, renamed
 from flame_ext.seeding.new_parameters import initialise
@@ -123,9 +124,10 @@ def _require_frozen(target: SeedTarget, keys: Account, source: Source, growth: G
     frozen = target.model.whole.frozen
     if missing := [key for key in keys.initialised if key in frozen]:
         option = frozen[missing[0]]
+        narrower = " or narrow the pattern," if option == FREEZE else ""
         raise SeedError(
             f"{source.path}: {option} keeps a head as the source has it, but {missing[0]!r} is not there: start from an export "
-            f"of a run that trained the head (checkpoint.initial_load_path = 'RUN/hf/step-N'), or drop {option}"
+            f"of a run that trained the head (checkpoint.initial_load_path = 'RUN/hf/step-N'),{narrower} or drop {option}"
         )
     if growth is not None and growth.new_tokens and (grown := [key for key in growth.shapes if key in frozen]):
         raise SeedError(

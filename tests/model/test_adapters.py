@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
+from flame_ext.checkpoint.gathering import BoxGatherer
+from flame_ext.checkpoint.merging import adapter_summands
+from flame_ext.config.sections import Lora
+from flame_ext.model.adapters import KEY_A, KEY_B, add_adapters
+from flame_ext.model.dropout import has_dropout, separate_generators
+from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
+from flame_ext.seeding.sources.traced import TracedTensor
 from flame_ext.train import parse
 from tests.layouts import LAYOUTS, NO_HEADS
 from tests.preflight.refusals import refusal
@@ -142,11 +150,56 @@ def test_a_run_is_resumed_on_another_number_of_ranks_in_bfloat16(tmp_path: Path)
     more = ["--training.dtype=bfloat16", "--training.mixed_precision_param=bfloat16", "--lora.lora_dropout=0.0"]
     alone = train(tmp_path / "alone", *options(), *more, *LAYOUTS["single"][1])
     train(tmp_path / "run", *options(steps=1), *more, *LAYOUTS["fsdp2"][1], world_size=2)
+    shutil.rmtree(tmp_path / "run" / "hf")
     run = train(tmp_path / "run", *options(), *more, *LAYOUTS["single"][1])
     assert run.values("loss") == pytest.approx(alone.values("loss"), rel=1e-2)
-    with torch.no_grad():
-        for key, value in weights(run, ADAPTER).items():
-            assert value.dtype is torch.float32 and not torch.equal(value, value.bfloat16().float()), key
+    adapters, merged, source = weights(run, ADAPTER), weights(run), load_file(TINY_OLMO / "model.safetensors")
+    for key, value in adapters.items():
+        assert value.dtype is torch.float32 and not torch.equal(value, value.bfloat16().float()), key
+        layer, _, which = key.removeprefix("base_model.model.").partition(".lora_")
+        if which == "A.weight":  # what the trainer computes with, also where the sum is no number of bfloat16
+            update = adapters[key.replace("_A.", "_B.")] @ value * 32 / 4
+            expected = source[f"{layer}.weight"].bfloat16().float() + update
+            torch.testing.assert_close(merged[f"{layer}.weight"], expected, rtol=0, atol=1e-6)
+
+
+def test_small_updates_are_not_lost_in_the_dtype_of_the_weights() -> None:
+    a, b, weight = torch.ones(1, 3), torch.tensor([[1e-4], [2e-4]]), torch.ones(2, 3, dtype=torch.bfloat16)
+    state = {f"layer.{KEY_A}": a, f"layer.{KEY_B}": b, "layer.weight": weight}
+    model: Any = SimpleNamespace(whole=SimpleNamespace(adapters=SimpleNamespace(scaling=2.0)))
+    shapes = {key: tensor.shape for key, tensor in state.items()}
+    gather = BoxGatherer(state, shapes, torch.device("cpu"), adapter_summands(model, state))
+    found = gather(TracedTensor.whole((2, 3), torch.float32, "layer.weight"))
+    assert torch.equal(found, (1 + 2 * b).expand(2, 3)) and torch.equal(weight, torch.ones_like(weight))
+
+
+@pytest.mark.matrix
+def test_a_step_is_resumed_with_its_own_adapters_and_weights_alone(tmp_path: Path) -> None:
+    source = shutil.copytree(TINY_OLMO, tmp_path / "source")
+    dumped = tmp_path / "run"
+    train(dumped, *options(source, steps=1), "--training.dtype=float32")
+    changed = "--checkpoint.allow_config_change=training.steps,lora.target_modules,training.dtype"
+    for more, message in (
+        (["--lora.target_modules=q_proj"], "step-1 holds adapters that the model lacks, model.layers.0.mlp.down_proj.lora_A"),
+        (["--training.dtype=bfloat16"], "step-1 was saved with training.dtype float32, now bfloat16"),
+    ):  # fmt: skip
+        run = train(dumped, *options(source), changed, *more, check=False)
+        assert run.exit_codes == [1] and message in run.ranks[0].output, run.ranks[0].output[-3000:]
+    other = shutil.copytree(source, tmp_path / "other")
+    changed_name = load_file(other / "model.safetensors")
+    save_file(changed_name, other / "model.safetensors", metadata={"format": "pt", "note": "another digest"})
+    again = train(dumped, *options(other))
+    assert "they are those of step 0" in again.ranks[0].output
+    assert "The run goes on with the weights of its step" not in again.ranks[0].output
+
+
+@pytest.mark.matrix
+def test_more_adapters_than_a_step_has_are_refused(tmp_path: Path) -> None:
+    train(tmp_path / "run", *options(steps=1), "--lora.target_modules=q_proj")
+    changed = "--checkpoint.allow_config_change=training.steps,lora.target_modules"
+    run = train(tmp_path / "run", *options(), "--lora.target_modules=q_proj,v_proj", changed, check=False)
+    assert run.exit_codes == [1]
+    assert "step-1 has no adapters model.layers.0.self_attn.v_proj.lora_A.default.weight" in run.ranks[0].output
 
 
 @pytest.mark.matrix
@@ -198,7 +251,7 @@ def test_under_parallelisms_and_architectures(tmp_path: Path, layout: str, name:
         (["--lora.target_modules=q_prj"], "OlmoForCausalLM is called 'q_prj'; names are q_proj"),
         (["--lora.target_modules=q_proj,lm_head"], "no linear layer in the decoder layers of OlmoForCausalLM is called 'lm_head'"),
         (["--lora.target_modules=q_proj,all-linear"], "lora.target_modules must name linear layers, or be ['all-linear'] alone"),
-        (["--lora.lora_dropout=1"], "lora.lora_dropout must be in [0, 1), got 1"),
+        (["--lora.lora_dropout=1"], "lora.lora_dropout must be >= 0 and < 1 (the share of inputs that are dropped), got 1"),
         (["--parallelism.tensor_parallel_degree=2"], "lora.lora_dropout > 0 with parallelism.tensor_parallel_degree > 1 does not"),
         (["--training.freeze=*norm*"], "training.freeze does not go with model.converters 'lora'"),
         (["--future_predictor.freeze_backbone"], "future_predictor.freeze_backbone does not go with model.converters 'lora'"),
@@ -218,3 +271,87 @@ def test_other_layers_than_linear_ones_are_refused(tmp_path: Path) -> None:
 def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     assert "pip install 'flame_ext[lora]'" in refusal(*options())
+
+
+def test_a_torchao_that_peft_cannot_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_torchao_available() -> bool:
+        raise ImportError("Found an incompatible version of torchao. Found version 0.9.0.")
+
+    monkeypatch.setattr(peft.tuners.lora.torchao, "is_torchao_available", is_torchao_available)
+    assert "incompatible version of torchao. Found version 0.9.0; update or uninstall it" in refusal(*options())
+
+
+def test_layers_that_draw_other_masks_when_they_run_again_are_refused(tmp_path: Path) -> None:
+    noisy = shutil.copytree(TINY_OLMO, tmp_path / "noisy")
+    fields = json.loads((noisy / "config.json").read_text())
+    (noisy / "config.json").write_text(json.dumps(fields | {"attention_dropout": 0.2}))
+    again, still = "--activation_checkpoint.no-preserve_rng_state", "--lora.lora_dropout=0.0"
+    assert parse_debug(*options(), again, "--activation_checkpoint.mode=none")
+    assert parse_debug(*options(), again, "--activation_checkpoint.mode=full", still)
+    for arguments, where in (
+        (options(), "lora.lora_dropout = 0.1"),
+        ([*options(noisy), still], "attention_dropout = 0.2 in config.json"),
+    ):
+        said = refusal(*arguments, again, "--activation_checkpoint.mode=selective")
+        assert f"activation_checkpoint.preserve_rng_state = false does not go with {where}: layers that" in said
+
+
+def parse_debug(*arguments: str) -> Any:
+    return parse([f"--job.config_file={DEBUG_TOML}", *arguments])
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "glm4-moe"])
+def test_beside_stacked_experts_the_layers_of_their_names_get_no_adapter(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = save_tiny(name, tmp_path)
+    parse_debug(*options(source))
+    args = HFModelArgs(hf_assets_path=str(source))
+    model = build_hf_causal_lm(args)
+    inside = {key for key, module in model.model.layers.named_modules() if isinstance(module, torch.nn.Linear)}
+    caplog.set_level("INFO")
+    add_adapters(model, Lora())
+    assert model.adapters is not None
+    adapted = {
+        key.removeprefix("model.layers.").removesuffix(f".{KEY_A}") for key in model.adapters.keys if KEY_A in key
+    }
+    assert adapted == {key for key in inside if ".self_attn." in key} and len(adapted) >= 12
+    assert f"{len(inside) - len(adapted)} linear layers of" in caplog.text
+    assert "peft takes down_proj, gate_proj, up_proj for the stacked experts" in caplog.text
+    said = refusal(*options(source), "--lora.target_modules=o_proj,mlp.down_proj")
+    assert "peft takes mlp.down_proj of" in said
+    choice = json.loads(said[said.index("[") : said.index("]") + 1])
+    assert {key.rpartition(".")[2] for key in adapted} == set(choice)
+    assert parse_debug(*options(source), f"--lora.target_modules={','.join(choice)}")
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", ["deepseek-v3", "glm4-moe"])
+def test_attention_alone_beside_stacked_experts(tmp_path: Path, name: str) -> None:
+    source = save_tiny(name, tmp_path / "model")
+    run = train(tmp_path / "run", *options(source), "--seed.verify=parity")
+    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    before, export = logits(base), exported(run)
+    adapted = logits(peft.PeftModel.from_pretrained(base, export / "adapter"))
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(export)), adapted, rtol=1e-4, atol=1e-4)
+    assert (adapted - before).abs().max() > 0.01
+
+
+def test_ranks_with_other_tokens_draw_other_masks_and_those_of_a_tensor_the_same() -> None:
+    model = build_hf_causal_lm(HFModelArgs(hf_assets_path=str(TINY_OLMO)))
+
+    def drawn(tokens: int | None) -> list[float]:
+        torch.manual_seed(7)
+        mesh = None if tokens is None else SimpleNamespace(size=lambda: 2, get_local_rank=lambda: tokens)
+        dims: Any = SimpleNamespace(get_optional_mesh={"loss": mesh}.__getitem__)
+        separate_generators(model, dims)
+        return torch.rand(3).tolist()
+
+    plain = drawn(None)
+    assert drawn(0) == drawn(1) == plain
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.config, "attention_dropout", 0.1)
+        assert has_dropout(model) and drawn(None) == drawn(0) == plain != drawn(1) == drawn(1)
+    assert not has_dropout(model)
+    add_adapters(model, Lora(lora_dropout=0.1))
+    assert has_dropout(model) and drawn(1) != plain

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
+from transformers import OlmoForCausalLM
 
+from flame_ext.checkpoint.run_hooks import RunHooks
+from flame_ext.model.freezing import OPTION
+from flame_ext.model.hf_causal_lm import parameters_on_meta
 from tests.layouts import LAYOUTS
 from tests.preflight.refusals import refusal
 from tests.ranks import TINY_OLMO, TrainRun, train
 from tests.seeding.test_vocabulary import grown_folder
-from tests.tiny_models import save_tiny
+from tests.tiny_models import CONFIGS, save_tiny
 
 FREEZE = "--training.freeze=model.embed_tokens.weight,*.mlp.*"
 STEPS = (
@@ -100,7 +106,9 @@ def test_what_cannot_be_frozen(options: list[str], message: str) -> None:
 def test_a_part_of_a_head_that_no_source_has_is_refused(tmp_path: Path) -> None:
     run = train(tmp_path / "run", *STEPS, "--training.freeze=future_predictor.norm.*", check=False)
     assert run.exit_codes == [1] and not (tmp_path / "run" / "checkpoint").exists()
-    assert "training.freeze keeps a head as the source has it, but 'future_predictor.norm." in run.ranks[0].output
+    said = run.ranks[0].output
+    assert "training.freeze keeps a head as the source has it, but 'future_predictor.norm." in said
+    assert "or narrow the pattern, or drop training.freeze" in said
 
 
 def test_rows_of_new_tokens_are_not_left_untrained(tmp_path: Path) -> None:
@@ -110,3 +118,17 @@ def test_rows_of_new_tokens_are_not_left_untrained(tmp_path: Path) -> None:
     )
     assert run.exit_codes == [1]
     assert "which lacks the rows of 2 tokens (seed.resize_vocabulary)" in run.ranks[0].output
+
+
+@pytest.mark.parametrize(("now", "thawed"), [([], ["model.embed_tokens.weight"]), (["model.embed_tokens.*"], [])])
+def test_a_tied_parameter_is_thawed_by_whichever_name_it_was_frozen(now: list[str], thawed: list[str]) -> None:
+    with parameters_on_meta():
+        model: Any = OlmoForCausalLM(CONFIGS["olmo-tied"])
+    tied = {"lm_head.weight": "model.embed_tokens.weight"}
+    frozen = dict.fromkeys([*tied, *tied.values()], OPTION) if now else {}
+    whole = {key: tensor for key, tensor in model.state_dict().items() if key not in tied}
+    hooks: Any = SimpleNamespace(
+        _target=lambda: SimpleNamespace(whole=whole),
+        _model=SimpleNamespace(whole=SimpleNamespace(tied_keys=tied, frozen=frozen)),
+    )
+    assert RunHooks._thawed(hooks, ["lm_head.weight"]) == thawed
