@@ -14,6 +14,8 @@ from flame_ext.data.sources import register_local_sources
 from flame_ext.data.tokenizer import build_tokenizer
 from flame_ext.heads.registry import CONVERTER_NAME, attach_heads
 from flame_ext.host.names import TrainSpec, model_converters, register_model_converter, register_train_spec
+from flame_ext.model.adapters import CONVERTER_NAME as LORA
+from flame_ext.model.adapters import add_adapters
 from flame_ext.model.hf_causal_lm import HFCausalLM, HFModelArgs, build_hf_causal_lm
 from flame_ext.model.parallelize import parallelize_hf_causal_lm
 from flame_ext.model.pipeline import pipeline_hf_causal_lm
@@ -31,6 +33,7 @@ def register() -> None:
     """Register TrainSpec, ModelConverter and local datasets with torchtitan. Safe to call again."""
     register_train_spec(MODEL_NAME, build_train_spec())
     register_model_converter(FuturePredictionConverter, CONVERTER_NAME)
+    register_model_converter(LoraConverter, LORA)
     for name in FILTERED:
         model_converters[name] = with_names_of_transformers(name, model_converters[name])
     register_local_sources()
@@ -45,6 +48,20 @@ class FuturePredictionConverter:
     def convert(self, model: HFCausalLM) -> None:
         """Attach the heads, on meta, before torchtitan parallelises the model. In place."""
         attach_heads(model, self.job_config)
+
+    def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
+        """Nothing to do."""
+
+
+class LoraConverter:
+    """``model.converters = ["lora", …]``: adds the adapters of ``[lora]`` to a :class:`HFCausalLM` and freezes the rest."""
+
+    def __init__(self, job_config: FlameJobConfig, parallel_dims: ParallelDims | None = None) -> None:
+        self.options = job_config.lora
+
+    def convert(self, model: HFCausalLM) -> None:
+        """Add the adapters, on meta, before heads are attached and torchtitan parallelises the model. In place."""
+        add_adapters(model, self.options)
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
         """Nothing to do."""

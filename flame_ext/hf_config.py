@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from contextlib import suppress
 from copy import deepcopy
 from functools import cache
@@ -30,6 +31,14 @@ _READ_FIRST = {"model_type": str, "auto_map": dict, "quantization_config": dict,
 def is_part_of_transformers(config: PreTrainedConfig) -> bool:
     """Return whether the configuration's class is transformers' own, not registered by a user or brought by a folder."""
     return type(config).__module__.startswith("transformers.models.")
+
+
+def random_fields(config: PreTrainedConfig) -> dict[str, float]:
+    """Return the fields by which layers of a language model draw random numbers while it is trained: dropout, noise of routers."""
+    fields = config.get_text_config().to_dict().items()
+    # Heads that classify, and dropout of the embedding, are in no layer.
+    names = re.compile(r"(?!classifier|summary|emb).*(drop|jitter)")
+    return {name: value for name, value in fields if type(value) in (int, float) and value > 0 and names.match(name)}
 
 
 def load_hf_config(

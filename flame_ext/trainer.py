@@ -23,6 +23,7 @@ from flame_ext.errors import CheckpointError, ConfigError, UserError
 from flame_ext.heads.registry import shown_metrics, teacher_of
 from flame_ext.host.names import Trainer
 from flame_ext.host.patches import profiling_any_device, trainer_built_with
+from flame_ext.model.dropout import separate_generators
 from flame_ext.model.runner import ModelRunner, sum_of_parts
 from flame_ext.run.lock import FolderLock
 from flame_ext.run.signals import Circumstances, StopSignals, agree
@@ -56,19 +57,18 @@ class FutureTrainer(Trainer):
         config, dims, device = self.job_config, self.parallel_dims, self.device
         self.runner = getattr(self, "pp_schedule", None) or ModelRunner(self.model_parts, dims)
         self.model = self.runner.model
+        separate_generators(self.model.whole, dims)
         eos_id, positions_mesh = getattr(self.tokenizer, "eos_id", None), dims.get_optional_mesh("loss")
         # A new object for each use: one that is entered twice, one inside the other, is left on for good.
-        autocast = self.autocast = partial(copy, self.maybe_enable_amp)
+        self.autocast = partial(copy, self.maybe_enable_amp)
         self.stopwatch = Stopwatch(device)
+        shared = self.autocast, device, self.stopwatch
         self.planner = Planner(config, eos_id, dims.get_optional_mesh("batch"), device)
         self.teacher: Teacher | None = None
         if teacher_of(config) is not None:
-            self.teacher = Teacher(self.runner, config, eos_id, positions_mesh, autocast, device, self.stopwatch)
+            self.teacher = Teacher(self.runner, config, eos_id, positions_mesh, *shared)
         self.losses = Losses(self.runner, config, self.teacher)
-        prepared = self.post_dataloading_process
-        self.student = Student(
-            self.runner, config, self.teacher, self.losses, prepared, autocast, device, self.stopwatch
-        )
+        self.student = Student(self.runner, config, self.teacher, self.losses, self.post_dataloading_process, *shared)
         self.gradients, self.balance = Gradients(self.runner, config, dims), Balance(self.runner, config, dims, device)
         self.reported = Reported(
             self.runner, config, dims, self.dataloader, self.gradients, self.balance, self.stopwatch, device

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,9 +24,13 @@ from flame_ext.errors import CheckpointError
 from flame_ext.fault_injection import fault_point
 from flame_ext.files import parse_size, write_json
 from flame_ext.hf_config import is_part_of_transformers, mark_direction
+from flame_ext.model.adapters import PEFT_PREFIX
 from flame_ext.seeding.sources.hf_safetensors import INDEX_NAME, read_header
 from flame_ext.seeding.sources.source import HEADS_FOLDER, TensorEntry, same_bits
 from flame_ext.seeding.sources.traced import TracedTensor
+
+ADAPTER_FOLDER = "adapter"
+"""The folder of an export with adapters as peft loads them, beside the merged weights."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class ExportSpec:
     card: str | None = None  # README.md
     reverse: bool | None = None  # whether it was trained with data.reverse; None = as ``config`` says
     origin: Origin | None = None  # the step that is exported
+    adapter: Mapping[str, Any] | None = None  # peft's configuration of adapters; None without
 
 
 Read = Callable[[str], "Tensor | None"]
@@ -60,7 +66,7 @@ def export_hf(
 
     Args:
         tensors: by their keys in files, each tied parameter once, in the dtypes to write; made of those that ``gather``
-            brings. A head's keys begin with its name.
+            brings. A head's keys begin with its name, an adapter's as peft writes them.
     """
 
     def read_for_file(key: str) -> Tensor | None:
@@ -70,12 +76,13 @@ def export_hf(
 
     described = on_meta(tensors, {key: tensor.dtype for key, tensor in tensors.items()})
     heads = {key: tensor for key, tensor in described.items() if key.startswith(tuple(f"{n}." for n in head_names))}
-    backbone = {key: tensor for key, tensor in described.items() if key not in heads}
+    adapters = {key: tensor for key, tensor in described.items() if key.startswith(PEFT_PREFIX)}
+    backbone = {key: tensor for key, tensor in described.items() if key not in heads and key not in adapters}
     place = ExportFolder(folder, replace=True)
     try:
         temporary = from_main_rank(on_main_rank(place.open))
         assert temporary is not None
-        write_hf(backbone, heads, read_for_file, temporary, spec)
+        write_hf(backbone, heads, read_for_file, temporary, spec, adapters)
         on_main_rank(place.publish, spec.origin)
     finally:
         place.close()
@@ -90,18 +97,25 @@ def on_meta(
 
 
 def write_hf(
-    backbone: Mapping[str, Tensor], heads: Mapping[str, Tensor], read: Read, folder: Path, spec: ExportSpec
+    backbone: Mapping[str, Tensor],
+    heads: Mapping[str, Tensor],
+    read: Read,
+    folder: Path,
+    spec: ExportSpec,
+    adapters: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Writes all files into an empty ``folder`` and reads the weights back. Collective; a CheckpointError is raised on all ranks.
 
     Args:
-        backbone, heads: name to a tensor on meta.
+        backbone, heads, adapters: name to a tensor on meta.
         read: returns a tensor on CPU in the dtype to write; called on every rank in the same order.
     """
     on_main_rank(_write_small_files, folder, spec)
     _write_tensors(backbone, read, folder, parse_size(spec.max_shard_size, "max_shard_size"))
     if heads:
         _write_tensors(heads, read, folder / HEADS_FOLDER, 10**12)  # one file
+    if adapters:
+        _write_tensors(adapters, read, folder / ADAPTER_FOLDER, 10**12, "adapter_model")
 
 
 def _write_small_files(folder: Path, spec: ExportSpec) -> None:
@@ -120,20 +134,26 @@ def _write_small_files(folder: Path, spec: ExportSpec) -> None:
         (folder / "README.md").write_text(spec.card)
     if spec.heads is not None:
         write_json(folder / HEADS_FOLDER / "config.json", spec.heads)
+    if spec.adapter is not None:
+        write_json(folder / ADAPTER_FOLDER / "adapter_config.json", spec.adapter)
 
 
-def _write_tensors(described: Mapping[str, Tensor], read: Read, folder: Path, max_shard_size: int) -> None:
+def _write_tensors(
+    described: Mapping[str, Tensor], read: Read, folder: Path, max_shard_size: int, stem: str = "model"
+) -> None:
     """Writes ``model.safetensors``, or several files of at most ``max_shard_size`` bytes and their index."""
 
     def write_file(file: Path, tensors: dict[str, Tensor]) -> None:
         save_file(tensors, file, metadata={"format": "pt"})  # from_pretrained requires the framework
         require_written(file, read_header(file)[0], tensors, lambda key: same_bits(_read_one(file, key), tensors[key]))
-        shutil.copymode(folder / "config.json", file)  # safetensors makes it private to its owner
+        shutil.copymode(
+            folder / ("config.json" if stem == "model" else "adapter_config.json"), file
+        )  # safetensors makes it private to its owner
 
     plan = split_state_dict_into_shards_factory(
         dict(described),
         get_storage_size=lambda tensor: tensor.nbytes,
-        filename_pattern="model{suffix}.safetensors",
+        filename_pattern=stem + "{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
     for name, keys in plan.filename_to_tensors.items():

@@ -2,7 +2,8 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,9 @@ from flame_ext.seeding.sources.traced import TracedTensor
 # Bytes that travel at a time, beside which only the main rank holds the tensor.
 _AT_ONCE = 2**26
 
+Summand = Callable[[Box, torch.device], Tensor]
+"""Maps a box of a tensor and a device to the float32 values to add there."""
+
 
 class BoxGatherer:
     """Gathers the elements that make up a tensor of a file, which the main rank alone holds whole.
@@ -27,11 +31,18 @@ class BoxGatherer:
         state: this rank's part of the model, by key; DTensors, or plain tensors, which are whole.
         shapes: key to shape, of the whole model. A CheckpointError is raised if the ranks together do not hold all of it.
         device: for the tensors that are gathered; of the same kind on all ranks.
+        summands: key to what is added to a tensor, in float32, before it is cast.
     """
 
     @torch.no_grad()
-    def __init__(self, state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], device: torch.device) -> None:
-        self._device = device
+    def __init__(
+        self,
+        state: Mapping[str, Tensor],
+        shapes: Mapping[str, Sequence[int]],
+        device: torch.device,
+        summands: Mapping[str, Summand] = MappingProxyType({}),
+    ) -> None:
+        self._device, self._summands = device, summands
         with failing_together(CheckpointError):
             held = {key: local_part(tensor.detach()) for key, tensor in state.items()}
         given = _shared_out({key: box for key, (_, box) in held.items()}, shapes)
@@ -59,7 +70,10 @@ class BoxGatherer:
                 continue
             local, box = self._given[part.of]
             if (common := intersection(box, inner.box_of)) is not None:
-                values = inner.arranged(local[inside(common, box)]).to(tensor.dtype)
+                values = local[inside(common, box)]
+                if (summand := self._summands.get(part.of)) is not None:
+                    values = values.float() + summand(common, values.device)
+                values = inner.arranged(values).to(tensor.dtype)
                 found[inside(inner.placed(common), window)] = values.to(self._device)
         if dist.is_initialized() and dist.get_world_size() > 1:
             # Every byte comes from one rank and is zero on the others, so that the sum is that rank's, whatever it means.

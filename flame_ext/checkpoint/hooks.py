@@ -37,6 +37,17 @@ class CheckpointHooks(Protocol):
             CheckpointError: its position in the data does not fit.
         """
 
+    def read_rest(self, manifest: dict[str, Any], path: str) -> None:
+        """Read from the source what steps do not hold, after a step is loaded: the weights beside adapters. Collective.
+
+        Args:
+            manifest: of the step.
+            path: ``checkpoint.initial_load_path``.
+
+        Raises:
+            SeedError: the source is not that of the step's run.
+        """
+
     def admit(self, step: int) -> bool:
         """Whether a step may be saved: its numbers are finite on every rank. Collective."""
 

@@ -50,11 +50,19 @@ RNG = "rng"
 
 
 class UntiedModelWrapper(ModelWrapper):
-    """Gives the model's state dict with each tied parameter once, under its key in Hugging Face files."""
+    """Gives the part of the model's state dict that steps hold, with each tied parameter once.
 
-    def _get_state_dict(self) -> dict[str, Any]:
+    Beside adapters the backbone's parameters stay as the source has them, and no step holds them.
+    """
+
+    def whole(self) -> dict[str, Any]:
+        """Returns all of the state dict, with each tied parameter once."""
         tied = {name for model in self.model for name in model.tied_keys}
         return {key: tensor for key, tensor in super()._get_state_dict().items() if key not in tied}
+
+    def _get_state_dict(self) -> dict[str, Any]:
+        whole = self.model[0].whole
+        return {key: tensor for key, tensor in self.whole().items() if not whole.is_left_to_source(key)}
 
 
 class SeedingCheckpointManager(CheckpointManager):
@@ -91,8 +99,8 @@ class SeedingCheckpointManager(CheckpointManager):
             logger.warning(f"Passed over {folder.path / line}")
         chosen = self._undamaged(candidates)
         if chosen is None:
-            if (path := self.initial_load_path) is None:
-                path = self.sd_adapter.hf_assets_path
+            path = self._source
+            if self.initial_load_path is None:
                 logger.info(
                     "Seeding from model.hf_assets_path (checkpoint.initial_load_in_hf is set, initial_load_path is not)"
                 )
@@ -113,12 +121,17 @@ class SeedingCheckpointManager(CheckpointManager):
             del states[RNG]
             logger.info(f"{chosen.path} has the random number generators of other ranks: they start anew")
         self.dcp_load(states, str(chosen.path), from_hf=False, from_quantized=False)
+        self.hooks.read_rest(chosen.manifest, self._source)
         GarbageCollection.collect("GC collection for checkpoint loading.")
         loaded()
         if not only_try and not self.load_only:
             self._go_on(folder, chosen, step)
         logger.info(f"Resumed from {chosen.path} (complete: {', '.join(str(s.step) for s in folder.steps)})")
         return True
+
+    @property
+    def _source(self) -> str:
+        return self.initial_load_path or self.sd_adapter.hf_assets_path
 
     def find(self, step: int) -> tuple[StepFolder, list[CompleteStep]]:
         """Returns the steps in the folder and those to go on from, the last one first in line. Collective.
@@ -195,9 +208,10 @@ class SeedingCheckpointManager(CheckpointManager):
         self.states[MODEL].load_state_dict(state_dict)
 
     def load_model(self, step: CompleteStep) -> None:
-        """Loads only the weights of a step. Collective."""
+        """Loads the weights alone of a step. Collective."""
         if self._undamaged([step]) is not None:
             self.dcp_load(self.states[MODEL].state_dict(), str(step.path), from_hf=False, from_quantized=False)
+            self.hooks.read_rest(step.manifest, self._source)
 
     def _undamaged(self, candidates: list[CompleteStep]) -> CompleteStep | None:
         """Returns the last step whose files have their SHA-256, None without candidates; raises if all are damaged. Collective."""

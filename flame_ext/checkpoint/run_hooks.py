@@ -24,24 +24,32 @@ from flame_ext.checkpoint.export import ExportSpec, export_hf
 from flame_ext.checkpoint.export_folder import origin_of, why_not_exported
 from flame_ext.checkpoint.gathering import BoxGatherer
 from flame_ext.checkpoint.hooks import CheckpointHooks
+from flame_ext.checkpoint.merging import adapter_summands
 from flame_ext.config.resume_record import asset_digests, check_unchanged, config_digest, config_record
 from flame_ext.distributed import from_main_rank, is_main_rank, on_main_rank
 from flame_ext.errors import ConfigError, SeedError
 from flame_ext.heads.registry import head_arguments, record_of_heads
 from flame_ext.host.high_precision import in_high_precision
+from flame_ext.model.adapters import CONVERTER_NAME as LORA
+from flame_ext.model.adapters import is_adapter, name_in_peft
 from flame_ext.model.dtypes import dtypes_in
 from flame_ext.model.hf_causal_lm import HFCausalLM
 from flame_ext.model.routing import KeptRoutes
 from flame_ext.model.runner import ModelRunner, StageInputs
 from flame_ext.run.background_export import background_exports
 from flame_ext.run.optimization import configured_again
+from flame_ext.seeding.accounting import matches
+from flame_ext.seeding.again import read_again
 from flame_ext.seeding.conversion import in_files
 from flame_ext.seeding.proof.parity import Probe, probe_tokens
 from flame_ext.seeding.report import changed_source
 from flame_ext.seeding.seed import seed
+from flame_ext.seeding.sources.dcp import DcpReader
+from flame_ext.seeding.sources.hub import HUB_PREFIX
 from flame_ext.seeding.sources.open import open_source
+from flame_ext.seeding.sources.safe_files import some
 from flame_ext.seeding.sources.traced import TracedTensor
-from flame_ext.seeding.target import seed_target, whole_state
+from flame_ext.seeding.target import SeedTarget, in_source_names, seed_target
 
 
 class RunHooks(CheckpointHooks):
@@ -73,19 +81,25 @@ class RunHooks(CheckpointHooks):
         assets, options = Path(self._config.model.hf_assets_path), self._config.seed
         self._assets = on_main_rank(read_assets, assets, options.trust_remote_code, options.follow_links) or {}
         if self._config.checkpoint.last_save_in_hf or self._config.export.interval > 0:
-            whole = self._model.whole.state_dict()
+            whole = in_source_names(self._model, self._model.whole.state_dict())
             self._stored(whole, _dtypes(whole))
         # The manifest of every step names the run and the source of its step 0.
         self._run_id: str | None = None
         self._seed_identity: dict[str, Any] | None = None
 
     def seed(self, path: str) -> None:
-        state = self._trainer.checkpointer.states[MODEL].state_dict()
-        target = seed_target(self._model, state, self._trainer.model_args.load())
-        report = seed(target, path, self._config.seed, self._probe(), self._folder)
+        report = seed(self._target(), path, self._config.seed, self._probe(), self._folder)
         self._seed_identity = report.identity
         self._run_id = from_main_rank(uuid.uuid4().hex)
         self._trainer.metrics_processor.rewind(0)
+
+    def _target(self) -> SeedTarget:
+        state = self._trainer.checkpointer.states[MODEL].whole()
+        return seed_target(self._model, state, self._trainer.model_args.load())
+
+    def read_rest(self, manifest: dict[str, Any], path: str) -> None:
+        if self._model.whole.adapters is not None:
+            read_again(self._target(), path, self._config.seed, manifest.get("seed") or {})
 
     def resumed(self, manifest: dict[str, Any], step: Path) -> Callable[[], None]:
         allowed = self._config.checkpoint.allow_config_change
@@ -96,10 +110,19 @@ class RunHooks(CheckpointHooks):
                 "run with them: another job.dump_folder, and the step or its export as checkpoint.initial_load_path"
             )
         names = manifest.get("config", {}).get("optimizer.name"), self._config.optimizer.name
-        if names[0] != names[1] and "Muon" in names:
+        if names[0] != names[1] and "Muon" in names and not manifest.get("model_only"):
             raise ConfigError(
                 f"{step} has the state of optimizer.name = {names[0]!r}, which {names[1]!r} cannot continue; take it back, or begin a run: "
                 "another job.dump_folder, and the step or its export as checkpoint.initial_load_path"
+            )
+        if problem := self._problem_of_adapters(manifest.get("config", {}), step):
+            raise ConfigError(
+                f"{step} {problem}, or begin a run: another job.dump_folder, and the step's export as checkpoint.initial_load_path"
+            )
+        if thawed := self._thawed(manifest.get("config", {}).get("training.freeze", [])):
+            raise ConfigError(
+                f"{step} has no moments of {some(thawed)} ({len(thawed)}), which training.freeze kept in its run; keep them frozen, or "
+                "begin a run: another job.dump_folder, and the step or its export as checkpoint.initial_load_path"
             )
         if not manifest.get("model_only"):
             self._trainer.dataloader.require_layout(manifest.get("data"))
@@ -107,14 +130,42 @@ class RunHooks(CheckpointHooks):
             logger.warning(f"Changed since {step.name}, as checkpoint.allow_config_change permits: {change}")
         self._seed_identity, self._run_id = manifest.get("seed"), manifest.get("run")
         path, seed = self._config.checkpoint.initial_load_path, self._config.seed
-        other = (
-            changed_source(self._seed_identity, path, seed.allow_pickle, seed.follow_links) if is_main_rank() else None
-        )
-        if other is not None:
+        # Beside adapters the source is read again, and has to be the same.
+        compared = is_main_rank() and self._model.whole.adapters is None
+        if compared and (other := changed_source(self._seed_identity, path, seed.allow_pickle, seed.follow_links)):
             logger.warning(other)
         if not changes:
             return lambda: None
         return configured_again(self._trainer.optimizers, self._trainer.lr_schedulers)
+
+    def _problem_of_adapters(self, then: dict[str, Any], step: Path) -> str | None:
+        """Returns what keeps the adapters of a step from being those of the model, or the weights beside them; None if nothing does.
+
+        Collective.
+        """
+        adapters = self._model.whole.adapters
+        if adapters is None and LORA not in then.get("model.converters", []):
+            return None
+        needed = set() if adapters is None else {*adapters.keys}
+        held = from_main_rank(on_main_rank(_adapters_in, step)) or set()
+        remedy = "set model.converters and lora.target_modules as they were"
+        if lost := held - needed:
+            return f"holds adapters that the model lacks, {some(lost)} ({len(lost)}); {remedy}"
+        if absent := needed - held:
+            return f"has no adapters {some(absent)} ({len(absent)}); {remedy}"
+        name, now = "training.dtype", self._config.training.dtype
+        if then.get(name, now) != now:
+            return f"was saved with {name} {then[name]}, now {now}: the weights beside its adapters would be others; take it back"
+        return None
+
+    def _thawed(self, patterns: list[str]) -> list[str]:
+        """Returns the parameters that match patterns of ``training.freeze``, by any of their names, and are trained now."""
+        if not patterns:
+            return []
+        model = self._model.whole
+        names = {key: key for key in self._target().whole} | model.tied_keys
+        matched = dict.fromkeys(key for name, key in names.items() if matches(name, patterns))
+        return [key for key in matched if key not in model.frozen]
 
     def admit(self, step: int) -> bool:
         parameters = (p.detach() for part in self._runner.parts for p in part.parameters())
@@ -173,17 +224,33 @@ class RunHooks(CheckpointHooks):
             reverse=self._config.data.reverse,
             card=on_main_rank(card_of_step, self._step_folder(step), self._folder),
             origin=on_main_rank(origin_of, self._step_folder(step)),
+            adapter=self._adapter_config(),
         )
-        state, whole = self._trainer.checkpointer.states[MODEL].state_dict(), self._model.whole
-        full = whole_state(self._model, state)
-        gather = BoxGatherer(state, {key: tensor.shape for key, tensor in full.items()}, self._device)
-        stored = self._stored(full, dtypes_in(whole, spec.dtype, _dtypes(full)))
+        target, whole = self._target(), self._model.whole
+        stored = self._stored(target.whole, dtypes_in(whole, spec.dtype, _dtypes(target.whole)))
+        shapes = {key: t.shape for key, t in target.whole.items()}
+        gather = BoxGatherer(target.state, shapes, self._device, adapter_summands(self._model, target.state))
         export_hf(stored, list(whole.heads), self._folder / "hf" / f"step-{step}", spec, gather)
+
+    def _adapter_config(self) -> dict[str, Any] | None:
+        """Returns the content of peft's file beside the adapters, which names their source; None without adapters."""
+        if (adapters := self._model.whole.adapters) is None:
+            return None
+        identity = self._seed_identity or {}
+        path, _, revision = str(identity.get("source")).removeprefix(HUB_PREFIX).partition("@")
+        return {
+            **adapters.config,
+            "base_model_name_or_path": path,
+            "revision": identity.get("revision") or revision or None,
+        }
 
     def _stored(self, state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, TracedTensor]:
         """Returns the whole model's tensors as files hold them, in other dtypes, made of those of its state."""
-        model, whole = self._model.whole, TracedTensor.whole
-        return in_files(model, {key: whole(tensor.shape, dtypes[key], key) for key, tensor in state.items()})
+        model = self._model.whole
+        traced = {key: TracedTensor.whole(tensor.shape, dtypes[key], key) for key, tensor in state.items()}
+        adapters = [key for key in traced if model.adapters is not None and is_adapter(key)]
+        in_peft = {name_in_peft(key): traced.pop(key) for key in adapters}
+        return in_files(model, traced) | in_peft
 
     def _step_folder(self, step: int) -> Path:
         return Path(self._trainer.checkpointer.folder) / f"step-{step}"
@@ -250,6 +317,11 @@ class RunHooks(CheckpointHooks):
         with in_high_precision(self._runner.parts, self._config):
             summaries = self._summaries(tokens, routes)
         return self._runner.from_last(summaries)
+
+
+def _adapters_in(step: Path) -> set[str]:
+    """Returns the names of the adapters' parameters that a step holds."""
+    return {key for key in DcpReader(step).read_metadata().state_dict_metadata if is_adapter(key)}
 
 
 def _dtypes(state: Mapping[str, Tensor]) -> dict[str, torch.dtype]:

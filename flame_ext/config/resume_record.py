@@ -92,6 +92,7 @@ def check_unchanged(then: dict[str, Any], now: dict[str, Any], allowed: list[str
 # Options that came after records, and what was done before; those of heads that are not attached are not compared.
 ADDED = {
     "data.reverse": False,
+    "training.freeze": [],
     "future_predictor.loss": "info_nce",
     "seed.resize_vocabulary": False,
     "seed.new_rows": "mean",
@@ -109,8 +110,8 @@ ADDED = {
 
 def _as_of_this_version(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """Returns a saved record; one of an earlier version with what was not recorded, or had another default, as it is ``now``."""
-    # Without effect on a dense model, and before [moe] there were no others.
-    then = {name: value for name, value in now.items() if name.startswith("moe.")} | then
+    # Without effect on a dense model, and before [moe] there were no others; or without adapters, before which there was no [lora].
+    then = {name: value for name, value in now.items() if name.startswith(("moe.", "lora."))} | then
     added = ADDED | {f"{head}.freeze": False for head in HEAD_NAMES}
     then = {name: value for name, value in added.items() if name in now} | then
     if "record.version" in then:

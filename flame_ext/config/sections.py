@@ -136,11 +136,16 @@ class Data:
 
 @dataclass
 class Training(job_config.Training):
-    """torchtitan's section, and an end after whole epochs."""
+    """torchtitan's section, an end after whole epochs, and what is not trained."""
 
     epochs: int = 0
     """End after this many passes over every source, instead of after `steps`. Each rank then reads its data once before step 1 to
     count the steps. 0 = `steps`."""
+
+    freeze: list[str] = field(default_factory=list)
+    """Patterns (fnmatch) of parameters, heads' included, that stay as the source has them, without gradients and moments, such as
+    'model.embed_tokens.*'. Names are those of the exports' files, or, where transformers renames or stacks, of its model. Each
+    pattern must match one."""
 
 
 @dataclass
@@ -241,6 +246,31 @@ class Loss:
     """With a `weighting`, the share of the plain cross-entropy in 0..1; the rest is weighted."""
 
 
+ALL_LINEAR = "all-linear"
+
+
+@dataclass
+class Lora:
+    """Adapters of low rank beside linear layers of the decoder layers, by `peft`, whose `LoraConfig` has options of these names. With
+    `"lora"` in `model.converters`, before `"future_prediction"`, they and the heads alone are trained (docs/adapters.md)."""
+
+    r: int = 16
+    """Rank of the adapters."""
+
+    lora_alpha: int = 32
+    """The adapters' output is multiplied by this over `r`."""
+
+    lora_dropout: float = 0.0
+    """Dropout on the adapters' input."""
+
+    target_modules: list[str] = field(default_factory=lambda: [ALL_LINEAR])
+    """Names of linear layers, or the ends of their full names, such as 'q_proj'; or 'all-linear' alone: every one in the decoder layers,
+    but for those whose names peft takes for stacked experts."""
+
+    use_rslora: bool = False
+    """Multiply by `lora_alpha` over the square root of `r` (arXiv 2312.03732)."""
+
+
 @dataclass
 class Export:
     """Exports to Hugging Face folders, `hf/step-N/` in `job.dump_folder`, beside that of the last step (`checkpoint.last_save_in_hf`)."""
@@ -264,6 +294,7 @@ class FlameJobConfig(JobConfig):
     optimizer: Optimizer = field(default_factory=Optimizer)
     validation: Validation = field(default_factory=Validation)
     loss: Loss = field(default_factory=Loss)
+    lora: Lora = field(default_factory=Lora)
     export: Export = field(default_factory=Export)
     moe: Moe = field(default_factory=Moe)
 

@@ -108,6 +108,8 @@ def attach_heads(model: HFCausalLM, config: FlameJobConfig) -> None:
         spec = enabled[name]
         trains = name in trained if spec.trains is None else spec.trains(config)
         head.requires_grad_(trains and not getattr(config, name).freeze)
+        if getattr(config, name).freeze:
+            model.frozen |= {f"{name}.{key}": f"{name}.freeze" for key, _ in head.named_parameters()}
         multiplications = (
             parameters_of(head) if spec.multiplications is None else spec.multiplications(head, model, config)
         )

@@ -128,6 +128,19 @@ class AttachedHead:
     tensor_parallel_plan: Mapping[str, ParallelStyle] = field(default_factory=dict)  # modules left out are replicated
 
 
+BASE_LAYER = "base_layer"  # the name that peft gives a layer inside of the one that it puts around it
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Adapters at linear layers, as seeding, steps and exports see them."""
+
+    keys: tuple[str, ...]  # of their parameters
+    scaling: float  # a merged weight is W + scaling · B A
+    config: Mapping[str, Any]  # as peft writes it
+    option: str  # that freezes the backbone
+
+
 class LossOutput(NamedTuple):
     """The result of the student's forward in training: () local sums over numbers of the whole step."""
 
@@ -152,11 +165,13 @@ class HFCausalLM(nn.Module):
     weight_transforms: tuple[WeightTransform, ...]  # with which transformers loads files of this architecture
     heads: dict[str, AttachedHead]  # by name of the child module, in the order in which they were added
     parameter_inits: dict[str, ParameterInit]  # by name of a head's parameter
+    frozen: dict[str, str]  # by name, the option that keeps a parameter as the source has it
     tied_keys: dict[str, str]  # a tied parameter's name, e.g. of lm_head, to the one that the state dict keeps
     computed_buffers: list[str]  # names of the buffers that are in no state dict (RoPE frequencies and the like)
     own_attention: str  # transformers' name of the attention that the backbone uses with its own masks
     context: SequenceParts = WHOLE  # a ContextParallel splits sequences over ranks
     routing: Routing = Routing()  # the routers of the whole model; none in a dense one
+    adapters: Adapters | None = None  # beside which only heads are trained
     stage: Stage = Stage(0, 1)  # the whole model is the only stage
     of_whole: tuple[HFCausalLM, ...] = ()  # the whole model; in a tuple, so that it does not become a child
 
@@ -164,6 +179,14 @@ class HFCausalLM(nn.Module):
     def whole(self) -> HFCausalLM:
         """The whole model, for names, shapes and configuration; on a stage of a pipeline it is on meta."""
         return self.of_whole[0] if self.of_whole else self
+
+    def source_name(self, key: str) -> str:
+        """Returns the name by which sources have a parameter or buffer, which is its own but for the layers that have adapters."""
+        return key if self.adapters is None else key.replace(f".{BASE_LAYER}.", ".")
+
+    def is_left_to_source(self, key: str) -> bool:
+        """Returns whether steps do not hold a parameter: one of the backbone, beside adapters."""
+        return self.adapters is not None and self.frozen.get(self.source_name(key)) == self.adapters.option
 
     @property
     def architecture(self) -> str:
@@ -373,7 +396,7 @@ def build_hf_causal_lm(model_args: HFModelArgs) -> HFCausalLM:
     model_class: Any = type(model)
     model.__class__ = _with_training_interface(model_class)
     model.own_attention = model.base_model.config._attn_implementation
-    model.model_args, model.heads, model.parameter_inits = model_args, {}, {}
+    model.model_args, model.heads, model.parameter_inits, model.frozen = model_args, {}, {}, {}
     model.beside_text = _freeze_beside_text(model)
     model.routing = prepare_routers(model, model_args.aux_loss_coef, model_args.freeze_router)
     model.remember_state()

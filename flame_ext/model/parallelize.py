@@ -29,6 +29,7 @@ from flame_ext.host.names import (
 from flame_ext.host.patches import compile_each_batch_shape
 from flame_ext.model.context_parallel import ContextParallel
 from flame_ext.model.expert_parallel import DispatchedExperts, apply_expert_parallel, placement_of_experts
+from flame_ext.model.freezing import freeze_parameters
 from flame_ext.model.hf_causal_lm import HFCausalLM
 from flame_ext.model.tensor_parallel import apply_tensor_parallel
 
@@ -41,6 +42,8 @@ def parallelize_hf_causal_lm(model: HFCausalLM, parallel_dims: ParallelDims, job
     """Applies the parallelisms of the job to a model on meta, in place. Preflight has refused those that it cannot have."""
     options = job_config.parallelism
     compile_model = job_config.compile.enable and "model" in job_config.compile.components
+    if model.whole is model:  # a stage is a copy of a model in which this is done
+        freeze_parameters(model, job_config.training.freeze)
     compile_each_batch_shape()  # FlexAttention and its masks are compiled whether or not the layers are
     if model.beside_text and model.stage.is_first:
         parts = dict.fromkeys(".".join(name.split(".")[:2]) for name in model.beside_text)

@@ -19,6 +19,7 @@ from torchtitan.tools.logging import logger
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.distributed import gathered
 from flame_ext.host.names import BaseModelArgs, ParallelizeFunction, build_pipeline_schedule
+from flame_ext.model.freezing import freeze_parameters
 from flame_ext.model.hf_causal_lm import HFCausalLM, LossOutput, Stage
 from flame_ext.model.pipeline_stages import layers_of_stages, shares_embedding, stage_of
 from flame_ext.model.runner import ModelRunner, StageInputs, sum_of_parts
@@ -211,6 +212,7 @@ def pipeline_hf_causal_lm(
 ) -> tuple[Pipeline, list[HFCausalLM], bool, bool]:
     """Builds this rank's stages and the :class:`Pipeline` that runs them; the ``pipelining_fn`` of the TrainSpec."""
     mesh = parallel_dims.get_mesh("pp")
+    freeze_parameters(model, job_config.training.freeze)
     stages = layers_of_stages(job_config.parallelism, len(model.layers))
     parts = []
     for index in range(mesh.get_local_rank(), len(stages), mesh.size()):

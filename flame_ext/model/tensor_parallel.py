@@ -20,7 +20,7 @@ from torchtitan.tools.logging import logger
 from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard
 
 from flame_ext.model.experts import stacked_experts
-from flame_ext.model.hf_causal_lm import HFCausalLM
+from flame_ext.model.hf_causal_lm import BASE_LAYER, HFCausalLM
 from flame_ext.model.local_parameters import with_local_parameters
 
 
@@ -41,6 +41,8 @@ _split_input = PlanStyle(
     lambda between: RowwiseParallel(input_layouts=Replicate(), output_layouts=between), "in_features"
 )
 _embedding = PlanStyle(lambda _: RowwiseParallel(input_layouts=Replicate()), "num_embeddings")
+
+_ADAPTED = (_colwise, _rowwise)  # the styles of layers that can have adapters
 
 # The words of plans; those for experts, packed parameters and multi-head latent attention are not supported.
 PLAN_STYLES: dict[str, PlanStyle] = {
@@ -136,7 +138,9 @@ def apply_tensor_parallel(model: HFCausalLM, mesh: DeviceMesh, loss_parallel: bo
         built = style.build(Replicate() if module is output else between)
         if module is output and style is _gathered and loss_parallel:
             built = ColwiseParallel(use_local_output=False)
-        parallelize_module(module, mesh, built, src_data_rank=None)
+        parallelize_module(getattr(module, BASE_LAYER, module), mesh, built, src_data_rank=None)
+        if hasattr(module, BASE_LAYER):
+            partial |= _split_adapter(module, style, mesh, between)
         if module is model.get_input_embeddings():
             # Compiled code loses the gradient of the asynchronous result; the copy waits for it.
             _on_output(module, torch.clone)
@@ -154,6 +158,27 @@ def apply_tensor_parallel(model: HFCausalLM, mesh: DeviceMesh, loss_parallel: bo
     model.restore_ties()
     kinds = "sequence parallelism" if obstacle is None else f"without sequence parallelism: {obstacle}"
     logger.info(f"Applied tensor parallelism to the model ({kinds})")
+
+
+def _split_adapter(layer: Any, style: PlanStyle, mesh: DeviceMesh, between: Placement) -> dict[nn.Module, bool]:
+    """Splits the adapter of a linear layer as the layer itself is: B over its rows, or A over its columns, and the other is replicated.
+    Returns that one, and whether each rank sees only a part of its activations.
+    """
+    a, b = layer.lora_A["default"], layer.lora_B["default"]
+    if style is _colwise:
+        _on_input(a, lambda states: states.to_local() if isinstance(states, DTensor) else states)
+        parallelize_module(b, mesh, ColwiseParallel(), src_data_rank=None)
+        return {a: False}  # the gradient of what B takes is summed over ranks
+    parallelize_module(a, mesh, RowwiseParallel(output_layouts=between), src_data_rank=None)
+    return {b: between.is_shard()}
+
+
+def adapter_problems(model: HFCausalLM) -> Iterator[str]:
+    """Yields a reason for each kind of layer with an adapter that cannot be split."""
+    styles = _styles(model)
+    layers = (name for name, module in model.named_modules() if hasattr(module, BASE_LAYER))
+    for name in dict.fromkeys(replace_layer_number_by_wildcard(n) for n in layers if styles.get(n) not in _ADAPTED):
+        yield f"parallelism.tensor_parallel_degree > 1: {name!r} has an adapter, and is not split by its rows or its columns alone"
 
 
 def _plan(model: HFCausalLM) -> dict[str, str]:

@@ -111,7 +111,7 @@ def account(
             problems.append(f"{key!r} {problem}")
     if problems:
         shown = problems[:10] + ([f"… and {len(problems) - 10} more"] if len(problems) > 10 else [])
-        shown += quantised(source.entries[name] for name, _, _ in beyond if name in source.entries)
+        shown += what_to_do([source.entries[name] for name, _, _ in beyond if name in source.entries])
         if unexpected:
             groups = defaultdict(list)  # keys that differ in numbers alone share a pattern
             for key in unexpected:
@@ -121,6 +121,21 @@ def account(
         shown += [f"passed over: {what}" for what in source.passed_over]
         raise SeedError(f"{source.path} does not fit the model:\n  - " + "\n  - ".join(shown))
     return Account(loaded, initialised, sorted(tied), sorted(computed_buffers), sorted([*ignored, *source.ignored]))
+
+
+def what_to_do(unexpected: Collection[TensorEntry]) -> list[str]:
+    """Return lines that say what to do with tensors that the model does not have, of adapters or quantised weights."""
+    return [*adapters(unexpected), *quantised(unexpected)]
+
+
+def adapters(unexpected: Iterable[TensorEntry]) -> list[str]:
+    """Return a line that says what to do if tensors that the model does not have are those of adapters, else nothing."""
+    found = [entry for entry in unexpected if ".lora_A." in entry.key or ".lora_B." in entry.key]
+    remedy = "whose steps hold no other weights of the backbone: take the run's export, hf/step-N, in which they are merged; or merge a "
+    remedy += "folder of peft's: PeftModel.from_pretrained(…).merge_and_unload().save_pretrained(…)"
+    return (
+        [f"{len(found)} of these tensors are adapters of a run with model.converters 'lora', {remedy}"] if found else []
+    )
 
 
 def quantised(unexpected: Iterable[TensorEntry]) -> list[str]:

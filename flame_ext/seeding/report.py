@@ -1,5 +1,6 @@
 """Writes ``seed_report.json``, which records what was put into the model, from where, and how it was proved."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,17 +34,25 @@ class SeedReport:
     vocabulary: dict[str, Any] | None = None
     """Of a vocabulary that has grown: rows loaded and initialised, and how."""
 
+    frozen: Sequence[str] = ()
+    """The loaded keys that stay as they are (``training.freeze``, ``freeze`` of a head, adapters)."""
+
+    frozen_digest: str | None = None
+    """As ``weights_digest``, over these keys, in a run with adapters, whose steps do not hold them."""
+
     @property
     def fields(self) -> dict[str, Any]:
-        """The content of the file, which has ``config_differences`` and ``vocabulary`` only if there is something to say."""
+        """The content of the file, which has the last of these fields only if there is something to say."""
         fields = asdict(self)
-        absent = {name for name in ("config_differences", "vocabulary") if not fields[name]}
+        absent = {name for name in ("config_differences", "vocabulary", "frozen", "frozen_digest") if not fields[name]}
         return {name: value for name, value in fields.items() if name not in absent}
 
     @property
     def identity(self) -> dict[str, Any]:
         """The fields that manifests of later steps carry on."""
-        return {name: getattr(self, name) for name in ("source", "revision", "source_digest", "weights_digest")}
+        names = ("source", "revision", "source_digest", "weights_digest")
+        kept = {} if self.frozen_digest is None else {"frozen_digest": self.frozen_digest}
+        return {name: getattr(self, name) for name in names} | kept
 
 
 def changed_source(

@@ -13,6 +13,7 @@ from flame_ext.config.sections import Seed
 from flame_ext.distributed import failing_together, gathered, is_main_rank
 from flame_ext.errors import SeedError
 from flame_ext.files import write_json
+from flame_ext.model.freezing import OPTION as FREEZE
 from flame_ext.seeding.accounting import Account, account, require_same_function
 from flame_ext.seeding.names import in_model_names, parse_key_map, renamed
 from flame_ext.seeding.new_parameters import initialise
@@ -63,17 +64,20 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
             fill_new_rows(source, target.state, model.tied_keys, growth, *inits)
     figures = gathered((time.perf_counter() - begin, nbytes))
     total_bytes, (seconds, slowest) = sum(n for _, n in figures), max((s, rank) for rank, (s, _) in enumerate(figures))
+    frozen = [key for key in keys.loaded if key in model.whole.frozen]
     elements = sum(math.prod(grown.get(key, target.whole[key].shape)) for key in keys.loaded)
     logger.info(
         f"Seeded from {path} ({source.layout}): {len(keys.loaded)} tensors ({elements:,} elements) loaded, "
         f"{len(keys.initialised)} initialised from rng_seed {options.rng_seed}, {len(keys.tied)} tied, "
-        f"{len(keys.buffers)} buffers computed, {len(keys.ignored)} source keys ignored; "
+        f"{len(keys.buffers)} buffers computed, {len(keys.ignored)} source keys ignored, {len(frozen)} frozen; "
         f"{total_bytes / 2**20:,.1f} MiB in {seconds:.2f} s ({total_bytes / 2**20 / seconds:,.0f} MiB/s, slowest: rank {slowest})"
     )
     if growth is not None:
         logger.info(f"Vocabulary: {growth}")
         probe = replace(probe, tokens=probe.tokens % growth.loaded, vocab_size=growth.loaded, growth=growth)
-    digest = weights_digest(compare_replicas(target.state, target.whole, target.part), target.whole, keys.loaded)
+    parts = compare_replicas(target.state, target.whole, target.part)
+    digest = weights_digest(parts, target.whole, keys.loaded)
+    kept = weights_digest(parts, target.whole, frozen) if model.whole.adapters is not None else None
     backbone = {*target.whole, *model.tied_keys} - {*model.parameter_inits}
     rules, trust = parse_key_map(options.key_map), options.trust_remote_code
     config = target.config if growth is None else of_source(target.config, growth)
@@ -82,7 +86,7 @@ def seed(target: SeedTarget, path: str, options: Seed, probe: Probe, report_fold
     proved = [] if options.verify == "none" else prove_attention(probe)
     read = path, source.layout, keys, total_bytes, seconds, len(figures), source.digest
     record = None if growth is None else growth.record
-    report = SeedReport(*read, verification, revision, digest, differences, record)
+    report = SeedReport(*read, verification, revision, digest, differences, record, frozen, kept)
     with failing_together(SeedError):
         if is_main_rank():
             write_json(report_folder / REPORT_NAME, report.fields)
@@ -109,20 +113,26 @@ def match(target: SeedTarget, folder: Path, options: Seed) -> tuple[Source, Acco
     growth = growth_of(target, source, options)
     needed = target.whole, model.tied_keys, model.computed_buffers, model.parameter_inits
     ignored, growing = options.ignore_source_keys, {} if growth is None else growth.shapes
-    keys = account(*needed, source, options.new_parameters, ignored, model.vocabulary_keys, growing)
-    _require_frozen_heads(target, keys, source)
+    adapters = () if model.whole.adapters is None else model.whole.adapters.keys
+    keys = account(*needed, source, [*options.new_parameters, *adapters], ignored, model.vocabulary_keys, growing)
+    _require_frozen(target, keys, source, growth)
     return source, keys, differences, growth
 
 
-def _require_frozen_heads(target: SeedTarget, keys: Account, source: Source) -> None:
-    """Raises the SeedError of a head that is to stay as the source has it, but is not there."""
-    frozen = {name for name, head in target.model.whole.heads.items() if head.optimization.freeze}
-    missing = [key for key in keys.initialised if key.split(".")[0] in frozen]
-    if missing:
-        name = missing[0].split(".")[0]
+def _require_frozen(target: SeedTarget, keys: Account, source: Source, growth: Growth | None) -> None:
+    """Raises the SeedError of a parameter that is to stay as the source has it, but is not there, or lacks rows of tokens."""
+    frozen = target.model.whole.frozen
+    if missing := [key for key in keys.initialised if key in frozen]:
+        option = frozen[missing[0]]
+        narrower = " or narrow the pattern," if option == FREEZE else ""
         raise SeedError(
-            f"{source.path}: {name}.freeze keeps a head as the source has it, but {missing[0]!r} is not there: start from an export "
-            f"of a run that trained the head (checkpoint.initial_load_path = 'RUN/hf/step-N'), or drop {name}.freeze"
+            f"{source.path}: {option} keeps a head as the source has it, but {missing[0]!r} is not there: start from an export "
+            f"of a run that trained the head (checkpoint.initial_load_path = 'RUN/hf/step-N'),{narrower} or drop {option}"
+        )
+    if growth is not None and growth.new_tokens and (grown := [key for key in growth.shapes if key in frozen]):
+        raise SeedError(
+            f"{source.path}: {frozen[grown[0]]} keeps {grown[0]!r} as the source has it, which lacks the rows of {growth.new_tokens} "
+            "tokens (seed.resize_vocabulary), and nothing would train them: train the embeddings, or take the source's tokenizer"
         )
 
 

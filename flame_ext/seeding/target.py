@@ -24,19 +24,27 @@ class SeedTarget:
 
 
 def seed_target(model: HFCausalLM, state: Mapping[str, Tensor], config: PreTrainedConfig) -> SeedTarget:
-    """Describe a model with its heads, parallelised or on meta, or the last of a rank's stages; ``state`` has no tied name."""
-    whole, full = model.whole, whole_state(model, state)
+    """Describe a model with its heads, parallelised or on meta, or the last of a rank's stages; ``state`` has no tied name.
+
+    The description has the names of sources, which adapters change in the model.
+    """
+    whole, full, state = model.whole, whole_state(model, state), in_source_names(model, state)
     shapes = {key: tuple(tensor.shape) for key, tensor in full.items()}
     names = key_names(whole, shapes | {name: shapes[key] for name, key in whole.tied_keys.items()})
     return SeedTarget(state, full, whole, model.stage.index, names, config)
 
 
 def whole_state(model: HFCausalLM, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return ``state``, or on a pipeline stage the whole model's on meta; each tied parameter stands once."""
+    """Return ``state``, or on a pipeline stage the whole model's on meta, by source names; each tied parameter stands once."""
     whole = model.whole
-    if whole is model:
-        return state
-    return {key: tensor for key, tensor in whole.state_dict().items() if key not in whole.tied_keys}
+    if whole is not model:
+        state = {key: tensor for key, tensor in whole.state_dict().items() if key not in whole.tied_keys}
+    return in_source_names(model, state)
+
+
+def in_source_names(model: HFCausalLM, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict of a model, or of its stages, by the names that sources have."""
+    return {model.whole.source_name(key): tensor for key, tensor in state.items()}
 
 
 def key_names(model: HFCausalLM, shapes: dict[str, tuple[int, ...]]) -> KeyNames:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.config import TORCH_DTYPE_MAP
 
@@ -17,7 +17,7 @@ from flame_ext.heads.registry import teacher_of
 from flame_ext.heads.reverse_lm import ReverseEncoder
 from flame_ext.heads.spec import BackboneTeacher, FutureSummaries, KeyBank
 from flame_ext.model.attention import mask_form
-from flame_ext.model.hf_causal_lm import HFCausalLM
+from flame_ext.model.dropout import has_dropout
 from flame_ext.model.routing import RouteListener
 from flame_ext.model.runner import ModelRunner, StageInputs
 from flame_ext.step.plan import FutureRows, MicroBatch, StepPlan
@@ -72,7 +72,7 @@ class Teacher:
         self._mask_form = mask_form(self._options.teacher_attention, runner.model, device)
         # Keys have the dtype of the contrastive loss's matrix products on an accelerator.
         self._key_dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param]
-        self._dropout = _has_dropout(whole)
+        self._dropout = has_dropout(whole, with_heads=False)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -233,10 +233,3 @@ def _set(future: FutureRows, values: dict[str, Any]) -> None:
 def _future(microbatch: MicroBatch) -> FutureRows:
     assert microbatch.future is not None
     return microbatch.future
-
-
-def _has_dropout(model: HFCausalLM) -> bool:
-    heads = tuple(f"{name}." for name in model.heads)
-    modules = (module for name, module in model.named_modules() if not f"{name}.".startswith(heads))
-    config = model.config.get_text_config()
-    return any(isinstance(m, nn.Dropout) and m.p > 0 for m in modules) or bool(getattr(config, "attention_dropout", 0))

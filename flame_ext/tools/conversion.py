@@ -27,7 +27,7 @@ from flame_ext.heads.registry import build_head
 from flame_ext.hf_config import mark_direction
 from flame_ext.model.dtypes import dtypes_in
 from flame_ext.model.hf_causal_lm import HFCausalLM
-from flame_ext.seeding.accounting import SOURCE_DTYPES, matches, quantised
+from flame_ext.seeding.accounting import SOURCE_DTYPES, adapters, matches, what_to_do
 from flame_ext.seeding.conversion import in_files
 from flame_ext.seeding.names import in_model_names, parse_key_map, renamed
 from flame_ext.seeding.sources.dcp import NESTED_PREFIX
@@ -107,6 +107,8 @@ def convert(
     require_contained(assets, options.follow_links)
     origin = origin_of(folder) if to == "hf" else None
     vocab_size = _vocab_size(folder)
+    if not (assets / "config.json").is_file() and (lines := adapters(source.entries.values())):
+        raise SeedError(f"{source.path} does not hold a whole model: {lines[0]}")
     with _appearing(ExportFolder(destination, options.replace), origin) as temporary:
         if (assets / "config.json").is_file():
             architecture = load_architecture(assets, options.trust_remote_code, len(source.entries), vocab_size)
@@ -304,7 +306,7 @@ def _require_shapes(
             lines.append(f"{entry.key!r}: shape {list(entry.shape)} in {entry.place}, the model has {list(shape)}")
     if lines:
         more = [f"… and {len(lines) - 10} more"] if len(lines) > 10 else []
-        raise SeedError("\n  - ".join([f"{path} {message}:", *lines[:10], *more, *quantised(unexpected)]))
+        raise SeedError("\n  - ".join([f"{path} {message}:", *lines[:10], *more, *what_to_do(unexpected)]))
 
 
 def _require_tensors(source: Source) -> None:

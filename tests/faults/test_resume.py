@@ -163,6 +163,9 @@ def test_on_the_same_ranks_it_goes_on_bit_for_bit(
     assert len({str(sample) for samples in unbroken.batches.values() for sample in samples}) == STEPS * BATCH
     run = train(resumed_from(unbroken, 2, dump_folder), ranks=ranks, dropout=dropout)
     assert set(run.batches) == {3, 4}
+    step = saved(unbroken.dump_folder / "checkpoint" / "step-2")
+    generators = {name: value for name, value in step.items() if name.startswith("rng.rank_") and name.endswith(".cpu")}
+    assert len({bytes(state.tolist()) for state in generators.values()}) == len(generators) == ranks, "masks of its own"
     assert_resumed_exactly(run, unbroken.dump_folder / "checkpoint" / "step-2")
     assert_same_course(run, unbroken, STEPS, rel=0)
     last = Path("checkpoint") / f"step-{STEPS}"

@@ -49,7 +49,7 @@ JOBS: dict[str, list[str]] = {
     "llama-scaled-rope": [],
     "llama-scaled-rope+heads": ["--activation_checkpoint.mode=full"],
 }
-# Ranks with other data draw the same numbers as each other, so not those of one process: no dropout for the second.
+# Ranks with other data draw other masks than one process does: no dropout for the second.
 COVERED = {
     "tp2": ["olmo-tied+heads+dropout", "olmo2", "olmo2+heads+whole", "llama-scaled-rope+heads"],
     "fsdp2-tp2": ["olmo-tied+heads", "llama-scaled-rope"],

@@ -47,6 +47,20 @@ def convert(capsys: pytest.CaptureFixture, *arguments: object, code: int = 0) ->
     return printed.err if code else printed.out
 
 
+def test_a_step_of_adapters_alone_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    source = tmp_path / "checkpoint" / "step-2"
+    state = {f"model.layers.0.self_attn.q_proj.lora_{x}.default.weight": torch.ones(2, 2) for x in "AB"}
+    save_dcp(state, source)
+    for to in ("dcp", "dcp-nested"):
+        said = convert(capsys, source, tmp_path / "out", "--to", to, code=2)
+        assert (
+            "does not hold a whole model: 2 of these tensors are adapters of a run with model.converters 'lora'" in said
+        )
+        assert "take the run's export" in said and [*tmp_path.iterdir()] == [tmp_path / "checkpoint"]
+
+
 def equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return found.keys() == expected.keys() and all(same_bits(found[key], tensor) for key, tensor in expected.items())
 
