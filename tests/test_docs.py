@@ -98,9 +98,11 @@ def test_commands_run(document: Path, copy: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.matrix
 def test_commands_that_need_a_run_run(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is said of the debug job's results, on those of its first step."""
-    run = train(copy / "outputs" / "debug", "--training.steps=1", "--training.seq_len=32", "--seed.verify=none")
-    (run.dump_folder / "hf" / "step-1").rename(run.dump_folder / "hf" / "step-60")
+    """What is said of the debug job's results, without and with adapters, on those of its first step."""
+    for name, more in (("lora", ["--model.converters=lora,future_prediction"]), ("debug", [])):
+        short = ("--training.steps=1", "--training.seq_len=32", "--seed.verify=none")
+        run = train(copy / "outputs" / name, *short, *more)
+        (run.dump_folder / "hf" / "step-1").rename(run.dump_folder / "hf" / "step-60")
     monkeypatch.chdir(copy)
     needing = [block for document in DOCUMENTS for block in blocks(document) if block.needs == "a run"]
     assert {block.language for block in needing} == RUN
