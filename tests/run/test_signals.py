@@ -71,7 +71,7 @@ def _stops_again_and_again() -> None:
         mock.patch.object(command, "FutureTrainer", trainer),
         mock.patch.object(signal, "signal", set_and_send),
     ):
-        os._exit(command.run(FlameJobConfig()))
+        os._exit(command._train(FlameJobConfig()))
 
 
 def test_no_signal_can_end_a_run_that_has_saved() -> None:
