@@ -30,7 +30,7 @@ from flame_ext.run.signals import Circumstances, StopSignals, agree
 from flame_ext.step.backward import Gradients, drop_gradients
 from flame_ext.step.balance import Balance
 from flame_ext.step.losses import Losses
-from flame_ext.step.plan import Batch, MicroBatch, Planner, StepPlan, labelled_and_padded, require_labels
+from flame_ext.step.plan import Batch, MicroBatch, Planner, StepPlan, has_label
 from flame_ext.step.reported import Reported, Stopwatch
 from flame_ext.step.student import Student
 from flame_ext.step.teacher import Teacher
@@ -183,8 +183,8 @@ class FutureTrainer(Trainer):
         except Exception as e:  # of whatever kind: the other ranks have to hear of it before it is raised
             unreadable = e
         error = self._error_of_files()
-        stop, labels = self.signals.received is not None, labelled_and_padded(batches)
-        now = agree(Circumstances(stop, ended, unreadable is not None, error is not None, *labels))
+        stop, labelled = self.signals.received is not None, has_label(batches)
+        now = agree(Circumstances(stop, ended, unreadable is not None, error is not None, labelled))
         if now.data_failed:
             with failing_together(ConfigError):
                 if unreadable is not None:
@@ -194,7 +194,7 @@ class FutureTrainer(Trainer):
         if now.data_ended:
             self.ntokens_seen, self.finishing = tokens_before, True
             raise DataloaderExhaustedError
-        require_labels(self.step, now.labelled, now.padded)
+        self.planner.require_labels(self.step, now.labelled)
         self._stopping = now.stop
         return batches
 

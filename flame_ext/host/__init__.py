@@ -24,7 +24,6 @@ torchtitan.config
                                    host.high_precision,
                                    preflight.reference: all options
   LRScheduler                      run.optimization: type of a section     gone: ``LRSchedulersContainer.Config``
-  Optimizer                        run.optimization: type of a section     gone: ``OptimizersContainer.Config``
   job_config                       config.sections: bases of sections      gone: ``config.configs``, and each ``Config``
 torchtitan.config.job_config
   Compile                          model.parallelize: type of a section    ``config.CompileConfig``

@@ -14,7 +14,6 @@ NAMES = {
     "LRScheduler": "torchtitan.config.LRScheduler",
     "LRSchedulersContainer": "torchtitan.components.lr_scheduler.LRSchedulersContainer",
     "ModelWrapper": "torchtitan.components.checkpoint.ModelWrapper",
-    "Optimizer": "torchtitan.config.Optimizer",
     "OptimizersInBackwardContainer": "torchtitan.components.optimizer.OptimizersInBackwardContainer",
     "ParallelizeFunction": "torchtitan.protocols.train_spec.ParallelizeFunction",
     "Parallelism": "torchtitan.config.job_config.Parallelism",

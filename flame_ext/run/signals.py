@@ -56,7 +56,6 @@ class Circumstances(NamedTuple):
     data_failed: bool = False  # the data of this step cannot be read
     save_failed: bool = False  # a file cannot be written: a save in the background, metrics; or the folder is gone
     labelled: bool = False  # a position of this step has a label
-    padded: bool = False  # a lane of this step has come to the end of its data
 
 
 def agree(circumstances: Circumstances) -> Circumstances:

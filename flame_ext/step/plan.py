@@ -24,6 +24,9 @@ from flame_ext.objective.masks import doc_ids_from_eos, has_future, pair_mask
 Batch = tuple[dict[str, Tensor], Tensor]
 """(B, T) tensors of the dataloader ("input", and "doc_ids" and "positions" if it knows documents), and (B, T) labels."""
 
+MAX_WITHOUT_LABEL = 10
+"""Steps in a row without a label that end a run."""
+
 
 @dataclass
 class FutureRows:
@@ -106,6 +109,21 @@ class Planner:
         waiting = [name for name, spec in self._trained.items() if spec.needs_future]
         self._future_losses = [loss for name in waiting for loss in loss_weights(name, config)]
         self._teacher: Any = None if teacher is None else getattr(config, teacher)
+        self._without_label = 0  # the last steps
+
+    def require_labels(self, step: int, has_label: bool) -> None:
+        """Warns of a step without a label on any rank; raises a UserError at the :data:`MAX_WITHOUT_LABEL`-th in a row."""
+        self._without_label = 0 if has_label else self._without_label + 1
+        if has_label:
+            return
+        said = f"step {step} has no token to predict on any rank: all are masked"
+        if self._without_label < MAX_WITHOUT_LABEL:
+            logger.warning(said)
+            return
+        raise UserError(
+            f"{said}, as in the {MAX_WITHOUT_LABEL - 1} steps before; look at the columns of labels and masks in the data, or make "
+            "training.global_batch_size larger"
+        )
 
     def plan(self, step: int, batches: list[Batch]) -> StepPlan:
         """Plan a step, counted from 1, of this rank's micro-batches. Collective: every rank calls it for every step."""
@@ -212,22 +230,9 @@ class Planner:
         return torch.where(given < PADDING, 0, given)  # what comes after the end of the data belongs to nothing
 
 
-def labelled_and_padded(batches: list[Batch]) -> tuple[bool, bool]:
-    """Whether any position of a step's batches has a label, and whether any comes after the end of a lane's data."""
-    padded = (bool((inputs["doc_ids"] >= PADDING).any()) for inputs, _ in batches if "doc_ids" in inputs)
-    return any(_labelled(labels) for _, labels in batches), any(padded)
-
-
-def require_labels(step: int, labelled: bool, padded: bool) -> None:
-    """Raises a UserError for a step of all ranks without a label; warns where the data end, since a lane may end with a single token."""
-    if labelled:
-        return
-    said = f"step {step} has no token to predict on any rank: all are masked"
-    if not padded:
-        raise UserError(
-            f"{said}; look at the columns of labels and masks in the data, or make training.global_batch_size larger"
-        )
-    logger.warning(f"{said}, or alone at the end of the data")
+def has_label(batches: list[Batch]) -> bool:
+    """Whether any position of a step's batches has a label."""
+    return any(_labelled(labels) for _, labels in batches)
 
 
 def _labelled(labels: Tensor) -> int:

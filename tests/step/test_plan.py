@@ -11,7 +11,7 @@ from flame_ext.data.packing import PADDING
 from flame_ext.errors import UserError
 from flame_ext.heads.spec import HeadBatch, KeyBank, Sequences
 from flame_ext.preflight.parse import parse
-from flame_ext.step.plan import Batch, FutureRows, Planner, StepPlan, labelled_and_padded, require_labels
+from flame_ext.step.plan import Batch, FutureRows, Planner, StepPlan, has_label
 from tests.ranks import DEBUG_TOML
 
 EOS = 0
@@ -133,17 +133,21 @@ def test_the_upcoming_tokens_are_labels_of_positions_with_a_label(whole: bool) -
     assert batch.upcoming(3).equal(expected) and (expected >= 0).any()
 
 
-def test_a_step_without_a_label_is_refused_but_at_the_end_of_the_data(caplog: pytest.LogCaptureFixture) -> None:
-    masked, inside = torch.full((2, 6), -100), torch.zeros(2, 6, dtype=torch.long)
-    ended = inside.clone()
-    ended[1, 1:] = PADDING + torch.arange(5)
-    batches = [({"input": IDS, "doc_ids": inside}, masked), ({"input": IDS, "doc_ids": inside}, LABELS)]
-    assert labelled_and_padded(batches) == (True, False)
-    assert labelled_and_padded(batches[:1]) == labelled_and_padded([({"input": IDS}, masked)]) == (False, False)
-    assert labelled_and_padded([*batches[:1], ({"input": IDS, "doc_ids": ended}, masked)]) == (False, True)
-    require_labels(1, True, False)
+def test_steps_without_a_label_are_warned_of_and_the_tenth_in_a_row_is_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    masked = {"input": IDS}, torch.full((2, 6), -100)
+    assert has_label([masked, ({"input": IDS}, LABELS)]) and not has_label([masked])
+    planner = Planner(parse([f"--job.config_file={DEBUG_TOML}"]), EOS, None, torch.device("cpu"))
+    planner.require_labels(1, True)
     assert not caplog.records
-    with pytest.raises(UserError, match="step 7 has no token to predict on any rank: all are masked; look at"):
-        require_labels(7, False, False)
-    require_labels(7, False, True)
-    assert "step 7 has no token to predict on any rank: all are masked, or alone at the end" in caplog.text
+    for step in range(2, 11):
+        planner.require_labels(step, False)
+        assert f"step {step} has no token to predict on any rank: all are masked" in caplog.messages[-1]
+    planner.require_labels(11, True)
+    for step in range(12, 21):
+        planner.require_labels(step, False)
+    with pytest.raises(
+        UserError, match="step 21 has no token to predict on any rank: all are masked, as in the 9 steps before"
+    ):
+        planner.require_labels(21, False)
