@@ -41,7 +41,8 @@ def operations_per_token(config: FlameJobConfig, trains_reverse: bool = False) -
     """
     from flame_ext.heads.future_encoder import WITH_A_FORWARD
     from flame_ext.heads.registry import attach_heads, teacher_of, trained_heads
-    from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm, parameters_of
+    from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
+    from flame_ext.model.parameters import parameters_of
     from flame_ext.seeding.sources.hub import locate
 
     arguments = HFModelArgs()

@@ -55,10 +55,10 @@ def run(config: FlameJobConfig) -> int:
         try:
             return _train(check(deepcopy(config)))
         except BaseException as e:
-            together = isinstance(e, UserError) and not isinstance(e, LostRankError)
-            if dist.is_initialized() and (
-                together or dist.get_world_size() == 1
-            ):  # else other ranks may be in a collective
+            together = isinstance(e, UserError) and not isinstance(
+                e, LostRankError
+            )  # else others may be in a collective
+            if dist.is_initialized() and (together or dist.get_world_size() == 1):
                 dist.destroy_process_group()
             raise
 

@@ -142,13 +142,12 @@ def _write_tensors(
     described: Mapping[str, Tensor], read: Read, folder: Path, max_shard_size: int, stem: str = "model"
 ) -> None:
     """Writes ``model.safetensors``, or several files of at most ``max_shard_size`` bytes and their index."""
+    like = folder / ("config.json" if stem == "model" else "adapter_config.json")
 
     def write_file(file: Path, tensors: dict[str, Tensor]) -> None:
         save_file(tensors, file, metadata={"format": "pt"})  # from_pretrained requires the framework
         require_written(file, read_header(file)[0], tensors, lambda key: same_bits(_read_one(file, key), tensors[key]))
-        shutil.copymode(
-            folder / ("config.json" if stem == "model" else "adapter_config.json"), file
-        )  # safetensors makes it private to its owner
+        shutil.copymode(like, file)  # safetensors makes it private to its owner
 
     plan = split_state_dict_into_shards_factory(
         dict(described),

@@ -16,10 +16,11 @@ Tokens = NDArray[np.int64]
 
 BLOCK = 1024  # documents that are permuted together where there is no random access
 BLOCKS_KEPT = 16  # blocks in memory; if more, two for each lane that this process reads
-READ_ONLY = (
-    2**62
-)  # added to a token that is read, but not predicted: it goes through cursors, packing and workers like any other
 FILES_OPEN = 64  # files kept open; if more, one for each lane that this process reads
+
+
+READ_ONLY = 2**62
+"""Added to a token that is read, but not predicted: it goes through cursors, packing and workers like any other."""
 
 
 def without_marks(tokens: Any) -> Any:

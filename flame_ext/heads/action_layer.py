@@ -15,7 +15,7 @@ from flame_ext.config.sections import FlameJobConfig
 from flame_ext.heads.future_encoder import interval_factor, weight_in_step
 from flame_ext.heads.future_predictor import GatedMLP
 from flame_ext.heads.spec import LOSS_WEIGHT, Head, HeadBatch, HeadSection, HeadSpec
-from flame_ext.model.hf_causal_lm import parameters_of
+from flame_ext.model.parameters import parameters_of
 from flame_ext.objective.action import Reward, action_losses, candidate_mask
 from flame_ext.objective.chunks import chunk_elements
 from flame_ext.objective.contrastive import info_nce

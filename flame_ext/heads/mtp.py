@@ -18,8 +18,8 @@ from flame_ext.hf_config import is_part_of_transformers
 from flame_ext.model.attention import BOOLEAN_ATTENTION, attention_options, attention_windows
 from flame_ext.model.context_parallel import ContextParallel
 from flame_ext.model.experts import has_experts
-from flame_ext.model.hf_causal_lm import attention_multiplications, parameters_of, parameters_on_meta
 from flame_ext.model.initialisation import Constant, ParameterInit, Uniform
+from flame_ext.model.parameters import attention_multiplications, parameters_of, parameters_on_meta
 from flame_ext.objective.chunks import chunk_elements, sum_over_chunks
 from flame_ext.objective.cross_entropy import IGNORE_INDEX, cross_entropy_loss
 from flame_ext.objective.masks import causal_mask

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flame_ext.config.head_options import at_least
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.heads.spec import Head, HeadBatch, HeadSpec, WeightedHeadSection
-from flame_ext.model.hf_causal_lm import parameters_of
+from flame_ext.model.parameters import parameters_of
 from flame_ext.objective.chunks import chunk_elements, sum_over_chunks
 
 

@@ -19,7 +19,8 @@ from flame_ext.errors import CheckpointError, ConfigError
 from flame_ext.heads import action_layer, future_bag, future_encoder, future_predictor, mtp, next_latent, token_order
 from flame_ext.heads.names import HEAD_NAMES
 from flame_ext.heads.spec import LOSS_WEIGHT, HeadSection, HeadSpec
-from flame_ext.model.hf_causal_lm import AttachedHead, HFCausalLM, parameters_of, parameters_on_meta
+from flame_ext.model.hf_causal_lm import AttachedHead, HFCausalLM
+from flame_ext.model.parameters import parameters_of, parameters_on_meta
 
 CONVERTER_NAME = "future_prediction"
 """The model converter that attaches the enabled heads."""

@@ -118,9 +118,7 @@ class Sequences(NamedTuple):
     input_ids: Tensor  # (B, T)
     doc_ids: Tensor  # (B, T)
     parts: SequenceParts = WHOLE
-    labels: Tensor | None = (
-        None  # (B, T): the next tokens, or -100 for those that are not to be predicted; None = no such tokens
-    )
+    labels: Tensor | None = None  # (B, T): the next tokens, or -100 for those that are only read; None = none is
 
 
 class HeadBatch(NamedTuple):

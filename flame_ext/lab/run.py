@@ -101,12 +101,10 @@ def prepare(plan: Plan, runs: list[Run], folder: Path) -> Needs:
         _check_begun(_record(run, folder), _sizes(plan, run), "model.", folder)
         if run.budget == "tokens":
             _check_job(folder / run.folder, tables := plan.job(run, folder))
-            _check_result(folder / run.folder, {"digest": _digest(plan, run, plan.job(run, Path()))})
+            _check_result(folder / run.folder, {"digest": _digest(plan, run)})
             if (reverse := plan.reverse(run, tables["training"]["steps"])) is not None:
                 _check_job(folder / reverse.folder, plan.reverse_job(reverse, folder))
-                _check_result(
-                    folder / reverse.folder, {"digest": _digest(plan, reverse, plan.reverse_job(reverse, Path()))}
-                )
+                _check_result(folder / reverse.folder, {"digest": _digest(plan, reverse)})
         for file in (SPECIFICATION, RESULT):
             _check_begun(folder / run.folder / file, evaluation, "plan.", folder / run.folder, others=True)
     for name, task in plan.tasks.items():
@@ -125,11 +123,11 @@ def prepare(plan: Plan, runs: list[Run], folder: Path) -> Needs:
             needs[run] = reverse
         if (kind := (run.task, run.objective, run.budget)) not in facts:
             facts[kind] = _facts(folder / run.folder, folder / run.model if reverse else None)
-        about = {"learn": plan.learn(run), "digest": _digest(plan, run, plan.job(run, Path(), steps))}
+        about = {"learn": plan.learn(run), "digest": _digest(plan, run, steps)}
         _write_specification(run, folder, facts[kind], evaluation | about)
     for reverse in dict.fromkeys(needs.values()):
         _write_job(folder / reverse.folder, plan.reverse_job(reverse, folder))
-        about = {"learn": plan.learn(reverse), "digest": _digest(plan, reverse, plan.reverse_job(reverse, Path()))}
+        about = {"learn": plan.learn(reverse), "digest": _digest(plan, reverse)}
         _write_specification(reverse, folder, _facts(folder / reverse.folder), about)
     said = {"name": plan.section.name, "runs": [run.folder.as_posix() for run in runs]}
     write_json(folder / PLAN, said | {"reverse": sorted({run.folder.as_posix() for run in needs.values()})})
@@ -159,9 +157,10 @@ def _write_specification(run: Job, folder: Path, facts: tuple[Any, Any], about: 
     write_json(folder / run.folder / SPECIFICATION, said)
 
 
-def _digest(plan: Plan, run: Job, tables: Tables) -> str:
+def _digest(plan: Plan, run: Job, steps: int | None = None) -> str:
     """Of all that determines a run's result: its configuration, with paths below the plan's folder, the model's sizes and the task."""
-    everything = [as_toml(tables), _sizes(plan, run), record_of(plan.tasks[run.task])]
+    job = plan.reverse_job(run, Path()) if isinstance(run, ReverseRun) else plan.job(run, Path(), steps)
+    everything = [as_toml(job), _sizes(plan, run), record_of(plan.tasks[run.task])]
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
 

@@ -14,8 +14,9 @@ from torchtitan.tools.logging import logger
 
 from flame_ext.config.sections import ALL_LINEAR, Lora
 from flame_ext.errors import ConfigError
-from flame_ext.model.hf_causal_lm import BASE_LAYER, Adapters, HFCausalLM, parameters_of, parameters_on_meta
+from flame_ext.model.hf_causal_lm import BASE_LAYER, Adapters, HFCausalLM
 from flame_ext.model.initialisation import Constant, Uniform
+from flame_ext.model.parameters import parameters_of, parameters_on_meta
 
 CONVERTER_NAME = "lora"
 """The model converter that adds the adapters."""

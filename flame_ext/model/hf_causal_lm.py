@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightTransform
@@ -31,6 +30,7 @@ from flame_ext.host.names import BaseModelArgs
 from flame_ext.model.attention import BOOLEAN_ATTENTION, attention_options, choose_kernels, positions_in_order
 from flame_ext.model.context_parallel import WHOLE, ContextParallel, SequenceParts
 from flame_ext.model.initialisation import ParameterInit
+from flame_ext.model.parameters import attention_multiplications, parameters_of, parameters_on_meta
 from flame_ext.model.routing import RouteListener, Routing, first_router, prepare_routers, resting_parameters
 
 if TYPE_CHECKING:
@@ -82,18 +82,6 @@ class HFModelArgs(BaseModelArgs):
         for name, head in model.heads.items():
             multiplying += head.multiplications - parameters_of(model.get_submodule(name))
         return nparams, 6 * (multiplying + config.num_hidden_layers * attention_multiplications(config, seq_len))
-
-
-def parameters_of(module: nn.Module) -> int:
-    """The number of a module's parameters; tied ones count once."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def attention_multiplications(config: PreTrainedConfig, seq_len: int) -> int:
-    """A layer's attention scores and values for each token, in multiplications of a forward, without causal sparsity."""
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 2 * heads * head_dim * seq_len
 
 
 Unembed = Callable[[Tensor], Tensor]
@@ -413,17 +401,6 @@ def _replaced_forward(module: nn.Module, result: Any) -> Iterator[None]:
         del module.forward
 
 
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Lets modules be built with their parameters on meta, and their buffers, which may be in no state dict, real on the CPU."""
-    handle = register_module_parameter_registration_hook(_to_meta)
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
-        handle.remove()
-
-
 def _freeze_beside_text(model: HFCausalLM) -> tuple[str, ...]:
     """Freezes the parameters that get no gradient from text, such as an image encoder's, and returns their names."""
     if (text := model.text_backbone) is model.base_model:
@@ -439,10 +416,3 @@ def _freeze_beside_text(model: HFCausalLM) -> tuple[str, ...]:
 @functools.cache
 def _with_training_interface(cls: type[PreTrainedModel]) -> type[HFCausalLM]:
     return type(f"Titan{cls.__name__}", (HFCausalLM, cls), {})
-
-
-def _to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> Any:
-    """Moves a parameter to the meta device as it is registered; buffers stay on their device."""
-    if parameter is None or parameter.is_meta:  # a tied parameter is registered again and must stay one object
-        return None
-    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)

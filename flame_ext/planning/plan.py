@@ -61,8 +61,7 @@ class Plan:
     def seeding(self) -> float:
         """Bytes of the source that a node reads, by the rank with most parameters."""
         ranks = min(self.machine.ranks, self.machine.ranks_of_node)
-        heads = sum(self.rehearsal.parameters.values()) - self.rehearsal.parameters["backbone"]
-        share = self.rehearsal.parameters["backbone"] / (self.rehearsal.parameters["backbone"] + heads)
+        share = self.rehearsal.parameters["backbone"] / sum(self.rehearsal.parameters.values())
         return ranks * self.rehearsal.local_parameters * share * self.rehearsal.stored_parameter
 
 

@@ -36,7 +36,8 @@ with without_collection():
     from flame_ext.errors import SeedError, UserError
     from flame_ext.heads.registry import teacher_of
     from flame_ext.host.names import Trainer, register_train_spec
-    from flame_ext.model.hf_causal_lm import HFCausalLM, parameters_of
+    from flame_ext.model.hf_causal_lm import HFCausalLM
+    from flame_ext.model.parameters import parameters_of
     from flame_ext.operations import operations_per_token
     from flame_ext.planning import stand_ins
     from flame_ext.planning.figures import Rehearsal
@@ -143,7 +144,7 @@ def rehearse(args: list[str], on_gpu: bool) -> Rehearsal:
         local_parameters=sum(_local(p).numel() for part in trainer.model_parts for p in part.parameters()),
         tokens=training.global_batch_size * training.seq_len,
         operations=dataclasses.asdict(operations_per_token(config)),
-        checkpoint=sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in whole.parameters()),
+        checkpoint=_step_bytes(trainer, whole),
         export=parameters_of(whole) * TORCH_DTYPE_MAP[config.checkpoint.export_dtype].itemsize,
         **_source(config),
         settings=settings,
@@ -182,6 +183,16 @@ def _run(trainer: _Trainer, log: MemoryLog, fake_mode: FakeTensorMode) -> None:
                 log.add(parameter.grad, "gradients")
             for optimizer in trainer.optimizers:
                 log.add([list(state.values()) for state in optimizer.state.values()], "moments")
+
+
+def _step_bytes(trainer: _Trainer, whole: HFCausalLM) -> int:
+    """Bytes of a step on disk: the weights that it holds, and moments, by their share of the weights that this rank's stages train."""
+    held = {name: p for name, p in whole.named_parameters() if not whole.is_left_to_source(name)}
+    trained = sum(p.numel() for part in trainer.model_parts for p in part.parameters() if p.requires_grad)
+    states = (state for optimizer in trainer.optimizers for state in optimizer.state.values())
+    moments = sum(moment.numel() for state in states for moment in state.values() if moment.ndim)
+    of_all = sum(p.nbytes for p in held.values() if p.requires_grad)
+    return sum(p.nbytes for p in held.values()) + round(of_all * moments / trained)
 
 
 def _source(config: FlameJobConfig) -> dict[str, Any]:

@@ -39,26 +39,26 @@ def _changes(plan: Plan) -> Iterator[tuple[str, list[str]]]:
             "shard",
             ["--parallelism.data_parallel_replicate_degree=1", "--parallelism.data_parallel_shard_degree=-1"],
         )
-    if batch := smaller_batch(plan):
-        yield "batch", batch
+    if (batch := smaller_batch(plan)) is not None:
+        sequences = plan.rehearsal.tokens // settings["training.seq_len"]
+        yield "batch", [f"--training.local_batch_size={batch}", f"--training.global_batch_size={sequences}"]
     if settings["activation_checkpoint.mode"] != "full":
         yield "checkpointing", ["--activation_checkpoint.mode=full"]
     if not settings["training.enable_cpu_offload"] and ranks > 1:  # it is FSDP's
         yield "offload", ["--training.enable_cpu_offload"]
 
 
-def smaller_batch(plan: Plan) -> list[str]:
-    """The options of the largest half, quarter, … of a rank's batch that should fit, at least one sequence; [] if it has only one."""
+def smaller_batch(plan: Plan) -> int | None:
+    """The largest half, quarter, … of a rank's batch that should fit, at least one sequence; None if it has only one."""
     settings, limit = plan.rehearsal.settings, plan.machine.limit
     batch = settings["training.local_batch_size"]
     if limit is None or batch == 1:
-        return []
+        return None
     growing = sum(plan.rehearsal.parts.get(part, 0) for part in _OF_BATCH)
     smaller = batch // 2
     while smaller > 1 and (plan.rehearsal.peak - growing) + growing * smaller / batch > limit:
         smaller //= 2
-    sequences = plan.rehearsal.tokens // settings["training.seq_len"]
-    return [f"--training.local_batch_size={smaller}", f"--training.global_batch_size={sequences}"]
+    return smaller
 
 
 def _tried(plan: Plan, options: list[str], ranks: int, say: Callable[[str], None]) -> Plan | None:

@@ -108,7 +108,7 @@ class FirstJob:
     assets: str  # local folder with config.json and tokenizer
     machine: Machine
     seq_len: int
-    compiled: bool  # transformers' mixtures of experts cannot be
+    compiled: bool  # not mixtures of experts, of which some cannot be
     batch: int = _BATCH
     checkpointing: str = "selective"
 
@@ -157,9 +157,9 @@ def first_job(source: str, machine: Machine, say: Callable[[str], None] = lambda
             say(f"local_batch_size {job.batch}, checkpointing {job.checkpointing}: {used}")
             if found.fits:
                 return job.toml(f"A rehearsal takes {used} (flame-ext plan THIS --gpus {machine.ranks}).")
-            if not (options := smaller_batch(found)):
+            if (batch := smaller_batch(found)) is None:
                 break
-            job = replace(job, batch=int(options[0].partition("=")[2]))
+            job = replace(job, batch=batch)
     raise UserError(f"{source}: nothing that was tried fits {machine.ranks} x {machine.memory:g} GB; give more --gpus")
 
 

@@ -131,11 +131,13 @@ def what_to_do(unexpected: Collection[TensorEntry]) -> list[str]:
 def adapters(unexpected: Iterable[TensorEntry]) -> list[str]:
     """Return a line that says what to do if tensors that the model does not have are those of adapters, else nothing."""
     found = [entry for entry in unexpected if ".lora_A." in entry.key or ".lora_B." in entry.key]
-    remedy = "whose steps hold no other weights of the backbone: take the run's export, hf/step-N, in which they are merged; or merge a "
-    remedy += "folder of peft's: PeftModel.from_pretrained(…).merge_and_unload().save_pretrained(…)"
-    return (
-        [f"{len(found)} of these tensors are adapters of a run with model.converters 'lora', {remedy}"] if found else []
-    )
+    if not found:
+        return []
+    return [
+        f"{len(found)} of these tensors are adapters of a run with model.converters 'lora', whose steps hold no other weights of the "
+        "backbone: take the run's export, hf/step-N, in which they are merged; or merge a folder of peft's: "
+        "PeftModel.from_pretrained(…).merge_and_unload().save_pretrained(…)"
+    ]
 
 
 def quantised(unexpected: Iterable[TensorEntry]) -> list[str]:

@@ -14,7 +14,7 @@ from transformers import OlmoForCausalLM
 
 from flame_ext.checkpoint.run_hooks import RunHooks
 from flame_ext.model.freezing import OPTION
-from flame_ext.model.hf_causal_lm import parameters_on_meta
+from flame_ext.model.parameters import parameters_on_meta
 from tests.layouts import LAYOUTS
 from tests.preflight.refusals import refusal
 from tests.ranks import TINY_OLMO, TrainRun, train

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from flame_ext.config.manager import FlameConfigManager
 from flame_ext.errors import ConfigError, UserError
@@ -174,6 +176,19 @@ def test_the_debug_job_from_end_to_end(dump_folder: Path, capsys: pytest.Capture
     assert found["checkpoint_bytes"] <= on_disk < found["checkpoint_bytes"] + 1.5e6  # of headers and the dataloader
     report = json.loads((dump_folder / "seed_report.json").read_text())
     assert found["seeding_bytes_per_node"] == pytest.approx(report["bytes_read"], rel=0.05)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("options", [["--optimizer.name=Muon"], ["--model.converters=lora,future_prediction"]])
+def test_a_step_has_the_planned_size(options: list[str], dump_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Muon has one moment for a matrix, and steps with adapters do not hold the weights beside them."""
+    assert main(["plan", str(DEBUG_TOML), "--gpus", "2", "--json", *options]) == 0
+    planned = json.loads(capsys.readouterr().out)["checkpoint_bytes"]
+    train(dump_folder, "--training.steps=2", *options, world_size=2)
+    metadata = FileSystemReader(dump_folder / "checkpoint" / "step-2").read_metadata().state_dict_metadata.items()
+    held = {key: of for key, of in metadata if isinstance(of, TensorStorageMetadata) and of.size}
+    tensors = {key: of for key, of in held.items() if not key.startswith(("rng", "dataloader", "train_state"))}
+    assert planned == sum(of.size.numel() * of.properties.dtype.itemsize for of in tensors.values())
 
 
 @pytest.mark.matrix
