@@ -24,6 +24,7 @@ from transformers import (
     Olmo3Config,
     OlmoConfig,
     OlmoeConfig,
+    OPTConfig,
     Phi3Config,
     PhiConfig,
     PreTrainedConfig,
@@ -71,6 +72,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "phi-biases-partial-rope": PhiConfig(**_SHAPE),
     "phi3-fused-qkv": Phi3Config(**_SHAPE, num_key_value_heads=2),
     "falcon-multi-query": FalconConfig(**_SHAPE, multi_query=True, new_decoder_architecture=False),
+    # Its forward calls the decoder in the backbone.
+    "opt-inner-decoder": OPTConfig(**_SHAPE, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0),
     "gemma3-rope-per-layer": Gemma3TextConfig(
         **_SHAPE,
         num_key_value_heads=2,

@@ -98,8 +98,15 @@ def freezing_heads(config: FlameJobConfig) -> list[str]:
 def attach_heads(model: HFCausalLM, config: FlameJobConfig) -> None:
     """Attach the enabled heads to a model on meta, before it is parallelised. In place.
 
-    Heads whose losses have weight 0, and what is frozen, require no gradients: DDP would wait for what never comes.
+    Heads whose losses have weight 0, and what is frozen, require no gradients: DDP would wait for what never comes. Raises a ConfigError
+    if the states that logits are made of have another width than hidden_size, which heads are built for.
     """
+    text, unembedding = model.config.get_text_config(), model.get_output_embeddings()
+    if unembedding is not None and (width := unembedding.weight.shape[1]) != text.hidden_size:
+        raise ConfigError(
+            f"model.converters {CONVERTER_NAME!r}: heads read states of hidden_size {text.hidden_size}, and {model.config.model_type!r} "
+            f"projects them to {width} before it makes logits (word_embed_proj_dim in config.json); train it without heads"
+        )
     if freezing_heads(config):
         model.requires_grad_(False)
     enabled, trained = enabled_heads(config), trained_heads(config)

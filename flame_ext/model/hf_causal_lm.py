@@ -189,6 +189,11 @@ class HFCausalLM(nn.Module):
         return cast(PreTrainedModel, self).get_decoder()
 
     @property
+    def _before_logits(self) -> nn.Module:
+        """The module that the architecture's own forward calls before it makes logits: the backbone, or its decoder, as in OPT."""
+        return getattr(self.base_model, "decoder", self.base_model)
+
+    @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers of the backbone."""
         depth = self.config.get_text_config().num_hidden_layers
@@ -314,6 +319,9 @@ class HFCausalLM(nn.Module):
         compute: Callable[[Tensor, Tensor, Unembed], Any] | None,
         part_of_sequence: bool,
     ) -> Any:
+        if attention_mask is not None and position_ids is None:
+            # OPT would count them from a mask, which it takes for one of padding.
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         inputs = {
             "input_ids" if self.stage.is_first else "inputs_embeds": input_ids,
             "attention_mask": attention_mask,
@@ -330,7 +338,7 @@ class HFCausalLM(nn.Module):
             return super().forward(**inputs).logits
         # The architecture's own forward may do more than lm_head(hidden), e.g. soft-capping: run it, and capture the hidden.
         captured: list[Any] = []
-        hook = self.base_model.register_forward_hook(lambda _m, _i, result: captured.append(result))
+        hook = self._before_logits.register_forward_hook(lambda _m, _i, result: captured.append(result))
         try:
             logits = super().forward(**inputs).logits
         finally:
@@ -340,7 +348,7 @@ class HFCausalLM(nn.Module):
 
     def _unembed(self, result_class: Any, hidden_states: Tensor) -> Tensor:
         """Runs the architecture's own forward with (B, T, D) states as what the backbone returns, in a ``result_class``."""
-        with _replaced_forward(self.base_model, result_class(last_hidden_state=hidden_states)):
+        with _replaced_forward(self._before_logits, result_class(last_hidden_state=hidden_states)):
             return super().forward(inputs_embeds=hidden_states, use_cache=False).logits
 
     def _attention_for(self, mask: Any) -> str:

@@ -12,12 +12,21 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
+from transformers import OPTConfig
 
 from flame_ext.config.sections import Loss
 from flame_ext.errors import CheckpointError, ConfigError
 from flame_ext.heads import registry
-from flame_ext.heads.registry import build_head, check_heads, enabled_heads, job_config_class, register_head
+from flame_ext.heads.registry import (
+    attach_heads,
+    build_head,
+    check_heads,
+    enabled_heads,
+    job_config_class,
+    register_head,
+)
 from flame_ext.heads.spec import HeadBatch, HeadSpec, Sequences, WeightedHeadSection
+from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
 from flame_ext.step.losses import Losses, StudentLosses
 from flame_ext.step.plan import StepPlan
 from tests.ranks import TINY_OLMO, train
@@ -233,6 +242,18 @@ def test_what_can_not_be_right_is_said(registered: HeadSpec) -> None:
     assert enabled_heads(SimpleNamespace(mine=WeightedHeadSection())) == {}
     with pytest.raises(CheckpointError, match="head 'theirs' is not known.*import the module that registers it first"):
         build_head("theirs", {})
+
+
+def test_states_of_another_width_are_refused(tmp_path: Path) -> None:
+    """OPT-350M projects what its decoder layers give before it makes logits."""
+    OPTConfig(
+        vocab_size=264, hidden_size=32, ffn_dim=48, num_attention_heads=4, word_embed_proj_dim=16
+    ).save_pretrained(tmp_path)
+    model = build_hf_causal_lm(HFModelArgs(hf_assets_path=str(tmp_path)))
+    config = job_config_class()()
+    config.model.converters, config.token_order.enable = ["future_prediction"], True
+    with pytest.raises(ConfigError, match=r"hidden_size 32, and 'opt' projects them to 16 .* train it without heads"):
+        attach_heads(model, config)
 
 
 def test_built_in_names_are_taken() -> None:

@@ -279,11 +279,11 @@ def parse_debug(*options: str) -> Any:
     return parse([f"--job.config_file={DEBUG_TOML}", *options])
 
 
-@pytest.mark.parametrize("name", ["gpt2-learned-positions", "falcon-multi-query"])
+@pytest.mark.parametrize("name", ["gpt2-learned-positions", "falcon-multi-query", "opt-inner-decoder"])
 def test_an_architecture_without_a_plan_is_refused_by_name(name: str, tmp_path: Path) -> None:
     folder = save_tiny(name, tmp_path / name)
     with pytest.raises(
-        ConfigError, match=r"cannot be right for '(gpt2|falcon)': transformers has no pipeline plan for it"
+        ConfigError, match=r"cannot be right for '(gpt2|falcon|opt)': transformers has no pipeline plan for it"
     ):
         parse_debug(PP2, f"--model.hf_assets_path={folder}")
 
@@ -400,7 +400,7 @@ def test_stages_of_parts_of_sequences_are_one_process(more: str, tmp_path: Path)
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("name", [n for n in CONFIGS if not n.startswith(("gpt2", "falcon"))])
+@pytest.mark.parametrize("name", [n for n in CONFIGS if not n.startswith(("gpt2", "falcon", "opt"))])
 def test_every_architecture_in_stages_is_from_pretrained(name: str, tmp_path: Path) -> None:
     folder = assets(name, tmp_path / "model")
     options = ("--seed.verify=parity", "--data.document_attention", *HEADS)
