@@ -1,4 +1,4 @@
-"""One run of a plan in a process of its own: the trainer as it is, then the evaluation. ``python -m flame_ext.lab.job FOLDER``."""
+"""One run of a plan in a process of its own: the trainer as it is, then the evaluation. ``python -m flame_ext.lab.job FOLDER PLAN_PID``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import sys
-import threading
-import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 from filelock import FileLock
 
 from flame_ext.files import write_json
-from flame_ext.run.process import environment_of_only_rank
+from flame_ext.run.process import end_with, environment_of_only_rank
 
 PLAN = "plan.json"  # in a plan's folder: its name and its runs, in their order
 JOB, SPECIFICATION, RESULT = "job.toml", "run.json", "result.json"  # in a run's folder
@@ -58,16 +56,9 @@ def held_out(folder: Path, said: dict[str, Any]) -> list[dict[str, float]]:
     ]
 
 
-def _end_with(parent: int) -> None:
-    """Stops this process as a signal would, which saves, once its parent has ended."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 if __name__ == "__main__":
     code, of_run = 0, Path(sys.argv[1])
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with(int(sys.argv[2]), signal.SIGTERM)  # which saves
     os.environ.update(environment_of_only_rank())
     try:
         with FileLock(of_run / ".job.lock"):  # one that a killed plan has left ends within a moment

@@ -303,7 +303,7 @@ def _run_all(waiting: list[Job], needs: Needs, folder: Path, slots: list[_Slot],
 def _start(folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """In a session of its own, so that Ctrl-C reaches it once, from here."""
     with (folder / LOG).open("ab") as log:
-        command = [sys.executable, "-m", "flame_ext.lab.job", str(folder)]
+        command = [sys.executable, "-m", "flame_ext.lab.job", str(folder), str(os.getpid())]
         return subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log, start_new_session=True)
 
 

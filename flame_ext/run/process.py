@@ -1,9 +1,12 @@
 """What a run needs of its process, and what it changes there."""
 
+import ctypes
 import gc
 import logging
 import os
+import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +23,15 @@ def environment_of_only_rank() -> dict[str, str]:
         port = probe.getsockname()[1]
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     return ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def end_with(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Lets the kernel signal this process when its ``parent`` ends, whichever way. Linux alone can; elsewhere it goes on."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(1, int(number))  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it has ended before
+        os.kill(os.getpid(), number)
 
 
 def set_up_logging() -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib
-import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
 from flame_ext.errors import ConfigError
+from flame_ext.run.process import end_with
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -97,15 +95,6 @@ def run(options: argparse.Namespace) -> int:
         "read them back"
     )
     return 0
-
-
-def end_with(parent: int) -> None:
-    """Lets the kernel kill this process when ``parent`` ends, whichever way; Linux alone can."""
-    if sys.platform != "linux":
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it has ended before
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _of_the_run(config_file: str) -> tuple[Path, dict[str, dict[str, Any]] | None]:

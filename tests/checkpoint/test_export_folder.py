@@ -19,7 +19,7 @@ import pytest
 from flame_ext.checkpoint import export_folder
 from flame_ext.checkpoint.export_folder import ExportFolder, origin_of, why_not_exported
 from flame_ext.errors import CheckpointError
-from flame_ext.tools.convert import end_with
+from flame_ext.run.process import end_with
 from tests.checkpoint.test_steps import write_step
 
 FORK = multiprocessing.get_context("fork")
@@ -128,7 +128,7 @@ def test_an_export_of_an_older_version_counts_for_a_step_of_an_older_version(tmp
 
 
 def _starts_a_child(pipe: int) -> None:
-    code = "import os, sys, time; from flame_ext.tools.convert import end_with; end_with(int(sys.argv[1])); "
+    code = "import os, sys, time; from flame_ext.run.process import end_with; end_with(int(sys.argv[1])); "
     code += "os.write(int(sys.argv[2]), b'.'); time.sleep(600)"
     subprocess.run([sys.executable, "-c", code, str(os.getpid()), str(pipe)], pass_fds=[pipe])
 
