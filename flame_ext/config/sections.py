@@ -281,6 +281,19 @@ class Export:
     max_shard_size: str = "5GB"
     """Maximum size of each file of an export."""
 
+    upload: str = ""
+    """Copy each export to `step-N` under this URL of an object store, such as 's3://bucket/prefix' (docs/running.md)."""
+
+    push_to_hub: str = ""
+    """Push exports to this repository of models on the Hugging Face Hub, 'org/name', each as a commit and the revision `step-N`, with
+    the token in `HF_TOKEN`."""
+
+    push: Literal["every", "last"] = "every"
+    """Which exports are pushed."""
+
+    hub_private: bool = True
+    """Whether the repository is made private; one that is public is refused then."""
+
 
 @dataclass
 class FlameJobConfig(JobConfig):
