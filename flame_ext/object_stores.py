@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
@@ -75,6 +76,14 @@ def patiently(url: str, ask: Callable[[], T], error: type[UserError], doing: str
                 raise error(f"{url}: cannot be {doing} {found}; {remedy}") from e
             time.sleep(wait)
     raise AssertionError
+
+
+def opened(file: str, error: type[UserError]) -> Any:
+    """Open a file, or the object that a URL names, to be read as bytes; raise ``error`` for an object that cannot be had."""
+    if not is_url(file):
+        return Path(file).open("rb")
+    store, name = filesystem(file, error)
+    return patiently(file, lambda: store.open(name, "rb"), error)
 
 
 def mark_of(info: Mapping[str, Any]) -> str:

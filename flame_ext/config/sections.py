@@ -69,7 +69,8 @@ class DataSource:
 
     path: str = ""
     """A file, a glob or a folder of `.jsonl`, `.json` (each also `.gz`, `.zst`), `.parquet`, `.arrow`, `.txt` or flat `.npy` token
-    files; a folder of `save_to_disk`; a dataset on the Hub; or a name in torchtitan's registry, such as 'c4'."""
+    files; a folder of `save_to_disk`; either in an object store, by its URL (`s3://`, `gs://`), but for `.npy`; a dataset on the Hub; or
+    a name in torchtitan's registry, such as 'c4'."""
 
     name: str = ""
     """Configuration of a dataset on the Hub."""
