@@ -70,9 +70,7 @@ def test_a_failure_is_said_and_made_up_for_by_the_next_run(notes: Path, caplog: 
     fails.write_text("sys.exit('Traceback\\nerror: no such bucket')")
     assert follow(followers(notes), notes, 2, 4) == ["step-2", "step-4"]
     (message,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert (
-        message.startswith("The upload of step-4 failed: no such bucket; ") and "at its next start" in message
-    )
+    assert message.startswith("The upload of step-4 failed: no such bucket; ") and "at its next start" in message
     fails.unlink()
     assert follow(followers(notes), notes, 2, 4) == ["step-4"]
 
