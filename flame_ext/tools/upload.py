@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from flame_ext.errors import ConfigError
-from flame_ext.tools.convert import end_with
+from flame_ext.run.process import end_with
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
