@@ -38,6 +38,7 @@ with without_collection():
     from flame_ext.host.names import Trainer, register_train_spec
     from flame_ext.model.hf_causal_lm import HFCausalLM
     from flame_ext.model.parameters import parameters_of
+    from flame_ext.model.quantization import plain
     from flame_ext.operations import operations_per_token
     from flame_ext.planning import stand_ins
     from flame_ext.planning.figures import Rehearsal
@@ -126,7 +127,7 @@ def rehearse(args: list[str], on_gpu: bool) -> Rehearsal:
         trainer = _build(config, Path(folder))
         namer.look_at(models)
         for model in models:
-            log.add(list(model.parameters()), "weights")
+            log.add([plain(parameter) for parameter in model.parameters()], "weights")
             log.hold(sum(buffer.nbytes for buffer in model.buffers()), "buffers")
         _run(trainer, log, fake_mode)
     ranks, _ = trainer._data_ranks()

@@ -12,6 +12,7 @@ from flame_ext.preflight.model import check_model, check_model_config, check_rev
 from flame_ext.preflight.moe import check_mixture
 from flame_ext.preflight.options import check_data, check_options
 from flame_ext.preflight.parallelism import check_parallelism, check_parallelism_of_model
+from flame_ext.preflight.quantized import check_quantization, check_quantized
 from flame_ext.preflight.ranges import check_ranges
 from flame_ext.preflight.trained import check_adapters, check_recomputed, check_trained
 from flame_ext.seeding.sources.safe_files import require_contained
@@ -42,7 +43,15 @@ def check(config: FlameJobConfig) -> FlameJobConfig:
 
 
 def _checked(config: FlameJobConfig) -> FlameJobConfig:
-    checks = (check_model, check_parallelism, check_options, check_heads, check_adapters, check_data)
+    checks = (
+        check_model,
+        check_quantization,
+        check_parallelism,
+        check_options,
+        check_heads,
+        check_adapters,
+        check_data,
+    )
     # The other checks calculate with numbers that are in their ranges.
     problems = [*check_ranges(config)] or [problem for check in checks for problem in check(config)]
     try:  # before any of it is read
@@ -57,6 +66,7 @@ def _checked(config: FlameJobConfig) -> FlameJobConfig:
             check_heads_of_model,
             check_parallelism_of_model,
             check_mixture,
+            check_quantized,
             check_reverse_model,
             check_recomputed,
             check_trained,

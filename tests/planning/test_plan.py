@@ -217,3 +217,23 @@ def test_every_parallelism_and_objective_can_be_rehearsed(
     assert main(["plan", str(DEBUG_TOML), "--gpus", "2", "--json", *options]) == 0, capsys.readouterr().err
     memory = json.loads(capsys.readouterr().out)["memory"]
     assert sum(memory["parts"].values()) == memory["peak"] > 10e6
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--quantize.linear.float8.enable_fsdp_float8_all_gather"], ["--quantize.linear.float8.recipe_name=rowwise"]],
+)
+def test_a_job_in_float8_is_rehearsed_as_on_a_gpu_that_knows_it(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its layers keep inputs, weights and gradients as layers in high precision do."""
+    job = ["plan", str(DEBUG_TOML), "--gpus", "2", "--json", "--seed.verify=none"]
+    assert main([*job, "--model.converters=quantize.linear.float8,future_prediction", *options]) == 0
+    float8 = json.loads(capsys.readouterr().out)
+    assert main(job) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert float8["checkpoint_bytes"] == plain["checkpoint_bytes"]
+    parts, others = float8["memory"]["parts"], plain["memory"]["parts"]
+    assert all(parts[name] == others[name] for name in ("weights", "moments"))
+    assert parts["activations"] == pytest.approx(others["activations"], rel=0.1)
