@@ -23,7 +23,7 @@ with without_collection():
     import torch
     import torch.distributed as dist
     from torch import Tensor
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
     from torch.distributed.tensor import DTensor
     from torch.testing._internal.distributed.fake_pg import FakeStore
     from torchtitan.config import TORCH_DTYPE_MAP
@@ -64,6 +64,10 @@ _PARTS = {  # a piece of a file's name to what its functions make
     "torch/optim/": "optimizer",
     "torch/nn/utils/clip_grad": "optimizer",
 }
+_OF_DATA = (
+    "this job cannot be rehearsed, since sizes in its forward depend on values ({}), as those of experts that run in a loop or on other "
+    "ranks do: plan it with moe.experts_implementation = 'grouped_mm' and parallelism.expert_parallel_degree = 1"
+)
 _OFFLOADED = ("weights", "gradients", "moments")
 
 
@@ -221,6 +225,8 @@ def main() -> None:
         found = dataclasses.asdict(rehearse(sys.argv[2:], on_gpu=sys.argv[1] == "gpu"))
     except UserError as e:
         found = {"error": str(e)}
+    except DynamicOutputShapeException as e:
+        found = {"error": _OF_DATA.format(e)}
     print(json.dumps(found), flush=True)
     os._exit(0)  # at its end, an interpreter looks for processes of the group
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchtitan.components.quantization import float8
+from transformers.integrations import moe
 
 from flame_ext.model import attention, parallelize
 from flame_ext.model.hf_causal_lm import HFCausalLM
@@ -96,6 +97,9 @@ def as_on_gpu() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(parallelize, "_SAVED_BESIDE", saved))
         stack.enter_context(_with_float8())
+        # torch's kernel, which knows other dtypes, has no shapes for them; transformers' own has.
+        in_bfloat16 = lambda _input, weight, _offs: weight.dtype is torch.bfloat16  # noqa: E731
+        stack.enter_context(mock.patch.object(moe, "_can_use_grouped_mm", in_bfloat16))
         for module in [module for name, module in sys.modules.items() if name.startswith("flame_ext.")]:
             for name, value in list(vars(module).items()):
                 if isinstance(value, type(as_on_gpu)) and value in replaced:

@@ -37,8 +37,11 @@ class Description:
 
 
 def folder_of(path: str, allow_pickle: bool = False) -> Path:
-    """Returns the local folder of a path or ``hf://`` address, as the trainer locates a source; a SeedError without one."""
-    folder, _ = locate(path, allow_pickle)
+    """Returns the local folder of a path or ``hf://`` address, there with the tokenizer, as the trainer locates a source.
+
+    Raises a SeedError without one.
+    """
+    folder, _ = locate(path, allow_pickle, with_tokenizer=True)
     if not folder.is_dir():
         found = f"is a file; name its folder, {folder.parent}" if folder.exists() else "does not exist"
         raise SeedError(f"{path}: {found}")
