@@ -13,7 +13,8 @@ from torchtitan.components.quantization import float8
 
 import flame_ext.preflight.quantized
 
-all_gather, from_recipe_name = dist.all_gather_single, Float8LinearConfig.from_recipe_name
+name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # before torch 2.13
+all_gather, from_recipe_name = getattr(dist, name), Float8LinearConfig.from_recipe_name
 
 
 def gathered_as_bytes(output: torch.Tensor, given: torch.Tensor, **options: Any) -> Any:
@@ -23,11 +24,11 @@ def gathered_as_bytes(output: torch.Tensor, given: torch.Tensor, **options: Any)
     return all_gather(output, given, **options)
 
 
-def emulated(name: Any) -> Any:
-    return dataclasses.replace(from_recipe_name(name), emulate=True)
+def emulated(recipe: Any) -> Any:
+    return dataclasses.replace(from_recipe_name(recipe), emulate=True)
 
 
-dist.all_gather_single = gathered_as_bytes
+setattr(dist, name, gathered_as_bytes)
 Float8LinearConfig.from_recipe_name = staticmethod(emulated)
 float8.has_cuda_capability = lambda *_: True
 flame_ext.preflight.quantized.torch = SimpleNamespace(accelerator=SimpleNamespace(is_available=lambda: True))

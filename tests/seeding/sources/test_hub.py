@@ -139,6 +139,7 @@ def test_one_process_downloads_what_is_needed(
     assert f"refused hf://{HUB_REPOSITORY}@no-such-branch: cannot be had from the Hugging Face Hub" in refused
 
 
+@pytest.mark.matrix
 def test_inspect_has_the_tokenizer_that_pieces_of_new_tokens_need(
     tmp_path: Path, hub: tuple[str, Path, Counter[str]]
 ) -> None:
