@@ -19,7 +19,7 @@ from flame_ext.model.adapters import add_adapters
 from flame_ext.model.hf_causal_lm import HFCausalLM, HFModelArgs, build_hf_causal_lm
 from flame_ext.model.parallelize import parallelize_hf_causal_lm
 from flame_ext.model.pipeline import pipeline_hf_causal_lm
-from flame_ext.model.quantization import FILTERED, with_names_of_transformers
+from flame_ext.model.quantization import FLOAT8, with_names_of_transformers
 from flame_ext.objective.cross_entropy import cross_entropy_loss
 from flame_ext.run.metrics import FutureMetricsProcessor
 from flame_ext.run.optimization import build_lr_schedulers, build_optimizers
@@ -34,8 +34,7 @@ def register() -> None:
     register_train_spec(MODEL_NAME, build_train_spec())
     register_model_converter(FuturePredictionConverter, CONVERTER_NAME)
     register_model_converter(LoraConverter, LORA)
-    for name in FILTERED:
-        model_converters[name] = with_names_of_transformers(name, model_converters[name])
+    model_converters[FLOAT8] = with_names_of_transformers(model_converters[FLOAT8])
     register_local_sources()
 
 

@@ -44,6 +44,7 @@ from flame_ext.distributed import (
 from flame_ext.errors import CheckpointError
 from flame_ext.fault_injection import fault_point
 from flame_ext.host.names import CheckpointManager, ModelWrapper
+from flame_ext.model.quantization import plain
 from flame_ext.seeding.sources.dcp import DcpReader
 
 RNG = "rng"
@@ -58,7 +59,7 @@ class UntiedModelWrapper(ModelWrapper):
     def whole(self) -> dict[str, Any]:
         """Returns all of the state dict, with each tied parameter once."""
         tied = {name for model in self.model for name in model.tied_keys}
-        return {key: tensor for key, tensor in super()._get_state_dict().items() if key not in tied}
+        return {key: plain(tensor) for key, tensor in super()._get_state_dict().items() if key not in tied}
 
     def _get_state_dict(self) -> dict[str, Any]:
         whole = self.model[0].whole

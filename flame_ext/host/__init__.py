@@ -38,8 +38,9 @@ torchtitan.protocols.train_spec
   register_train_spec              assembly: ``model.name``,               gone: ``--module`` names a module
                                    planning.rehearsal: one without data
 torchtitan.protocols.model_converter
-  _registry_model_converter_cls    assembly, preflight.model: all          gone: ``ModelConfigConverter``, which changes
-                                   converters, to wrap those to float8     the configuration of a model, not the model
+  _registry_model_converter_cls    assembly, preflight.model,              gone: ``ModelConfigConverter``, which changes
+                                   preflight.quantized: all converters,    the configuration of a model, not the model
+                                   to wrap the one to float8
   register_model_converter         assembly: attaches heads                the same
 torchtitan.components.checkpoint
   CheckpointManager                checkpoint.manager: its base            moved to ``components.checkpointer``; others of

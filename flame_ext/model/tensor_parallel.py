@@ -181,6 +181,12 @@ def adapter_problems(model: HFCausalLM) -> Iterator[str]:
         yield f"parallelism.tensor_parallel_degree > 1: {name!r} has an adapter, and is not split by its rows or its columns alone"
 
 
+def sizes_of_parts(model: HFCausalLM, degree: int) -> dict[str, int]:
+    """Maps the names of the modules that are split to the size of a rank's part."""
+    splits = ((name, style.splits) for name, style in _styles(model).items() if style.splits)
+    return {name: getattr(model.get_submodule(name), size) // degree for name, size in splits}
+
+
 def _plan(model: HFCausalLM) -> dict[str, str]:
     """Maps names of modules, with ``*`` for layer numbers, to the words of the plan, which always splits the embeddings."""
     words = dict(getattr(model, "_tp_plan", None) or {})

@@ -23,7 +23,7 @@ with without_collection():
     import torch
     import torch.distributed as dist
     from torch import Tensor
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
     from torch.distributed.tensor import DTensor
     from torch.testing._internal.distributed.fake_pg import FakeStore
     from torchtitan.config import TORCH_DTYPE_MAP
@@ -38,6 +38,7 @@ with without_collection():
     from flame_ext.host.names import Trainer, register_train_spec
     from flame_ext.model.hf_causal_lm import HFCausalLM
     from flame_ext.model.parameters import parameters_of
+    from flame_ext.model.quantization import plain
     from flame_ext.operations import operations_per_token
     from flame_ext.planning import stand_ins
     from flame_ext.planning.figures import Rehearsal
@@ -63,6 +64,10 @@ _PARTS = {  # a piece of a file's name to what its functions make
     "torch/optim/": "optimizer",
     "torch/nn/utils/clip_grad": "optimizer",
 }
+_OF_DATA = (
+    "this job cannot be rehearsed, since sizes in its forward depend on values ({}), as those of experts that run in a loop or on other "
+    "ranks do: plan it with moe.experts_implementation = 'grouped_mm' and parallelism.expert_parallel_degree = 1"
+)
 _OFFLOADED = ("weights", "gradients", "moments")
 
 
@@ -126,7 +131,7 @@ def rehearse(args: list[str], on_gpu: bool) -> Rehearsal:
         trainer = _build(config, Path(folder))
         namer.look_at(models)
         for model in models:
-            log.add(list(model.parameters()), "weights")
+            log.add([plain(parameter) for parameter in model.parameters()], "weights")
             log.hold(sum(buffer.nbytes for buffer in model.buffers()), "buffers")
         _run(trainer, log, fake_mode)
     ranks, _ = trainer._data_ranks()
@@ -220,6 +225,8 @@ def main() -> None:
         found = dataclasses.asdict(rehearse(sys.argv[2:], on_gpu=sys.argv[1] == "gpu"))
     except UserError as e:
         found = {"error": str(e)}
+    except DynamicOutputShapeException as e:
+        found = {"error": _OF_DATA.format(e)}
     print(json.dumps(found), flush=True)
     os._exit(0)  # at its end, an interpreter looks for processes of the group
 

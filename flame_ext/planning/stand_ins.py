@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchtitan.components.quantization import float8
+from transformers.integrations import moe
 
 from flame_ext.model import attention, parallelize
 from flame_ext.model.hf_causal_lm import HFCausalLM
@@ -94,6 +96,10 @@ def as_on_gpu() -> Iterator[None]:
     saved = parallelize._SAVED_BESIDE | {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(parallelize, "_SAVED_BESIDE", saved))
+        stack.enter_context(_with_float8())
+        # torch's kernel, which knows other dtypes, has no shapes for them; transformers' own has.
+        in_bfloat16 = lambda _input, weight, _offs: weight.dtype is torch.bfloat16  # noqa: E731
+        stack.enter_context(mock.patch.object(moe, "_can_use_grouped_mm", in_bfloat16))
         for module in [module for name, module in sys.modules.items() if name.startswith("flame_ext.")]:
             for name, value in list(vars(module).items()):
                 if isinstance(value, type(as_on_gpu)) and value in replaced:
@@ -103,6 +109,13 @@ def as_on_gpu() -> Iterator[None]:
 
 @contextmanager
 def accelerator_is_there() -> Iterator[None]:
-    """Has preflight check a job of GPUs on a machine that may have none."""
-    with mock.patch.object(torch.accelerator, "is_available", return_value=True):
+    """Has preflight check a job of GPUs, which know float8, on a machine that may have none."""
+    with (
+        mock.patch.object(torch.accelerator, "is_available", return_value=True),
+        _with_float8(),
+    ):
         yield
+
+
+def _with_float8() -> AbstractContextManager[Any]:
+    return mock.patch.object(float8, "has_cuda_capability", return_value=True)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from flame_ext.errors import UserError
 from flame_ext.hf_config import load_hf_config
+from flame_ext.model.experts import has_experts
+from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
 from flame_ext.planning.plan import Machine, Plan, make_plan
 from flame_ext.planning.remedies import smaller_batch
 from flame_ext.seeding.sources.hub import locate
@@ -147,7 +149,7 @@ def first_job(source: str, machine: Machine, say: Callable[[str], None] = lambda
     """
     folder, _ = locate(source, with_tokenizer=True)
     text = load_hf_config(str(folder)).get_text_config()
-    is_mixture = any("experts" in name for name in text.to_dict())
+    is_mixture = has_experts(build_hf_causal_lm(HFModelArgs(hf_assets_path=str(folder))))
     length = min(_LENGTH, getattr(text, "max_position_embeddings", None) or _LENGTH)
     found = None
     for job in _jobs(FirstJob(source, str(folder), machine, length, not is_mixture)):

@@ -1,11 +1,9 @@
 """Checks of ``[model]``, and of what the model's ``config.json`` allows."""
 
-import copy
 import difflib
 from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
-from types import SimpleNamespace
 
 from torchtitan.tools.logging import logger
 from transformers import PreTrainedConfig
@@ -18,7 +16,6 @@ from flame_ext.hf_config import REVERSE_FIELD
 from flame_ext.host.names import model_converters
 from flame_ext.model.attention import mask_problem
 from flame_ext.object_stores import is_url, problem_of
-from flame_ext.preflight.parallelism import is_launched
 from flame_ext.seeding.sources.hub import HUB_PREFIX
 from flame_ext.seeding.sources.safe_files import TOKENIZER_FILES, read_json
 from flame_ext.step.reverse_model import reverse_model_problems
@@ -36,33 +33,6 @@ def check_model(config: FlameJobConfig) -> Iterator[str]:
             close = difflib.get_close_matches(name, model_converters, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             yield f"model.converters: unknown converter {name!r}{hint} (known: {', '.join(sorted(model_converters))})"
-    yield from _check_quantization(config)
-
-
-def _check_quantization(config: FlameJobConfig) -> Iterator[str]:
-    """What the converters themselves raise, on building them; and proofs that are not possible with their results."""
-    if not is_launched():
-        return
-    float8 = config.quantize.linear.float8
-    for name in (name for name in config.model.converters if name.startswith("quantize.") and name in model_converters):
-        try:
-            model_converters[name](copy.deepcopy(config), SimpleNamespace(dp_shard_enabled=True))
-        except Exception as e:
-            yield f"model.converters: {name!r}: {(str(e).strip().splitlines() or [type(e).__name__])[0]}"
-            continue
-        if name == "quantize.linear.float8" and float8.emulate and float8.recipe_name is not None:
-            yield f"{name}.emulate has no effect with {name}.recipe_name; leave one of them out"
-        if name == "quantize.linear.float8" and not float8.enable_fsdp_float8_all_gather:
-            continue
-        teacher = teacher_of(config)
-        anticausal = teacher and getattr(getattr(config, teacher), "summary_method", "anticausal") == "anticausal"
-        if config.seed.verify == "parity" or (anticausal and config.seed.verify != "none"):
-            gathered = " with enable_fsdp_float8_all_gather" if name == "quantize.linear.float8" else ""
-            proof = "from_pretrained" if config.seed.verify == "parity" else "itself, with a token changed"
-            yield (
-                f"model.converters: {name!r}{gathered} leaves no weights in high precision, by which step 0 is compared with {proof}: "
-                "prove it once without, by seed.dry_run, and set seed.verify = 'none'"
-            )
 
 
 def not_a_causal_lm(hf_config: PreTrainedConfig) -> str | None:

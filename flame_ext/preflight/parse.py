@@ -13,6 +13,7 @@ from flame_ext.preflight.model import check_model, check_model_config, check_rev
 from flame_ext.preflight.moe import check_mixture
 from flame_ext.preflight.options import check_data, check_options
 from flame_ext.preflight.parallelism import check_parallelism, check_parallelism_of_model
+from flame_ext.preflight.quantized import check_quantization, check_quantized
 from flame_ext.preflight.ranges import check_ranges
 from flame_ext.preflight.trained import check_adapters, check_recomputed, check_trained
 from flame_ext.preflight.urls import check_urls
@@ -46,6 +47,7 @@ def check(config: FlameJobConfig) -> FlameJobConfig:
 def _checked(config: FlameJobConfig) -> FlameJobConfig:
     checks = (
         check_model,
+        check_quantization,
         check_parallelism,
         check_options,
         check_exports,
@@ -68,6 +70,7 @@ def _checked(config: FlameJobConfig) -> FlameJobConfig:
             check_heads_of_model,
             check_parallelism_of_model,
             check_mixture,
+            check_quantized,
             check_reverse_model,
             check_recomputed,
             check_trained,

@@ -17,7 +17,8 @@ TORCHTITAN_OPTIONS = {
     "model.name": '`"hf_causal_lm"`',
     "model.flavor": '`"auto"`: the model is what `config.json` says',
     "model.hf_assets_path": "folder with `config.json` and tokenizer; `config.json` builds the model",
-    "model.converters": '`"future_prediction"` attaches the heads; without it, plain continued pre-training',
+    "model.converters": '`"future_prediction"` attaches the heads; without it, plain continued pre-training. Before it may stand '
+    '`"lora"` or `"quantize.linear.float8"` ([running.md](running.md#float8)); torchtitan\'s other `quantize.*` are refused',
     "checkpoint.enable": "must be true",
     "checkpoint.initial_load_path": "any source of [seeding.md](seeding.md), the layout is recognised",
     "checkpoint.initial_load_in_hf": "without `checkpoint.initial_load_path`: seed from `model.hf_assets_path`; with it, no effect",
@@ -44,7 +45,8 @@ TORCHTITAN_OPTIONS = {
     "`weight_decay` or `warmup_steps`; there is no clipping then",
     "profiling.enable_memory_snapshot": "refused without an accelerator",
     "quantize.linear.float8.filter_fqns": "names of transformers, such as `mlp.down_proj`; `output` is the output embedding",
-    "quantize.linear.float8.enable_fsdp_float8_all_gather": "refused with the proofs of step 0 (`seed.verify`), which need high precision",
+    "quantize.linear.float8.enable_fsdp_float8_all_gather": "refused with the proofs of step 0 (`seed.verify`), which need high "
+    "precision, with tensor parallelism, and on a CPU",
     "parallelism.tensor_parallel_degree": "divides heads, widths, vocabulary and `seq_len` ([parallelism.md](parallelism.md#tensor))",
     "parallelism.enable_async_tensor_parallel": "refused without an accelerator, and without a compiled model",
     "parallelism.context_parallel_degree": "ranks that share each sequence ([parallelism.md](parallelism.md#context))",

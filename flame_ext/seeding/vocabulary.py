@@ -1,11 +1,14 @@
 """Says which rows a source's vocabulary lacks beside the model's, and from which old rows each new one is made."""
 
+import json
+import re
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torchtitan.tools.logging import logger
 from transformers import PreTrainedConfig, TokenizersBackend
@@ -17,6 +20,8 @@ from flame_ext.hf_tokenizer import load_auto_tokenizer, number_of_ids
 from flame_ext.seeding.sources.safe_files import TOKENIZER_FILES, some
 from flame_ext.seeding.sources.source import Source
 from flame_ext.seeding.target import SeedTarget
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a piece of SentencePiece's that stands for one byte
 
 
 @dataclass(frozen=True)
@@ -177,25 +182,53 @@ def _require_same_ids(new: Any, old: Any, path: Path, assets: str, rows: int) ->
 
 
 def _pieces(new: Any, old: Any, ids: range, rows: int) -> dict[int, tuple[int, ...]]:
-    """Map each of ``ids`` of the tokenizer ``new`` to the ids below ``rows`` that the tokenizer ``old`` makes of it.
+    """Map each of ``ids`` of the tokenizer ``new`` to the ids below ``rows`` that the tokenizer ``old`` makes of it inside of a text.
 
-    Special tokens are left out: the pieces of "<|user|>" say nothing of what it is for.
+    Special tokens are left out: the pieces of "<|user|>" say nothing of what it is for. So are single bytes ("<0xC3>") that the old
+    tokenizer has no token for, since they are no text.
     """
     names = {number: token for token, number in new.get_vocab().items()}
     added = new.added_tokens_decoder
     special = {*new.all_special_ids, *(number for number, token in added.items() if token.special)}
-    models: list[Any] = [getattr(getattr(t, "backend_tokenizer", None), "model", None) for t in (new, old)]
+    backends: list[Any] = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (new, old)]
+    models: list[Any] = [getattr(backend, "model", None) for backend in backends]
     alike = isinstance(new, TokenizersBackend) and type(models[0]) is type(models[1])
+    as_text = not alike or any(number in added for number in ids)  # else the copy, which takes a second, is not needed
+    inside = _without_prefix(backends[1]) if as_text and backends[1] is not None else None
     found = {}
     for number in ids:
         if number not in names or number in special:
             continue
         if alike and number not in added:
+            if _BYTE.fullmatch(names[number]) and models[0].byte_fallback:
+                continue
             # The token's own spelling ("Ġword", "▁word", parts of characters), which a decoded text may lose.
             made = [token.id for token in models[1].tokenize(names[number])]
         else:
             text = names[number] if number in added else new.decode([number])
-            made = old(text, add_special_tokens=False, verbose=False)["input_ids"]
+            if inside is not None:
+                made = inside.encode(text, add_special_tokens=False).ids
+            else:
+                made = old(text, add_special_tokens=False, verbose=False)["input_ids"]
         if pieces := tuple(piece for piece in made if piece < rows and piece != old.unk_token_id):
             found[number] = pieces
     return found
+
+
+def _without_prefix(backend: Tokenizer) -> Tokenizer:
+    """Return a tokenizer that puts no space, by whichever of its parts, before a text: an added token stands anywhere in one."""
+
+    def changed(part: Any) -> Any:
+        if isinstance(part, list):
+            return [
+                changed(inner) for inner in part if not (isinstance(inner, dict) and inner.get("type") == "Prepend")
+            ]
+        if not isinstance(part, dict):
+            return part
+        if part.get("type") == "Prepend":
+            return None
+        never = {"prepend_scheme": "never", "add_prefix_space": False}
+        return {key: never.get(key, changed(value)) for key, value in part.items()}
+
+    state = json.loads(backend.to_str())
+    return Tokenizer.from_str(json.dumps(state | {key: changed(state[key]) for key in ("normalizer", "pre_tokenizer")}))

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torchtitan.components.quantization.utils import module_filter_fn
 
+from flame_ext.assembly import register
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError
 from flame_ext.host.high_precision import in_high_precision
+from flame_ext.host.names import model_converters
 from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
-from flame_ext.model.quantization import with_names_of_transformers
+from flame_ext.model.quantization import FLOAT8, with_names_of_transformers
 from tests.tiny_models import CONFIGS
 
 
@@ -49,7 +51,7 @@ def converted(folder: Any, name: str, filters: list[str]) -> list[str]:
     model_config = copy.deepcopy(CONFIGS[name])
     model_config.vocab_size = 272  # as 32 and 48, a multiple of 16
     model_config.save_pretrained(folder)
-    made = with_names_of_transformers("quantize.linear.float8", Converter)(config, SimpleNamespace())
+    made = with_names_of_transformers(Converter)(config, SimpleNamespace())
     made.convert(build_hf_causal_lm(HFModelArgs(hf_assets_path=str(folder))))
     assert config.quantize.linear.float8.filter_fqns == filters, "what the run records stays as it was given"
     return made.converted
@@ -62,7 +64,7 @@ def test_the_filter_output_spares_the_output_embedding(tmp_path: Any) -> None:
 
 
 def test_other_filters_are_names_of_transformers(tmp_path: Any) -> None:
-    assert not any("mlp" in name for name in converted(tmp_path, "olmo2", ["mlp", "future_predictor"]))
+    assert not any("mlp" in name for name in converted(tmp_path, "olmo2", ["mlp"]))
     with pytest.raises(ConfigError, match=r"filter_fqns: 'attention.wq' is in the name of no linear layer .*k_proj"):
         converted(tmp_path, "olmo2", ["attention.wq"])
 
@@ -82,3 +84,21 @@ def test_proofs_run_in_high_precision_and_training_does_not() -> None:
     config.quantize.linear.float8.enable_fsdp_float8_all_gather = True
     with in_high_precision([layer], config):
         assert torch.equal(layer(x), rounded), "gathered weights are in float8"
+
+
+def test_a_tied_output_embedding_that_is_converted_stays_tied(tmp_path: Any) -> None:
+    model_config = copy.deepcopy(CONFIGS["olmo-tied"])
+    model_config.vocab_size = 272
+    model_config.save_pretrained(tmp_path)
+    config = FlameJobConfig()
+    config.quantize.linear.float8.emulate = True
+    register()
+    model = build_hf_causal_lm(HFModelArgs(hf_assets_path=str(tmp_path)))
+    model_converters[FLOAT8](config, SimpleNamespace(dp_shard_enabled=False)).convert(model)
+    assert type(model.lm_head).__name__ == "Float8Linear" and model.tied_keys == {
+        "lm_head.weight": "model.embed_tokens.weight"
+    }
+    model.to_empty(device="cpu")
+    model.init_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head in model.tied_modules

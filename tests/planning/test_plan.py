@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -22,6 +24,7 @@ from flame_ext.planning.remedies import remedy
 from flame_ext.tools import plan as command
 from flame_ext.tools.main import main
 from tests.ranks import DEBUG_TOML, TINY_OLMO, train
+from tests.tiny_models import save_tiny
 
 SETTINGS = {
     "training.local_batch_size": 8,
@@ -132,6 +135,18 @@ def test_a_first_job_is_a_job(by_imagination: None, tmp_path: Path) -> None:
     assert training.global_batch_size * training.seq_len >= 2**19
 
 
+@pytest.mark.parametrize(("name", "compiled"), [("olmoe", False), ("olmo2", True)])
+def test_a_first_job_of_a_mixture_is_not_compiled(
+    name: str, compiled: bool, by_imagination: None, tmp_path: Path
+) -> None:
+    """And a word in the configuration makes no mixture of a dense model."""
+    folder = save_tiny(name, tmp_path / name)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"experts_asked": 3}))
+    job = starting.first_job(str(folder), Machine(4))
+    assert f"[compile]\nenable = {str(compiled).lower()}\n" in job
+
+
 def test_options_of_the_trainer_belong_to_plan_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,3 +232,74 @@ def test_every_parallelism_and_objective_can_be_rehearsed(
     assert main(["plan", str(DEBUG_TOML), "--gpus", "2", "--json", *options]) == 0, capsys.readouterr().err
     memory = json.loads(capsys.readouterr().out)["memory"]
     assert sum(memory["parts"].values()) == memory["peak"] > 10e6
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--quantize.linear.float8.enable_fsdp_float8_all_gather"], ["--quantize.linear.float8.recipe_name=rowwise"]],
+)
+def test_a_job_in_float8_is_rehearsed_as_on_a_gpu_that_knows_it(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its layers keep inputs, weights and gradients as layers in high precision do."""
+    job = ["plan", str(DEBUG_TOML), "--gpus", "2", "--json", "--seed.verify=none"]
+    assert main([*job, "--model.converters=quantize.linear.float8,future_prediction", *options]) == 0
+    float8 = json.loads(capsys.readouterr().out)
+    assert main(job) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert float8["checkpoint_bytes"] == plain["checkpoint_bytes"]
+    parts, others = float8["memory"]["parts"], plain["memory"]["parts"]
+    assert all(parts[name] == others[name] for name in ("weights", "moments"))
+    assert parts["activations"] == pytest.approx(others["activations"], rel=0.1)
+
+
+MIXTURE = ["--training.seq_len=64", "--training.local_batch_size=2"]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", ["olmoe", "deepseek-v3", "gpt-oss"])
+def test_a_mixture_can_be_rehearsed(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_tiny(name, tmp_path)
+    job = ["plan", str(DEBUG_TOML), "--gpus", "2", *MIXTURE, f"--model.hf_assets_path={folder}"]
+    job += [f"--checkpoint.initial_load_path={folder}", "--json"]
+    found = []
+    for dtype in ("bfloat16", "float32"):
+        assert main([*job, f"--training.mixed_precision_param={dtype}"]) == 0, capsys.readouterr().err
+        found.append(json.loads(capsys.readouterr().out))
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        keys = [key for key in file.keys() if not key.endswith("e_score_correction_bias")]  # noqa: SIM118
+        sizes = [file.get_slice(key).get_shape() for key in keys]
+    elements = sum(math.prod(size) for size in sizes)
+    heads = sum(count for part, count in found[0]["parameters"].items() if part != "backbone")
+    for plan in found:
+        assert plan["parameters"]["backbone"] == elements
+        assert plan["memory"]["parts"]["weights"] == pytest.approx(4 * (elements + heads) / 2, rel=0.05), (
+            "in float32, sharded"
+        )
+    half, whole = (plan["memory"]["parts"]["activations"] for plan in found)
+    assert half < whole < 2.1 * half
+    for option in ("--moe.experts_implementation=eager", "--parallelism.expert_parallel_degree=2"):
+        assert main([*job, "--training.mixed_precision_param=bfloat16", option]) == 2
+        said = capsys.readouterr().err
+        assert "this job cannot be rehearsed, since sizes in its forward depend on values" in said, said
+        assert "moe.experts_implementation = 'grouped_mm' and parallelism.expert_parallel_degree = 1" in said
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "options", [[], ["--compile.enable"], ["--data.document_attention", "--parallelism.tensor_parallel_degree=2"]]
+)
+def test_a_reverse_model_is_rehearsed_with_its_weights(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    job = ["plan", str(DEBUG_TOML), "--gpus", "2", "--json", *options]
+    reverse = ["--future_encoder.summary_method=reverse_lm", "--future_encoder.assume_reverse"]
+    assert main([*job, *reverse, f"--future_encoder.reverse_model={TINY_OLMO}"]) == 0, capsys.readouterr().err
+    found = json.loads(capsys.readouterr().out)
+    assert main(job) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert found["checkpoint_bytes"] == plain["checkpoint_bytes"] and found["parameters"] == plain["parameters"]
+    more = found["memory"]["parts"]["weights"] - plain["memory"]["parts"]["weights"]
+    whole = (
+        1 if "--parallelism.tensor_parallel_degree=2" in options else 2
+    )  # ranks of tensor parallelism have all of it
+    assert more == pytest.approx(4 * plain["parameters"]["backbone"] / whole, rel=0.05)

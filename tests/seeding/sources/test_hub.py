@@ -21,6 +21,7 @@ from flame_ext.errors import SeedError
 from flame_ext.seeding.sources.hub import locate
 from flame_ext.seeding.sources.open import open_source
 from tests.ranks import REPOSITORY, run_ranks
+from tests.seeding.test_vocabulary import grown_folder
 from tests.sources import HUB_REPOSITORY, HUB_REVISION, save_hub_cache
 from tests.tiny_models import save_tiny
 
@@ -92,11 +93,20 @@ dist.destroy_process_group()
 """
 
 
+def of_hub(endpoint: str, home: Path) -> dict[str, str]:
+    """The environment of a process that finds the Hub at ``endpoint``."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()}
+    return env | {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+
+
 def locate_in_ranks(path: str, endpoint: str, home: Path, world_size: int) -> list[str]:
     """What :func:`locate` gives in fresh processes: huggingface_hub reads its variables once, on import."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()}
-    env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(REPOSITORY)}
-    env |= {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29631"}
+    env = of_hub(endpoint, home) | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29631"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", LOCATE, path],
@@ -127,6 +137,26 @@ def test_one_process_downloads_what_is_needed(
     assert downloads == Counter({*needed, "tokenizer.json", "tokenizer_config.json"})
     (refused,) = locate_in_ranks(f"hf://{HUB_REPOSITORY}@no-such-branch", endpoint, tmp_path / "home", 1)
     assert f"refused hf://{HUB_REPOSITORY}@no-such-branch: cannot be had from the Hugging Face Hub" in refused
+
+
+@pytest.mark.matrix
+def test_inspect_has_the_tokenizer_that_pieces_of_new_tokens_need(
+    tmp_path: Path, hub: tuple[str, Path, Counter[str]]
+) -> None:
+    endpoint, folder, _ = hub
+    grown = grown_folder(folder, tmp_path / "grown")
+    job, source = tmp_path / "job.toml", f"hf://{HUB_REPOSITORY}"
+    job.write_text(
+        f'[model]\nname = "hf_causal_lm"\nflavor = "auto"\nhf_assets_path = "{grown}"\n'
+        f'[checkpoint]\nenable = true\ninitial_load_path = "{source}"\n[training]\nseq_len = 64\n'
+        '[seed]\nresize_vocabulary = true\nnew_rows = "subwords"\n'
+    )
+    command = [sys.executable, "-m", "flame_ext.tools.main", "inspect", source, f"--job.config_file={job}", "--json"]
+    done = subprocess.run(command, env=of_hub(endpoint, tmp_path / "home"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr + done.stdout
+    facts = json.loads(done.stdout)
+    assert "tokenizer.json" in facts["tokenizer"]
+    assert "2 of new tokens by seed.new_rows = 'subwords' (1 of them special" in facts["grown_vocabulary"]
 
 
 def located(path: str) -> str:
