@@ -47,7 +47,9 @@ class FutureTrainer(Trainer):
     def __init__(self, job_config: FlameJobConfig, signals: StopSignals | None = None) -> None:
         self.signals = signals or StopSignals()
         self._lock = FolderLock(Path(job_config.job.dump_folder), job_config.checkpoint.take_over_lock)
-        self._stopping = self._exports_wait = False  # whether a signal has come; before the exports were made
+        self._stopping = self._exports_wait = (
+            False  # whether a signal has come; before the exports were made and followed
+        )
         with trainer_built_with(SeedingCheckpointManager), self._lock.released_on_error():
             super().__init__(job_config)
             self._build_step()
@@ -239,12 +241,12 @@ class FutureTrainer(Trainer):
 
     def _say_stopped(self, step: int) -> None:
         if self.preempted:
-            when = f"after step {step}{', before its exports were made' * self._exports_wait}"
+            when = f"after step {step}{', before its exports were made and followed' * self._exports_wait}"
             logger.info(f"Stopped by {self.signals.name} {when}: start the same command again to go on")
 
     @property
     def preempted(self) -> bool:
-        """Whether a signal has stopped the run before its last step, or before its exports were made."""
+        """Whether a signal has stopped the run before its last step, or before its exports were made and followed."""
         before_last = self._stopping and not self.finishing and self.step < self.job_config.training.steps
         return before_last or self._exports_wait
 

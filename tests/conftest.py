@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,23 @@ def single(
     from tests.layouts import steps  # which imports torch, and must not before accelerators are hidden
 
     return steps(models, tmp_path_factory.mktemp("single"), "single", request.module.JOBS)[0]
+
+
+@pytest.fixture(scope="session")
+def object_server() -> Iterator[Any]:
+    """The session's S3 server; tests take ``object_store``."""
+    from tests.object_store import served  # moto takes a second
+
+    with served() as store:
+        yield store
+
+
+@pytest.fixture
+def object_store(object_server: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A :class:`tests.object_store.ObjectStore` with an empty bucket, which this process and its ranks find by their environment."""
+    from tests.object_store import with_new_bucket
+
+    store = with_new_bucket(object_server)
+    for name, value in store.environment.items():
+        monkeypatch.setenv(name, value)
+    return store

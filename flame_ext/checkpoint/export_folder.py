@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,25 @@ def why_not_exported(step: Path, export: Path) -> str | None:
     except (OSError, KeyError, TypeError, AttributeError, UserError) as e:
         return f"{export} cannot be read ({e})"
     return None
+
+
+def exports_of(folder: Path, steps: Path, run: str | None, last: int) -> list[Path]:
+    """Returns the exports in a folder that are of a run's steps up to ``last``, by number; of a step that is still there, only its own."""
+    found: dict[int, Path] = {}
+    for export in folder.glob("step-*"):
+        with suppress(UserError, OSError, ValueError):  # of an older version, or not an export
+            record = read_json(export / RECORD_NAME, "file")
+            number, step = int(str(record.get("step"))), steps / export.name
+            other = step.is_dir() and why_not_exported(step, export)
+            if export.name == f"step-{number}" and number <= last and record.get("run") == run and not other:
+                found[number] = export
+    return [found[number] for number in sorted(found)]
+
+
+def export_identity(export: Path) -> str:
+    """Returns a digest of what an export records: its step, and the sizes of its files; empty where older versions recorded nothing."""
+    record = export / RECORD_NAME
+    return hashlib.sha256(record.read_bytes()).hexdigest() if record.is_file() else ""
 
 
 def _sizes(folder: Path) -> dict[str, int]:

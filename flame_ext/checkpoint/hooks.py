@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from flame_ext.run.background_export import BackgroundExports
+from flame_ext.run.followers import Followers
 
 
 class CheckpointHooks(Protocol):
@@ -17,6 +18,9 @@ class CheckpointHooks(Protocol):
 
     exports: BackgroundExports
     """Exports of complete steps while training goes on; the manager starts them on the main rank."""
+
+    followers: Followers
+    """What follows each export, wherever it is made; on the main rank."""
 
     def seed(self, path: str) -> None:
         """Put the weights of ``checkpoint.initial_load_path`` into the model. Collective.
@@ -60,8 +64,13 @@ class CheckpointHooks(Protocol):
     def is_exported(self, step: int) -> bool:
         """Whether the export of a step is there and can be read, by its headers. Collective."""
 
+    def follow_exports(self, last: int, complete: bool) -> None:
+        """Follow those of this run's exports up to step ``last`` that are there and not followed yet; ``complete`` tells whether the
+        run ends with that step. Collective.
+        """
+
     def export(self, step: int) -> None:
-        """Write the model as the Hugging Face folder ``hf/step-N``. Collective.
+        """Write the model as the Hugging Face folder ``hf/step-N``, and have it followed. Collective.
 
         Raises:
             CheckpointError: a file cannot be written.

@@ -169,6 +169,7 @@ class SeedingCheckpointManager(CheckpointManager):
             left = f"; not on it, and left until a save takes their name: {', '.join(given_up)}" if given_up else ""
             logger.warning(f"Going back to {chosen.path}: a branch begins after it{left}")
         self.make_up_exports([s for s in folder.of(run, self.lineage) if s.step <= chosen.step])
+        self.hooks.follow_exports(chosen.step, complete=False)
 
     def make_up(self, folder: StepFolder, last: CompleteStep, load_step: int) -> bool:
         """Makes what a run that has saved its ``last`` step still lacks: exports, and then deletions. Returns False if a stop signal
@@ -182,6 +183,7 @@ class SeedingCheckpointManager(CheckpointManager):
         if self._exports_last_step and not self.hooks.is_exported(last.step):
             self.load_model(last)
             self.hooks.export(last.step)
+        self.hooks.follow_exports(last.step, complete=True)
         return self.finish_exports(purge=last in folder.current)
 
     def make_up_exports(self, steps: list[CompleteStep]) -> None:
@@ -315,11 +317,17 @@ class SeedingCheckpointManager(CheckpointManager):
         return self.hooks.exports.error()
 
     def finish_exports(self, purge: bool = True) -> bool:
-        """Waits for exports in the background, then deletes the steps that they have read. Returns False if a stop signal came first:
-        the next run makes them. Collective once a second, lest it time out; raises on all ranks if an export failed.
+        """Waits for exports in the background and what follows exports, then deletes the steps that they have read. Returns False if
+        a stop signal came first: the next run makes up for it. Collective once a second, lest it time out; raises on all ranks if an
+        export failed.
         """
+        said: list[str] = []
         while True:
-            ranks = gathered((self.hooks.exports.running(), self.hooks.stopped()))
+            following = self.hooks.followers.waiting()
+            if any(job not in said for job in following):
+                said = following
+                logger.info(f"Waiting for what follows exports: {', '.join(following)}")
+            ranks = gathered((self.hooks.exports.running() or bool(following), self.hooks.stopped()))
             if not any(running for running, _ in ranks):
                 break
             if any(stopped for _, stopped in ranks):
@@ -352,6 +360,7 @@ class SeedingCheckpointManager(CheckpointManager):
         if getattr(self, "save_future", None) is not None:
             self._async_wait()
         self.hooks.exports.cancel()
+        self.hooks.followers.cancel()
         super().close()
 
     def _save_last_step(self, curr_step: int) -> None:

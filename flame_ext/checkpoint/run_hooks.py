@@ -21,7 +21,7 @@ import flame_ext
 from flame_ext.checkpoint.assets import read_assets
 from flame_ext.checkpoint.card import card_of_step
 from flame_ext.checkpoint.export import ExportSpec, export_hf
-from flame_ext.checkpoint.export_folder import origin_of, why_not_exported
+from flame_ext.checkpoint.export_folder import export_identity, exports_of, origin_of, why_not_exported
 from flame_ext.checkpoint.gathering import BoxGatherer
 from flame_ext.checkpoint.hooks import CheckpointHooks
 from flame_ext.checkpoint.merging import adapter_summands
@@ -37,6 +37,7 @@ from flame_ext.model.hf_causal_lm import HFCausalLM
 from flame_ext.model.routing import KeptRoutes
 from flame_ext.model.runner import ModelRunner, StageInputs
 from flame_ext.run.background_export import background_exports
+from flame_ext.run.followers import Followers, followers_of
 from flame_ext.run.optimization import configured_again
 from flame_ext.seeding.accounting import matches
 from flame_ext.seeding.again import read_again
@@ -74,8 +75,12 @@ class RunHooks(CheckpointHooks):
         self._folder = Path(self._config.job.dump_folder)
         self._runner: ModelRunner = trainer.runner
         self._model: HFCausalLM = trainer.runner.model
+        self.followers = Followers(followers_of(self._config), self._folder / "hf", export_identity)
         self.exports = background_exports(
-            self._config, lambda: trainer.finishing, lambda step, export: why_not_exported(step, export) is None
+            self._config,
+            lambda: trainer.finishing,
+            lambda step, export: why_not_exported(step, export) is None,
+            self.followers.start,
         )
         # Before the first step, since what cannot be read or exported must not end the run at its last export.
         assets, options = Path(self._config.model.hf_assets_path), self._config.seed
@@ -230,7 +235,16 @@ class RunHooks(CheckpointHooks):
         stored = self._stored(target.whole, dtypes_in(whole, spec.dtype, _dtypes(target.whole)))
         shapes = {key: t.shape for key, t in target.whole.items()}
         gather = BoxGatherer(target.state, shapes, self._device, adapter_summands(self._model, target.state))
-        export_hf(stored, list(whole.heads), self._folder / "hf" / f"step-{step}", spec, gather)
+        folder = self._folder / "hf" / f"step-{step}"
+        export_hf(stored, list(whole.heads), folder, spec, gather)
+        on_main_rank(self.followers.start, folder, True)
+
+    def follow_exports(self, last: int, complete: bool) -> None:
+        def follow() -> None:
+            for export in exports_of(self._folder / "hf", self._step_folder(last).parent, self._run_id, last):
+                self.followers.start(export, complete and export.name == f"step-{last}")
+
+        on_main_rank(follow)
 
     def _adapter_config(self) -> dict[str, Any] | None:
         """Returns the content of peft's file beside the adapters, which names their source; None without adapters."""

@@ -1,0 +1,107 @@
+"""What follows an export, such as an upload: a process for each export, in the order in which they are made, while training goes on."""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torchtitan.tools.logging import logger
+
+from flame_ext.config.sections import FlameJobConfig
+from flame_ext.distributed import describe
+from flame_ext.run.child import Child
+
+
+def _always(_step: int, _is_last: bool) -> bool:
+    return True
+
+
+def _nothing(_step: int, _output: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Follower:
+    """A command of ``flame-ext`` for each export that is due. A failure is said, and never ends the run."""
+
+    name: str
+    """What it does, for messages, such as "upload"; also the folder of its marks."""
+
+    command: Callable[[int, Path], list[str]]
+    """Maps the number of a step and the folder of its export to the command's arguments. It has an option ``--end-with``, ends with
+    exit code 0 if it is done, and says on the last line of its output what it has done, or of its errors why not."""
+
+    due: Callable[[int, bool], bool] = _always
+    """Maps the number of a step, and whether it is the run's last one, to whether its export is followed."""
+
+    target: str = ""
+    """What its outcome depends on beside the export: where it changes, what was done for another target is done again."""
+
+    finished: Callable[[int, str], None] = _nothing
+    """Gets the number of the step and the command's output, on a thread of the main rank, before the export counts as followed."""
+
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables of the process, which otherwise sees no device and uses one core."""
+
+
+class Followers:
+    """Follows the exports in a folder. For one rank; each follower has a thread, so that none waits for another.
+
+    Marks in ``folder/.followed`` say which export, by its identity, a follower is done with: an interrupted run makes up for the
+    rest, and nothing is done twice.
+
+    Args:
+        identity: maps an export's folder to a text that another export of the same name does not have.
+    """
+
+    def __init__(self, followers: list[Follower], folder: Path, identity: Callable[[Path], str]) -> None:
+        self._followers, self._folder, self._identity = followers, folder, identity
+        self._children = {follower.name: Child() for follower in followers}
+        self._threads = {f.name: ThreadPoolExecutor(1, thread_name_prefix=f.name) for f in followers}
+        self._jobs: dict[str, Future[None]] = {}
+
+    def start(self, export: Path, is_last: bool = False) -> None:
+        """Has a complete export followed by all for which it is due and that are not done with it."""
+        step = int(export.name.removeprefix("step-"))
+        for follower in self._followers:
+            job = f"{follower.name} of {export.name}"
+            waits = job in self._jobs and not self._jobs[job].done()
+            if follower.due(step, is_last) and not waits:
+                self._jobs[job] = self._threads[follower.name].submit(self._follow, follower, step, export, job)
+
+    def waiting(self) -> list[str]:
+        """Returns what is being done, or waits for its turn, such as "upload of step-4"."""
+        return [job for job, future in list(self._jobs.items()) if not future.done()]
+
+    def cancel(self) -> None:
+        """Ends what is running and starts nothing else; the next run makes up for it."""
+        for child in self._children.values():
+            child.cancel()
+        for thread in self._threads.values():
+            thread.shutdown(wait=True, cancel_futures=True)
+
+    def _follow(self, follower: Follower, step: int, export: Path, job: str) -> None:
+        """Runs the command for one export, unless that was done. Never raises: nobody looks."""
+        try:
+            mark = self._folder / ".followed" / follower.name / export.name
+            marked = f"{self._identity(export)} {follower.target}\n"
+            if mark.is_file() and mark.read_text() == marked:
+                return
+            outcome = self._children[follower.name].run(follower.command(step, export), job, follower.environment)
+            if outcome is None:
+                return
+            if outcome.code != 0:
+                raise ChildProcessError(outcome.last_line)
+            follower.finished(step, outcome.output)
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.write_text(marked)
+            logger.info(f"{job}: {outcome.last_line}")
+        except Exception as e:
+            reason = str(e) if isinstance(e, ChildProcessError) else describe(e)
+            again = "training goes on, and the next start of this run tries again"
+            logger.warning(f"The {job} failed: {reason}; {again}")
+
+
+def followers_of(config: FlameJobConfig) -> list[Follower]:
+    """Returns what the options ask for."""
+    return []
