@@ -1,14 +1,16 @@
 """``evaluations.jsonl``: one line for each step and its tasks, written beside training, and read for the trackers as it grows."""
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from torchtitan.tools.logging import logger
 
 from flame_ext.errors import UserError
+
+logger = logging.getLogger()  # torchtitan's: importing torchtitan for it would take seconds
 
 EVALUATIONS_NAME = "evaluations.jsonl"
 
