@@ -56,7 +56,7 @@ def find_tasks(tasks: Sequence[str], include_path: Sequence[str] = ()) -> tuple[
         raise ConfigError("; ".join(problems))
     paths = {task: Path(expanded(task, "evaluation.tasks")).absolute() for task in tasks if is_path(task)}
     folders = [str(path) for path in paths.values() if path.is_dir()]
-    included = [*map(str, include_path), *folders]
+    included = [*(expanded(str(path), "evaluation.include_path") for path in include_path), *folders]
     manager = TaskManager(include_path=included, include_defaults=False)
     names = [task for task in tasks if task not in paths]
     needed = [*names, *(task for folder in folders for task in _tasks_in(folder))]

@@ -106,7 +106,12 @@ def test_a_run_evaluates_its_exports_beside_training(tmp_path: Path, dump_folder
 @pytest.mark.matrix
 def test_what_a_killed_run_has_not_evaluated_the_next_one_does(tmp_path: Path, dump_folder: Path) -> None:
     pytest.importorskip("lm_eval")
-    options = (*FAST, f"--evaluation.tasks={write_tasks(tmp_path / 'own')}", "--evaluation.interval=2")
+    options = (
+        *FAST,
+        f"--evaluation.tasks={write_tasks(tmp_path / 'own')}",
+        "--evaluation.interval=2",
+        "--metrics.enable-tensorboard",
+    )
 
     def kill(processes: list[mp.Process]) -> None:
         deadline = time.monotonic() + 100
@@ -118,6 +123,8 @@ def test_what_a_killed_run_has_not_evaluated_the_next_one_does(tmp_path: Path, d
     assert killed.exit_codes == [-9] and not (dump_folder / "evaluations.jsonl").exists()
     train(dump_folder, *options, timeout=300)
     assert [line["step"] for line in lines(dump_folder)] == [2, 4]
+    boards = [tensorboard(folder, f"evaluation/{CHOICE}/acc") for folder in (dump_folder / "tb").iterdir()]
+    assert {step for board in boards for step in board} == {2, 4}
 
 
 @pytest.mark.matrix
