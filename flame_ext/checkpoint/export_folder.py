@@ -137,6 +137,24 @@ def exports_of(folder: Path, steps: Path, run: str | None, last: int) -> list[Pa
     return [found[number] for number in sorted(found)]
 
 
+def recorded(export: Path) -> dict[str, Any]:
+    """Returns what an export records: its run, step and files. Raises a CheckpointError if it records none of a step."""
+    try:
+        record = read_json(export / RECORD_NAME, "file")
+        if (
+            f"step-{record['step']}" == export.name
+            and record["run"]
+            and all((export / name).is_file() for name in record["files"])
+        ):
+            return record
+        problem = "does not fit the folder's name or files"
+    except (OSError, KeyError, TypeError, UserError) as e:
+        problem = f"cannot be read ({e})"
+    raise CheckpointError(
+        f"{export}: its {RECORD_NAME} {problem}, so that it is no export of a step; export the step again"
+    )
+
+
 def export_identity(export: Path) -> str:
     """Returns a digest of what an export records: its step, and the sizes of its files; empty where older versions recorded nothing."""
     record = export / RECORD_NAME

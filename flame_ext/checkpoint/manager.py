@@ -323,7 +323,7 @@ class SeedingCheckpointManager(CheckpointManager):
         """
         said: list[str] = []
         while True:
-            following = self.hooks.followers.waiting()
+            following = self.hooks.followers.end()
             if any(job not in said for job in following):
                 said = following
                 logger.info(f"Waiting for what follows exports: {', '.join(following)}")

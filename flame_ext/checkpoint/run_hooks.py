@@ -25,6 +25,7 @@ from flame_ext.checkpoint.export_folder import export_identity, exports_of, orig
 from flame_ext.checkpoint.gathering import BoxGatherer
 from flame_ext.checkpoint.hooks import CheckpointHooks
 from flame_ext.checkpoint.merging import adapter_summands
+from flame_ext.checkpoint.push import check_token
 from flame_ext.config.resume_record import asset_digests, check_unchanged, config_digest, config_record
 from flame_ext.distributed import from_main_rank, is_main_rank, on_main_rank
 from flame_ext.errors import ConfigError, SeedError
@@ -92,6 +93,8 @@ class RunHooks(CheckpointHooks):
         if self._config.checkpoint.last_save_in_hf or self._config.export.interval > 0:
             whole = in_source_names(self._model, self._model.whole.state_dict())
             self._stored(whole, _dtypes(whole))
+        if self._config.export.push_to_hub:
+            on_main_rank(check_token, self._config.export.push_to_hub)
         if (evaluated := self._config.evaluation).tasks:
             on_main_rank(find_tasks, evaluated.tasks, evaluated.include_path)
         # The manifest of every step names the run and the source of its step 0.

@@ -69,7 +69,8 @@ class DataSource:
 
     path: str = ""
     """A file, a glob or a folder of `.jsonl`, `.json` (each also `.gz`, `.zst`), `.parquet`, `.arrow`, `.txt` or flat `.npy` token
-    files; a folder of `save_to_disk`; a dataset on the Hub; or a name in torchtitan's registry, such as 'c4'."""
+    files; a folder of `save_to_disk`; either in an object store, by its URL (`s3://`, `gs://`), but for `.npy`; a dataset on the Hub; or
+    a name in torchtitan's registry, such as 'c4'."""
 
     name: str = ""
     """Configuration of a dataset on the Hub."""
@@ -280,6 +281,19 @@ class Export:
 
     max_shard_size: str = "5GB"
     """Maximum size of each file of an export."""
+
+    upload: str = ""
+    """Copy each export to `step-N` under this URL of an object store, such as 's3://bucket/prefix' (docs/running.md)."""
+
+    push_to_hub: str = ""
+    """Push exports to this repository of models on the Hugging Face Hub, 'org/name', each as a commit and the revision `step-N`, with
+    the token in `HF_TOKEN`."""
+
+    push: Literal["every", "last"] = "every"
+    """Which exports are pushed."""
+
+    hub_private: bool = True
+    """Whether the repository is made private; one that is public is refused then."""
 
 
 @dataclass

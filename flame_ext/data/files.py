@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import numpy as np
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
-from datasets import Dataset, Features, IterableDataset, load_dataset
+from datasets import Dataset, DownloadConfig, Features, IterableDataset, load_dataset
 from torchtitan.tools.logging import logger
 
 from flame_ext.config.sections import DataSource
@@ -25,6 +26,7 @@ from flame_ext.data.documents import Documents, IndexedDocuments, Tokens
 from flame_ext.data.rows import LEARNED, TOKENS_FIELD, RowError, checked, unpadded, used_columns
 from flame_ext.data.tokenizer import require_in_vocabulary
 from flame_ext.errors import ConfigError
+from flame_ext.object_stores import filesystem, is_url, mark_of, opened, patiently
 
 ENDINGS = {
     "json": (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst"),
@@ -51,13 +53,15 @@ def open_local(source: DataSource, vocab_size: int) -> tuple[Dataset | IterableD
 def local_files(path: str, *kinds: str) -> list[str]:
     """Returns the sorted files of some ``ENDINGS`` at a path: a file, a folder or a glob; ConfigError if there are none.
 
-    Links are followed. Hidden files and folders below a folder or a wildcard are passed over, as a shell does.
+    Links are followed. Hidden files and folders below a folder or a wildcard are passed over, as a shell does. Of a URL they are URLs.
     """
+    wanted = tuple(chain.from_iterable(ENDINGS[kind] for kind in kinds))
+    if is_url(path):
+        return _stored_files(path, wanted)
     # Path.glob follows no links to folders, and takes hidden ones.
     pattern = str(Path(glob.escape(path), "**", "*")) if Path(path).is_dir() else path
     found = [path] if Path(path).is_file() else glob.glob(pattern, recursive=True)  # noqa: PTH207
     named = len([*takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts)])
-    wanted = tuple(chain.from_iterable(ENDINGS[kind] for kind in kinds))
     files = [file for file in found if file.endswith(wanted) and not Path(file).is_dir()]
     files = sorted(file for file in files if not _in_a_loop(file, named))
     if not files:
@@ -67,6 +71,30 @@ def local_files(path: str, *kinds: str) -> list[str]:
     if absent := [file for file in files if not Path(file).is_file()]:
         raise ConfigError(f"{absent[0]}: a link to {os.path.realpath(absent[0])}, where no file is; mend or remove it")
     return files
+
+
+def _stored_files(url: str, wanted: tuple[str, ...]) -> list[str]:
+    """As :func:`local_files`, in an object store."""
+    store, root = filesystem(url, ConfigError)
+    is_glob = glob.has_magic(root)
+    found = patiently(url, lambda: store.glob(root) if is_glob else store.find(root), ConfigError)
+    named = root.rstrip("/").count("/") + 1 if not is_glob else root[: re.search(r"[*?[]", root).start()].count("/")  # type: ignore[union-attr]
+    hidden = (any(part.startswith(".") for part in name.split("/")[named:]) for name in found)
+    files = sorted(name for name, skip in zip(found, hidden, strict=True) if name.endswith(wanted) and not skip)
+    if not files:
+        endings = ", ".join(chain.from_iterable(ENDINGS.values()))
+        raise ConfigError(f"{url}: no object matches; files of documents end in {endings}")
+    return [store.unstrip_protocol(name) for name in files]
+
+
+def size_and_mark(file: str) -> tuple[int, int | str]:
+    """Return the size of a file or an object in bytes, and what changes with its content."""
+    if not is_url(file):
+        stat = Path(file).stat()
+        return stat.st_size, stat.st_mtime_ns
+    store, name = filesystem(file, ConfigError)
+    info = patiently(file, lambda: store.info(name), ConfigError)
+    return info["size"], mark_of(info)
 
 
 def _in_a_loop(file: str, named: int) -> bool:
@@ -81,10 +109,12 @@ def load_files(source: DataSource, kind: str, files: list[str], vocab_size: int 
     """
     if kind not in ("json", "text"):
         used = _columns(source, kind, files)
-        columns = {"columns": list(used), "features": used} if kind == "parquet" else {}
-        return load_dataset(kind, data_files=files, split="train", streaming=source.streaming, **columns)
-    # With size and time, a changed file gets another entry in the cache of the datasets library.
-    stamped = [(file, (stat := Path(file).stat()).st_size, stat.st_mtime_ns) for file in files]
+        options: dict[str, Any] = {"columns": list(used), "features": used} if kind == "parquet" else {}
+        if is_url(files[0]):  # else a changed object is taken from the cache of the datasets library
+            options["download_config"] = DownloadConfig(use_etag=True)
+        return load_dataset(kind, data_files=files, split="train", streaming=source.streaming, **options)
+    # With size and time, or a store's mark, a changed file gets another entry in the cache of the datasets library.
+    stamped = [(file, *size_and_mark(file)) for file in files]
     arguments = {"files": stamped, "field": source.text_field, "skip": source.skip_unreadable}
     if kind == "json":
         arguments |= {"vocab_size": vocab_size, "form": _FORM_OF_ROWS}
@@ -113,8 +143,9 @@ def _columns(source: DataSource, kind: str, files: list[str]) -> Features:
 def _schema(kind: str, file: str) -> pyarrow.Schema:
     try:
         if kind == "parquet":
-            return pyarrow.parquet.read_schema(file)
-        with pyarrow.memory_map(file) as stream:
+            with opened(file, ConfigError) as stream:
+                return pyarrow.parquet.read_schema(stream)
+        with opened(file, ConfigError) if is_url(file) else pyarrow.memory_map(file) as stream:
             try:
                 return pyarrow.ipc.open_stream(stream).schema
             except pyarrow.ArrowInvalid:
@@ -123,10 +154,11 @@ def _schema(kind: str, file: str) -> pyarrow.Schema:
         raise ConfigError(f"{file}: {str(e).splitlines()[0]}; copy it again") from e
 
 
-def _read_text_files(files: list[tuple[str, int, int]], field: str, skip: bool) -> Iterator[dict[str, Any]]:
+def _read_text_files(files: list[tuple[str, int, int | str]], field: str, skip: bool) -> Iterator[dict[str, Any]]:
     for file, *_ in files:
         try:
-            yield {field: Path(file).read_text(encoding="utf-8")}
+            with opened(file, ConfigError) as stream:
+                yield {field: io.TextIOWrapper(stream, encoding="utf-8").read()}
         except UnicodeDecodeError as e:
             if not skip:
                 raise ConfigError(f"{file}: not UTF-8 (byte {e.start}); mend it, or set skip_unreadable") from e
@@ -137,7 +169,7 @@ _FORM_OF_ROWS = 2  # of _read_json_rows, so that the cache of the datasets libra
 
 
 def _read_json_rows(
-    files: list[tuple[str, int, int]], field: str, skip: bool, vocab_size: int, form: int
+    files: list[tuple[str, int, int | str]], field: str, skip: bool, vocab_size: int, form: int
 ) -> Iterator[dict[str, Any]]:
     fields: tuple[str, ...] = (field, TOKENS_FIELD)
     for file, *_ in files:
@@ -189,15 +221,21 @@ def _json_row(file: str, line: bytes, fields: tuple[str, ...], vocab_size: int) 
 
 
 def _opened(file: str) -> Any:
+    packed = opened(file, ConfigError) if is_url(file) else file
     if file.endswith(".zst"):
-        return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"), 2**20)
-    return gzip.open(file, "rb") if file.endswith(".gz") else Path(file).open("rb")
+        return io.BufferedReader(pyarrow.input_stream(packed, compression="zstd"), 2**20)
+    return gzip.open(packed, "rb") if file.endswith(".gz") else opened(file, ConfigError)
 
 
 def flat_tokens(
     source: DataSource, num_lanes: int, length: int, vocab_size: int, rng_seed: int | None, epochs: int | None
 ) -> Documents:
     """Open flat files of tokens as documents of ``length`` tokens; ConfigError if they are no flat arrays of ids in the vocabulary."""
+    if is_url(source.path):
+        raise ConfigError(
+            f"{source.path}: flat files of tokens are memory-mapped; copy them to a file system, or store the documents as Parquet "
+            "with a column input_ids"
+        )
     files = local_files(source.path, "tokens")
     tokens = [_map_tokens(Path(file), source.tokens_dtype, vocab_size) for file in files]
     first = np.cumsum([0, *(-(-len(of_file) // length) for of_file in tokens)])

@@ -13,6 +13,7 @@ from torchtitan.tools.logging import logger
 
 from flame_ext.data.documents import READ_ONLY, Tokens
 from flame_ext.errors import ConfigError
+from flame_ext.object_stores import opened
 
 TOKENS_FIELD = "input_ids"
 LEARNED = (  # columns whose 1 says that a token is predicted, and whose 0 that it is only read
@@ -164,7 +165,8 @@ class Places:
         """The place of a row that is numbered over all files; the file is known for Parquet only."""
         row = index
         for file in self.files if all(file.endswith(".parquet") for file in self.files) else ():
-            count = pyarrow.parquet.read_metadata(file).num_rows
+            with opened(file, ConfigError) as stream:
+                count = pyarrow.parquet.read_metadata(stream).num_rows
             if row < count:
                 return f"{file}, row {row + 1}"
             row -= count

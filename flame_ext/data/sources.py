@@ -21,11 +21,12 @@ from torchtitan.tools.logging import logger
 
 from flame_ext.config.sections import DataSource, FlameJobConfig
 from flame_ext.data.documents import Documents, IndexedDocuments, StreamedDocuments, Tokens
-from flame_ext.data.files import ENDINGS, flat_tokens, load_files, local_files, open_local, spread
+from flame_ext.data.files import ENDINGS, flat_tokens, load_files, local_files, open_local, size_and_mark, spread
 from flame_ext.data.python_stdlib import Split, read_stdlib
 from flame_ext.data.rows import TOKENS_FIELD, Masked, Places, RowError, checked, unpadded, used_columns
 from flame_ext.data.tokenizer import AutoHuggingFaceTokenizer, around_a_document, require_in_vocabulary
 from flame_ext.errors import ConfigError
+from flame_ext.object_stores import filesystem, is_url, patiently
 
 LOCAL_FORMATS = ("text", "json", "parquet")  # names in torchtitan's registry that stand for local files
 _HUB = "hf://"  # before a name of the Hub where a local folder has the owner's name
@@ -132,7 +133,7 @@ def open_documents(
     def encode_row(sample: dict[str, Any], shard: int, number: int) -> Tokens:
         return encode(sample, partial(places.in_file, shard, number))
 
-    nbytes = None if files is None else sum(Path(file).stat().st_size for file in files)
+    nbytes = None if files is None else sum(size_and_mark(file)[0] for file in files)
     return StreamedDocuments(source.path, data, encode_row, num_lanes, rng_seed, epochs, nbytes)
 
 
@@ -193,7 +194,7 @@ def _open(source: DataSource, vocab_size: int, registered_path: str | None) -> _
         return _Opened(
             data, partial(text_of, text_field=source.text_field) if processor is text_of else processor, None
         )
-    if (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():
+    if _is_saved_dataset(source.path):
         data = load_from_disk(source.path)
         split = () if isinstance(data, datasets.DatasetDict) else ("split",)
         without_effect(source, "a saved dataset", "name", "data_files", "tokens_dtype", *split)
@@ -214,6 +215,15 @@ def _open(source: DataSource, vocab_size: int, registered_path: str | None) -> _
     if used := used_columns(source.path, tuple(data.column_names or ()), source.text_field):
         data = data.select_columns(used)
     return _Opened(data, partial(text_of, text_field=source.text_field, where=source.path), files)
+
+
+def _is_saved_dataset(path: str) -> bool:
+    """Whether ``save_to_disk`` wrote a folder; ``load_from_disk`` reads one in an object store as well."""
+    marks = ("dataset_info.json", "dataset_dict.json")
+    if not is_url(path):
+        return any((Path(path) / name).is_file() for name in marks)
+    store, root = filesystem(path, ConfigError)
+    return any(patiently(path, partial(store.isfile, f"{root.rstrip('/')}/{name}"), ConfigError) for name in marks)
 
 
 def _looks_local(path: str) -> bool:

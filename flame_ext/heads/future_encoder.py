@@ -45,9 +45,9 @@ class FutureEncoderSection(HeadSection):
 
     reverse_model: str = ""
     """
-    The model of summary_method = 'reverse_lm': a Hugging Face folder, such as an export of a run with `data.reverse`, or
-    'hf://org/name'. It has the model's tokenizer and hidden size, is read under the options of `[seed]` for files, and is in no
-    checkpoint or export: a resumed run needs it again, with the same weights.
+    The model of summary_method = 'reverse_lm': a Hugging Face folder, such as an export of a run with `data.reverse`,
+    'hf://org/name', or the URL of one in an object store. It has the model's tokenizer and hidden size, is read under the options of
+    `[seed]` for files, and is in no checkpoint or export: a resumed run needs it again, with the same weights.
     """
 
     assume_reverse: bool = False

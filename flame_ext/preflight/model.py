@@ -17,6 +17,7 @@ from flame_ext.heads.registry import teacher_of
 from flame_ext.hf_config import REVERSE_FIELD
 from flame_ext.host.names import model_converters
 from flame_ext.model.attention import mask_problem
+from flame_ext.object_stores import is_url, problem_of
 from flame_ext.preflight.parallelism import is_launched
 from flame_ext.seeding.sources.hub import HUB_PREFIX
 from flame_ext.seeding.sources.safe_files import TOKENIZER_FILES, read_json
@@ -117,9 +118,12 @@ def warn_of_direction(config: FlameJobConfig) -> None:
 
 
 def check_reverse_model(config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterator[str]:
-    """Yields one sentence for each finding in ``future_encoder.reverse_model``; one on the Hub is looked at once it is here."""
+    """Yields one sentence for each finding in ``future_encoder.reverse_model``; one elsewhere is looked at once it is here."""
     options = config.future_encoder
     if teacher_of(config) != "future_encoder" or options.summary_method != "reverse_lm":
         return
-    if not options.reverse_model.startswith(HUB_PREFIX):
+    if is_url(options.reverse_model):
+        if problem := problem_of(options.reverse_model):
+            yield f"future_encoder.reverse_model {problem}"
+    elif not options.reverse_model.startswith(HUB_PREFIX):
         yield from reverse_model_problems(config, Path(options.reverse_model), hf_config)

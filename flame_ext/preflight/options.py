@@ -1,4 +1,4 @@
-"""Checks of the options of checkpoints, seeding, exports, training, metrics and sources of data."""
+"""Checks of the options of checkpoints, seeding, training, metrics and sources of data."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -8,8 +8,7 @@ import torch
 from torchtitan.tools.utils import device_module
 
 from flame_ext.config.sections import FlameJobConfig, Optimizer, Seed
-from flame_ext.errors import ConfigError, SeedError
-from flame_ext.files import parse_size
+from flame_ext.errors import SeedError
 from flame_ext.heads.registry import freezing_heads, trained_heads
 from flame_ext.host.names import DataLoader
 from flame_ext.preflight.parallelism import data_parallel_ranks, is_launched, replicated_alone
@@ -38,14 +37,6 @@ def check_options(config: FlameJobConfig) -> Iterator[str]:
             value = getattr(config.seed, name)
             if value != getattr(Seed(), name):
                 yield f"seed.{name} = {value!r} has no effect without seed.resize_vocabulary = true; set it, or leave the option out"
-    export, interval = config.export, config.checkpoint.interval
-    if export.interval % interval:
-        multiple = f"must be 0 or a multiple of checkpoint.interval = {interval}, got {export.interval}"
-        yield f"export.interval {multiple}: what is exported is a step that was saved"
-    try:
-        parse_size(export.max_shard_size, "export.max_shard_size")
-    except ConfigError as e:
-        yield str(e)
     yield from _check_trackers(config)
     yield from _check_training(config)
     yield from _check_optimizer(config)

@@ -9,12 +9,14 @@ from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError, SeedError
 from flame_ext.heads.registry import check_heads, check_heads_of_model, job_config_class
 from flame_ext.preflight.evaluation import check_evaluation
+from flame_ext.preflight.exports import check_exports
 from flame_ext.preflight.model import check_model, check_model_config, check_reverse_model, warn_of_direction
 from flame_ext.preflight.moe import check_mixture
 from flame_ext.preflight.options import check_data, check_options
 from flame_ext.preflight.parallelism import check_parallelism, check_parallelism_of_model
 from flame_ext.preflight.ranges import check_ranges
 from flame_ext.preflight.trained import check_adapters, check_recomputed, check_trained
+from flame_ext.preflight.urls import check_urls
 from flame_ext.seeding.sources.safe_files import require_contained
 
 
@@ -43,7 +45,17 @@ def check(config: FlameJobConfig) -> FlameJobConfig:
 
 
 def _checked(config: FlameJobConfig) -> FlameJobConfig:
-    checks = (check_model, check_parallelism, check_options, check_heads, check_adapters, check_data, check_evaluation)
+    checks = (
+        check_model,
+        check_parallelism,
+        check_options,
+        check_exports,
+        check_evaluation,
+        check_heads,
+        check_adapters,
+        check_data,
+        check_urls,
+    )
     # The other checks calculate with numbers that are in their ranges.
     problems = [*check_ranges(config)] or [problem for check in checks for problem in check(config)]
     try:  # before any of it is read

@@ -1,5 +1,6 @@
 """What follows an export, such as an upload: a process for each export, in the order in which they are made, while training goes on."""
 
+import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -59,6 +60,8 @@ class Followers:
         self._children = {follower.name: Child() for follower in followers}
         self._threads = {f.name: ThreadPoolExecutor(1, thread_name_prefix=f.name) for f in followers}
         self._jobs: dict[str, Future[None]] = {}
+        self._failed: set[str] = set()
+        self._ending = False
 
     def start(self, export: Path, is_last: bool = False) -> None:
         """Has a complete export followed by all for which it is due and that are not done with it."""
@@ -72,6 +75,11 @@ class Followers:
     def waiting(self) -> list[str]:
         """Returns what is being done, or waits for its turn, such as "upload of step-4"."""
         return [job for job, future in list(self._jobs.items()) if not future.done()]
+
+    def end(self) -> list[str]:
+        """Returns what is left to do at the end of the run; behind a failure nothing more is begun, lest the run wait for each."""
+        self._ending = True
+        return self.waiting()
 
     def cancel(self) -> None:
         """Ends what is running and starts nothing else; the next run makes up for it."""
@@ -87,6 +95,8 @@ class Followers:
             marked = f"{self._identity(export)} {follower.target}\n"
             if mark.is_file() and mark.read_text() == marked:
                 return
+            if self._ending and follower.name in self._failed:
+                raise ChildProcessError("not begun, after the failure before")
             outcome = self._children[follower.name].run(follower.command(step, export), job, follower.environment)
             if outcome is None:
                 return
@@ -97,11 +107,33 @@ class Followers:
             mark.write_text(marked)
             logger.info(f"{job}: {outcome.last_line}")
         except Exception as e:
+            self._failed.add(follower.name)
             reason = str(e) if isinstance(e, ChildProcessError) else describe(e)
-            again = "training goes on, and the next start of this run tries again"
-            logger.warning(f"The {job} failed: {reason}; {again}")
+            logger.warning(f"The {job} failed: {reason}; the run goes on, and its next start tries again")
 
 
 def followers_of(config: FlameJobConfig) -> list[Follower]:
     """Returns what the options ask for."""
-    return []
+    export, found = config.export, []
+    if export.upload:
+        # s3fs tries again by itself; with botocore's attempts for each of its own, a server that is down takes minutes.
+        once = {"AWS_MAX_ATTEMPTS": os.environ.get("AWS_MAX_ATTEMPTS", "1")}
+        found.append(
+            Follower(
+                name="upload",
+                command=lambda _, folder: ["upload", str(folder), export.upload],
+                target=export.upload,
+                environment=once,
+            )
+        )
+    if export.push_to_hub:
+        place, public = f"hf://{export.push_to_hub}", [] if export.hub_private else ["--public"]
+        found.append(
+            Follower(
+                name="push",
+                command=lambda _, folder: ["upload", str(folder), place, *public],
+                due=lambda _, is_last: is_last or export.push == "every",
+                target=place,
+            )
+        )
+    return found

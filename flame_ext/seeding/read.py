@@ -1,10 +1,11 @@
 """Reads each rank's part of the files into its parameters, and checks that nothing was left out."""
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import Future
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -15,7 +16,9 @@ from flame_ext.distributed import is_main_rank
 from flame_ext.errors import SeedError
 from flame_ext.seeding.copying import Copies
 from flame_ext.seeding.sources.boxes import Box, full_box, inside, intersection, local_part, tiles_exactly, volume
-from flame_ext.seeding.sources.source import Chunk, Source, TensorEntry, read_piece
+from flame_ext.seeding.sources.source import Chunk, ReadBox, Source, TensorEntry, read_piece
+
+_THREADS_AHEAD = 8  # of a rank, where slices are read ahead
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ def read_weights(
 ) -> int:
     """Fill, in place, the tensors of ``state`` that the source holds; returns the bytes that this rank has read.
 
-    Files are read in the order of their bytes; at most two slices are in memory beside the parameters.
+    Files are read in the order of their bytes; at most two slices are in memory beside the parameters, and those that are read ahead
+    (:attr:`Source.bytes_ahead`).
 
     Args:
         source: under the model's names.
@@ -86,8 +90,8 @@ def read_weights(
         for (again, file), group in groupby(pieces, key=lambda piece: (piece.again, piece.chunk.file)):
             with source.open(file) as read_box:
                 summed: list[tuple[_Piece, list[Future[list[Tensor]]]]] = []
-                for piece in group:
-                    values = _checked(piece, read_piece(read_box, piece.entry, piece.chunk, piece.box))
+                read = partial(_read, read_box)
+                for piece, values in read_ahead(group, read, source.bytes_ahead):
                     if again:
                         _compare(piece, values)
                     else:
@@ -120,8 +124,31 @@ def _all_finite(sums: Iterable[Tensor]) -> bool:
     return all(bool(torch.stack(some).isfinite().all()) for some in alike.values())
 
 
-def _checked(piece: _Piece, values: Tensor) -> Tensor:
-    """Return the values, if they are of the shape and dtype that the header says."""
+def read_ahead(
+    pieces: Iterable[_Piece], read: Callable[[_Piece], Tensor], nbytes: int
+) -> Iterator[tuple[_Piece, Tensor]]:
+    """Yield each piece with its values, in order; threads read the next ones meanwhile, as many as have ``nbytes`` in all."""
+    if not nbytes:
+        yield from ((piece, read(piece)) for piece in pieces)
+        return
+    with ThreadPoolExecutor(_THREADS_AHEAD, "reading ahead") as pool:
+        under_way: deque[tuple[_Piece, Future[Tensor]]] = deque()
+        try:
+            for piece in pieces:
+                while under_way and sum(other.nbytes for other, _ in under_way) + piece.nbytes > nbytes:
+                    first, values = under_way.popleft()
+                    yield first, values.result()
+                under_way.append((piece, pool.submit(read, piece)))
+            while under_way:
+                first, values = under_way.popleft()
+                yield first, values.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _read(read_box: ReadBox, piece: _Piece) -> Tensor:
+    """Return the values of a piece, if they are of the shape and dtype that the header says."""
+    values = read_piece(read_box, piece.entry, piece.chunk, piece.box)
     if values.shape != piece.local.shape or values.dtype != piece.stored.dtype:
         raise SeedError(f"{piece} is {list(values.shape)} {values.dtype} now: the file has changed")
     return values

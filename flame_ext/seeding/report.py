@@ -5,10 +5,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flame_ext.errors import SeedError
+from flame_ext.object_stores import is_url
 from flame_ext.seeding.accounting import Account
 from flame_ext.seeding.proof.parity import Verification
 from flame_ext.seeding.sources.hub import HUB_PREFIX
 from flame_ext.seeding.sources.open import open_source
+from flame_ext.seeding.sources.remote import copied
 
 REPORT_NAME = "seed_report.json"
 
@@ -66,7 +68,8 @@ def changed_source(
         return None
     on_hub = path.startswith(HUB_PREFIX)
     try:
-        now = "another name" if on_hub else f"digest {open_source(path, allow_pickle, follow_links).digest[:12]}"
+        folder = copied(path, with_tokenizer=False) if is_url(path) else path
+        now = "another name" if on_hub else f"digest {open_source(folder, allow_pickle, follow_links).digest[:12]}"
     except SeedError:
         return None
     source, then = identity.get("source"), f"digest {str(identity.get('source_digest'))[:12]}"

@@ -14,6 +14,7 @@ from flame_ext.checkpoint.lineage import read_steps
 from flame_ext.checkpoint.steps import MANIFEST_NAME, read_manifest
 from flame_ext.errors import CheckpointError, ConfigError, SeedError, UserError
 from flame_ext.heads.names import is_head_key
+from flame_ext.object_stores import is_url
 from flame_ext.seeding.sources.hub import locate
 from flame_ext.seeding.sources.open import open_source
 from flame_ext.seeding.sources.safe_files import TOKENIZER_FILES, read_json
@@ -37,8 +38,8 @@ class Description:
 
 
 def folder_of(path: str, allow_pickle: bool = False) -> Path:
-    """Returns the local folder of a path or ``hf://`` address, as the trainer locates a source; a SeedError without one."""
-    folder, _ = locate(path, allow_pickle)
+    """Returns the local folder of a path, ``hf://`` address or URL, as the trainer locates a source; a SeedError without one."""
+    folder, _ = locate(path, allow_pickle, with_tokenizer=is_url(path))
     if not folder.is_dir():
         found = f"is a file; name its folder, {folder.parent}" if folder.exists() else "does not exist"
         raise SeedError(f"{path}: {found}")

@@ -70,7 +70,9 @@ def test_a_failure_is_said_and_made_up_for_by_the_next_run(notes: Path, caplog: 
     fails.write_text("sys.exit('Traceback\\nerror: no such bucket')")
     assert follow(followers(notes), notes, 2, 4, 6) == ["step-2", "step-4", "step-6"]
     (message,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert message.startswith("The upload of step-4 failed: no such bucket; ") and "next start" in message
+    assert (
+        message.startswith("The upload of step-4 failed: no such bucket; ") and "its next start tries again" in message
+    )
     fails.unlink()
     assert follow(followers(notes), notes, 2, 4, 6) == ["step-4"]
 
@@ -115,3 +117,15 @@ def test_only_due_ones_are_followed_and_none_waits_for_another(notes: Path) -> N
         time.sleep(0.02)
     assert noted(other) == ["last-4"]
     of.cancel()
+
+
+def test_at_the_end_nothing_is_begun_behind_a_failure(notes: Path, caplog: pytest.LogCaptureFixture) -> None:
+    notes.with_name("step-2").write_text("sys.exit(1)")
+    of = followers(notes)
+    of.start(notes.parent / "hf" / "step-2")
+    of.start(notes.parent / "hf" / "step-4")
+    assert of.end() == ["upload of step-2", "upload of step-4"]
+    wait(of)
+    assert noted(notes) == ["step-2"] and "The upload of step-4 failed: not begun" in caplog.text
+    notes.with_name("step-2").unlink()
+    assert follow(followers(notes), notes, 2, 4) == ["step-2", "step-4"]

@@ -154,7 +154,22 @@ def _described(
 
 
 def _read_box(mapping: mmap.mmap, stream: Any, file: Path, entry: TensorEntry, chunk: Chunk, box: Box) -> Tensor:
-    """Return a view of a box of one piece in the mapped file, or a copy if it is not aligned.
+    """Return a view of a box of one piece in the mapped file, or a copy if it is not aligned."""
+    begin, strides = stored_at(stream, file, entry, chunk)
+    # The first and the last element of the box, as the storage counts.
+    where = list(zip(inside(box, chunk.box), strides, strict=True))
+    first = sum(part.start * stride for part, stride in where)
+    last = sum((part.stop - 1) * stride for part, stride in where)
+    itemsize = entry.dtype.itemsize
+    count = (last - first + 1) * itemsize
+    raw = torch.frombuffer(mapping, dtype=torch.uint8, offset=begin + first * itemsize, count=count)
+    if raw.data_ptr() % itemsize:
+        raw = raw.clone()  # not aligned in the file
+    return raw.view(entry.dtype).as_strided([end - begin for begin, end in box], strides, 0)
+
+
+def stored_at(stream: Any, file: Path, entry: TensorEntry, chunk: Chunk) -> tuple[int, tuple[int, ...]]:
+    """Return the offset in bytes of a piece's first element in its file, and the strides in elements; raise SeedError if it is damaged.
 
     A piece is stored as a file of ``torch.save``; loaded under a fake mode, it says where its storage begins.
     """
@@ -171,17 +186,11 @@ def _read_box(mapping: mmap.mmap, stream: Any, file: Path, entry: TensorEntry, c
         itemsize = entry.dtype.itemsize
         if storage._checkpoint_offset + storage.nbytes() > chunk.nbytes:
             raise ValueError("its storage ends beyond it")
-        # The first and the last element of the box, as the storage counts.
-        where = list(zip(inside(box, chunk.box), fake.stride(), strict=True))
-        first = fake.storage_offset() + sum(part.start * stride for part, stride in where)
-        last = fake.storage_offset() + sum((part.stop - 1) * stride for part, stride in where)
+        first = fake.storage_offset()
+        last = first + sum((size - 1) * stride for size, stride in zip(sizes, fake.stride(), strict=True))
         if not 0 <= first <= last < storage.nbytes() // itemsize:
             raise ValueError("its elements lie outside its storage")
-        begin = chunk.position + storage._checkpoint_offset + first * itemsize
-        raw = torch.frombuffer(mapping, dtype=torch.uint8, offset=begin, count=(last - first + 1) * itemsize)
-        if raw.data_ptr() % itemsize:
-            raw = raw.clone()  # not aligned in the file
-        return raw.view(entry.dtype).as_strided([end - begin for begin, end in box], fake.stride(), 0)
+        return chunk.position + storage._checkpoint_offset + first * itemsize, fake.stride()
 
 
 class DcpReader(FileSystemReader):

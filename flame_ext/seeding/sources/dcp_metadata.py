@@ -73,11 +73,15 @@ class _Record:
     state: Any = None
 
 
+def most_metadata_bytes(files: int) -> int:
+    """Return the largest size of metadata beside so many files of data."""
+    return MAX_METADATA_BYTES + _MORE_PER_FILE * files
+
+
 def read_metadata(folder: Path, follow_links: bool | None = None) -> tuple[bytes, dcp.Metadata]:
     """Return raw bytes and metadata; raise SeedError if it is none, or names other classes than DCP's or files elsewhere."""
     file = contained_file(folder, METADATA_NAME, "the folder", follow_links)
-    limit = MAX_METADATA_BYTES + _MORE_PER_FILE * sum(1 for _ in folder.glob("*.distcp"))
-    raw = read_bytes(file, "DCP metadata", limit)
+    raw = read_bytes(file, "DCP metadata", most_metadata_bytes(sum(1 for _ in folder.glob("*.distcp"))))
     with as_seed_error(f"{file}: is not DCP metadata"):
         found = _Unpickler(raw, file).load()
     if not isinstance(found, _Record) or found.of != f"{dcp.__name__}.Metadata":

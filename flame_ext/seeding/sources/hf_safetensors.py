@@ -142,8 +142,9 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], bytes]:
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         raw = stream.read(min(size, safe_files.MAX_JSON_BYTES))
+    header = {}
     if size <= file.stat().st_size - 8:  # else it is truncated, which safetensors says
-        _require_bounded(raw, size, file)
+        header = _bounded(raw, size, file)
     try:
         with safe_open(file, framework="pt") as reader:
             slices = {key: reader.get_slice(key) for key in reader.offset_keys()}
@@ -153,23 +154,27 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], bytes]:
             f"{file}: has {file.stat().st_size} bytes, an error{_wrong_entry(raw, file)}: {e}: truncated or damaged; copy it again"
         ) from e
     entries = {}
-    for position, (key, (dtype, shape)) in enumerate(found.items()):
+    for key, (dtype, shape) in found.items():
         if dtype not in _DTYPES:
             raise SeedError(
                 f"{file}: {key!r} has dtype {dtype!r}, which cannot be seeded from: dequantise the model, or copy a damaged file again"
             )
-        entries[key] = TensorEntry(key, shape, _DTYPES[dtype], (Chunk(full_box(shape), file, position),))
+        begin, end = header[key]["data_offsets"]
+        chunk = Chunk(full_box(shape), file, 8 + size + begin, end - begin)
+        entries[key] = TensorEntry(key, shape, _DTYPES[dtype], (chunk,))
     return entries, raw
 
 
-def _require_bounded(raw: bytes, size: int, file: Path) -> None:
-    """Raise SeedError if a header would take long, or much memory, or has a key twice, before safetensors reads it."""
+def _bounded(raw: bytes, size: int, file: Path) -> dict[str, Any]:
+    """Return a header; raise SeedError if it would take long, or much memory, or has a key twice, before safetensors reads it."""
     if size > safe_files.MAX_JSON_BYTES:
         raise SeedError(f"{file}: {size} bytes is no header; expected at most {safe_files.MAX_JSON_BYTES}")
-    for key, entry in safe_files.parse_json(raw, file, "header").items():
+    header = safe_files.parse_json(raw, file, "header")
+    for key, entry in header.items():
         shape = entry.get("shape") if isinstance(entry, dict) else None
         if isinstance(shape, list) and len(shape) > safe_files.MAX_RANK:
             raise SeedError(f"{file}: {key!r} has {len(shape)} dimensions; expected at most {safe_files.MAX_RANK}")
+    return header
 
 
 def _wrong_entry(raw: bytes, file: Path) -> str:

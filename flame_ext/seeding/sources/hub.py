@@ -1,4 +1,4 @@
-"""Finds ``hf://org/name[@revision]``, a model on the Hugging Face Hub, by way of huggingface_hub and its cache."""
+"""Finds a source: a folder, a URL of an object store, or ``hf://org/name[@revision]``, by way of huggingface_hub and its cache."""
 
 import glob
 import logging
@@ -10,8 +10,10 @@ from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 
 from flame_ext.distributed import failing_together, gathered, is_main_rank
 from flame_ext.errors import SeedError
+from flame_ext.object_stores import is_url
 from flame_ext.seeding.sources.hf_bin import BIN_INDEX_NAME, BIN_NAME
 from flame_ext.seeding.sources.hf_safetensors import INDEX_NAME, SINGLE_NAME
+from flame_ext.seeding.sources.remote import located
 from flame_ext.seeding.sources.safe_files import TOKENIZER_FILES, as_seed_error, read_weight_map
 from flame_ext.seeding.sources.source import HEADS_FOLDER
 
@@ -24,12 +26,14 @@ _SMALL_FILES = ["config.json", "generation_config.json", "*.py"]
 
 
 def locate(path: str, allow_pickle: bool = False, with_tokenizer: bool = False) -> tuple[Path, str | None]:
-    """Return the local folder of ``checkpoint.initial_load_path`` and its Hub commit, if any. Collective for a Hub path.
+    """Return the local folder of ``checkpoint.initial_load_path`` and its Hub commit, if any. Collective for a Hub path and a URL.
 
     On each node the first process downloads what the cache lacks, ``with_tokenizer`` the files of the tokenizer too. Raises
     SeedError on all ranks if the path is malformed, or the repository or revision does not exist, or is not in the cache when
     offline.
     """
+    if is_url(path):
+        return located(path, with_tokenizer), None
     if not path.startswith(HUB_PREFIX):
         return Path(path), None
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+?)(?:@([^@\s]+))?", path)

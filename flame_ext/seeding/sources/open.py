@@ -7,12 +7,15 @@ from flame_ext.seeding.sources.dcp import open_dcp
 from flame_ext.seeding.sources.dcp_metadata import METADATA_NAME
 from flame_ext.seeding.sources.hf_bin import BIN_INDEX_NAME, BIN_NAME, open_hf_bin
 from flame_ext.seeding.sources.hf_safetensors import INDEX_NAME, SINGLE_NAME, numbered_files, open_hf_safetensors
+from flame_ext.seeding.sources.remote import stand_in, store_of
+from flame_ext.seeding.sources.remote_weights import remote
 from flame_ext.seeding.sources.safe_files import require_contained, some
 from flame_ext.seeding.sources.source import Source
 
 
 def open_source(path: str | Path, allow_pickle: bool = False, follow_links: bool = False) -> Source:
-    """Read index and headers of a Hugging Face folder (safetensors or, with ``allow_pickle``, ``.bin``) or a DCP checkpoint.
+    """Read index and headers of a Hugging Face folder (safetensors or, with ``allow_pickle``, ``.bin``) or a DCP checkpoint, or of
+    the one in an object store that the folder stands for (:func:`hub.locate`).
 
     Raises SeedError if the folder has no known layout, or two, its files contradict each other, or, without ``follow_links``, a
     file that is read is a link out of the folder.
@@ -21,8 +24,12 @@ def open_source(path: str | Path, allow_pickle: bool = False, follow_links: bool
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         raise SeedError(
-            f"checkpoint.initial_load_path {str(folder)!r} {what}; give a Hugging Face folder, a DCP checkpoint or hf://org/name"
+            f"checkpoint.initial_load_path {str(folder)!r} {what}; give a Hugging Face folder, a DCP checkpoint, hf://org/name or a URL "
+            "of an object store (s3://, gs://)"
         )
+    if (store := store_of(folder)) is not None:
+        with stand_in(store, folder) as place:
+            return remote(open_source(place), place, folder, store)
     require_contained(folder, follow_links)
     has_safetensors = any((folder / name).exists() for name in (INDEX_NAME, SINGLE_NAME))
     has_weights = has_safetensors or any((folder / name).exists() for name in (BIN_INDEX_NAME, BIN_NAME))

@@ -40,7 +40,7 @@ _ANY_NUMBER = (
 
 # What transformers, tokenizers and torchtitan read of a model's folder, beside the weights.
 _ASSETS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "additional_chat_templates/*")
-_SIZES = {
+LARGEST = {  # bytes of such a file
     **dict.fromkeys((*TOKENIZER_FILES, "merges.txt", "tokenizer.model"), MAX_TOKENIZER_BYTES),
     **dict.fromkeys(("config.json", "generation_config.json", "chat_template.jinja"), MAX_CONFIG_BYTES),
     **dict.fromkeys(("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"), MAX_JSON_BYTES),
@@ -89,11 +89,11 @@ def require_contained(root: Path, follow_links: bool | None = None) -> None:
     ``config.json`` asks for more layers, labels, … than a model has.
     """
     for file in sorted({file for pattern in _ASSETS for file in root.glob(pattern)}):
-        if not file.exists() and file.name not in _SIZES:  # a link to nothing, which nothing reads
+        if not file.exists() and file.name not in LARGEST:  # a link to nothing, which nothing reads
             continue
         if not file.is_dir():
             contained_file(root, str(file.relative_to(root)), "the folder", follow_links)
-        _require_size(file, "model's file", _SIZES.get(file.name))
+        _require_size(file, "model's file", LARGEST.get(file.name))
     # The others are of versions of transformers.
     for file in [root / "config.json", *sorted(root.glob("config.[0-9]*.json"))]:
         if file.exists():

@@ -33,8 +33,8 @@ class Chunk:
     box: Box
     file: Path
     position: int
-    """Offset in bytes for DCP, place in the file's order of tensors otherwise; orders the reads of one file."""
-    nbytes: int = 0  # Size of the piece in the file, for DCP
+    """Offset in bytes, for .bin the place in the file's order of tensors; orders the reads of one file."""
+    nbytes: int = 0  # Size of the piece in the file; 0 for .bin
     stored: tuple[Chunk, Part[TensorEntry]] | None = None
     """Of a tensor that is made of others: the chunk of another tensor to read, and the part that says where it belongs."""
 
@@ -116,6 +116,11 @@ class Source(ABC):
     def is_stock(self) -> bool:
         """Whether ``from_pretrained`` reads the folder."""
         return False
+
+    @property
+    def bytes_ahead(self) -> int:
+        """Bytes of slices that are worth reading ahead: 0, where files are mapped."""
+        return 0
 
     @abstractmethod
     def independent_state(self, stored: Collection[TensorEntry]) -> dict[str, Tensor]:
