@@ -47,9 +47,7 @@ class FutureTrainer(Trainer):
     def __init__(self, job_config: FlameJobConfig, signals: StopSignals | None = None) -> None:
         self.signals = signals or StopSignals()
         self._lock = FolderLock(Path(job_config.job.dump_folder), job_config.checkpoint.take_over_lock)
-        self._stopping = self._exports_wait = (
-            False  # whether a signal has come; before the exports were made and followed
-        )
+        self._stopping = self._exports_wait = False  # whether a signal has come; before all was exported and followed
         with trainer_built_with(SeedingCheckpointManager), self._lock.released_on_error():
             super().__init__(job_config)
             self._build_step()

@@ -60,17 +60,17 @@ class Followers:
         self._children = {follower.name: Child() for follower in followers}
         self._threads = {f.name: ThreadPoolExecutor(1, thread_name_prefix=f.name) for f in followers}
         self._jobs: dict[str, Future[None]] = {}
-        self._failed: set[str] = set()
+        self._failed: dict[str, list[Path]] = {}  # by follower, since it last succeeded
+        self._second: set[str] = set()  # jobs that are tried again
         self._ending = False
 
     def start(self, export: Path, is_last: bool = False) -> None:
         """Has a complete export followed by all for which it is due and that are not done with it."""
-        step = int(export.name.removeprefix("step-"))
         for follower in self._followers:
-            job = f"{follower.name} of {export.name}"
+            job = _job(follower, export)
             waits = job in self._jobs and not self._jobs[job].done()
-            if follower.due(step, is_last) and not waits:
-                self._jobs[job] = self._threads[follower.name].submit(self._follow, follower, step, export, job)
+            if follower.due(_step(export), is_last) and not waits:
+                self._submit(follower, export)
 
     def waiting(self) -> list[str]:
         """Returns what is being done, or waits for its turn, such as "upload of step-4"."""
@@ -88,8 +88,12 @@ class Followers:
         for thread in self._threads.values():
             thread.shutdown(wait=True, cancel_futures=True)
 
-    def _follow(self, follower: Follower, step: int, export: Path, job: str) -> None:
+    def _submit(self, follower: Follower, export: Path) -> None:
+        self._jobs[_job(follower, export)] = self._threads[follower.name].submit(self._follow, follower, export)
+
+    def _follow(self, follower: Follower, export: Path) -> None:
         """Runs the command for one export, unless that was done. Never raises: nobody looks."""
+        step, job = _step(export), _job(follower, export)
         try:
             mark = self._folder / ".followed" / follower.name / export.name
             marked = f"{self._identity(export)} {follower.target}\n"
@@ -106,10 +110,27 @@ class Followers:
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.write_text(marked)
             logger.info(f"{job}: {outcome.last_line}")
+            for failed in self._failed.pop(follower.name, []):  # whatever was down is up again
+                if (other := _job(follower, failed)) not in self._second:
+                    self._second.add(other)
+                    self._submit(follower, failed)
         except Exception as e:
-            self._failed.add(follower.name)
+            self._failed.setdefault(follower.name, []).append(export)
             reason = str(e) if isinstance(e, ChildProcessError) else describe(e)
-            logger.warning(f"The {job} failed: {reason}; the run goes on, and its next start tries again")
+            when = (
+                "its next start tries again"
+                if job in self._second
+                else "tries again after a success, or at its next start"
+            )
+            logger.warning(f"The {job} failed: {reason}; the run goes on, and {when}")
+
+
+def _step(export: Path) -> int:
+    return int(export.name.removeprefix("step-"))
+
+
+def _job(follower: Follower, export: Path) -> str:
+    return f"{follower.name} of {export.name}"
 
 
 def followers_of(config: FlameJobConfig) -> list[Follower]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from flame_ext.checkpoint import export_folder
-from flame_ext.checkpoint.export_folder import ExportFolder, origin_of, why_not_exported
+from flame_ext.checkpoint.export_folder import ExportFolder, exports_of, origin_of, why_not_exported
 from flame_ext.errors import CheckpointError
 from flame_ext.tools.convert import end_with
 from tests.checkpoint.test_steps import write_step
@@ -125,6 +125,22 @@ def test_an_export_of_an_older_version_counts_for_a_step_of_an_older_version(tmp
     manifest = step / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "lineage": []}))
     assert "has no export.json" in why_not_exported(step, export)
+
+
+def test_the_exports_of_a_run_are_those_of_its_steps_also_where_these_are_deleted(tmp_path: Path) -> None:
+    steps, hf = tmp_path / "checkpoint", tmp_path / "hf"
+    for number in (2, 4, 10, 12):
+        write(
+            hf / f"step-{number}",
+            "weights",
+            {"run": "one", "step": number, "files_sha256": "of a step that was deleted"},
+        )
+    write(hf / "step-6", "weights", {"run": "another", "step": 6, "files_sha256": "its"})
+    (hf / "step-8").mkdir()
+    assert exports_of(hf, steps, "one", 10) == [hf / "step-2", hf / "step-4", hf / "step-10"]
+    write_step(steps, 4)
+    assert exports_of(hf, steps, "one", 10) == [hf / "step-2", hf / "step-10"], "step 4 is another one now"
+    assert exports_of(tmp_path / "absent", steps, "one", 10) == []
 
 
 def _starts_a_child(pipe: int) -> None:

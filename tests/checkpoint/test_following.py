@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.hub_server import TOKEN, served
 from tests.object_store import ObjectStore
 from tests.ranks import TrainRun, train
 
@@ -50,7 +51,9 @@ def test_a_server_that_is_down_is_said_and_made_up_for(dump_folder: Path, object
     object_store.refuse = lambda request: 503
     down = run(dump_folder, object_store, "--checkpoint.keep_latest_k=2", timeout=280)
     lines = [line for line in down.ranks[0].output.splitlines() if "The upload of" in line]
-    assert len(lines) == 2 and all("the run goes on, and its next start tries again" in line for line in lines)
+    assert len(lines) == 2 and all(
+        "the run goes on, and tries again after a success, or at its next start" in line for line in lines
+    )
     assert "failed: s3://" in lines[0] and "failed: not begun, after the failure before" in lines[1]
     object_store.refuse = ObjectStore.refuse
     assert not object_store.names
@@ -85,3 +88,31 @@ def test_a_signal_ends_an_upload_and_the_next_run_goes_on(dump_folder: Path, obj
     object_store.refuse = ObjectStore.refuse
     assert run(dump_folder, object_store, *options).exit_codes == [0]
     assert uploaded(object_store) == exported(dump_folder)
+
+
+@pytest.mark.matrix
+def test_the_last_export_is_pushed_to_the_hub(dump_folder: Path) -> None:
+    options = (*OPTIONS, "--export.push_to_hub=org/name", "--export.push=last")
+    with served() as hub:
+        variables = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+        first = train(dump_folder, *options, env=variables)
+        model = hub.repositories["org/name"]
+        files = {
+            name.removeprefix("step-4/"): data for name, data in exported(dump_folder).items() if "step-4/" in name
+        }
+        assert model.private and model.at("main") == model.at("step-4") == {".gitattributes": b"", **files}
+        assert [commit.message for commit in model.commits] == ["initial commit", "step 4"]
+        assert "push of step-4: Pushed" in first.ranks[0].output and TOKEN not in first.ranks[0].output
+        asked = len(hub.asked)
+        train(dump_folder, *options, env=variables)
+        assert len(hub.asked) == asked
+
+
+@pytest.mark.matrix
+def test_a_run_that_cannot_push_for_want_of_a_token_does_not_begin(dump_folder: Path) -> None:
+    refused = train(
+        dump_folder, *OPTIONS, "--export.push_to_hub=org/name", world_size=2, check=False, env={"HF_TOKEN": ""}
+    )
+    assert refused.exit_codes == [1, 1] and not (dump_folder / "metrics.jsonl").exists()
+    for rank in refused.ranks:
+        assert "needs a token that may write there: set HF_TOKEN" in rank.output.splitlines()[-1]

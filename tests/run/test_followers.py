@@ -68,13 +68,21 @@ def test_each_export_is_followed_once_in_order(notes: Path, caplog: pytest.LogCa
 def test_a_failure_is_said_and_made_up_for_by_the_next_run(notes: Path, caplog: pytest.LogCaptureFixture) -> None:
     fails = notes.with_name("step-4")
     fails.write_text("sys.exit('Traceback\\nerror: no such bucket')")
-    assert follow(followers(notes), notes, 2, 4, 6) == ["step-2", "step-4", "step-6"]
+    assert follow(followers(notes), notes, 2, 4) == ["step-2", "step-4"]
     (message,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert (
-        message.startswith("The upload of step-4 failed: no such bucket; ") and "its next start tries again" in message
-    )
+    assert message.startswith("The upload of step-4 failed: no such bucket; ") and "at its next start" in message
     fails.unlink()
-    assert follow(followers(notes), notes, 2, 4, 6) == ["step-4"]
+    assert follow(followers(notes), notes, 2, 4) == ["step-4"]
+
+
+def test_a_failure_is_tried_again_once_after_a_success(notes: Path) -> None:
+    fails = notes.with_name("step-2")
+    fails.write_text("sys.exit(1)")
+    of = followers(notes)
+    assert follow(of, notes, 2, 4) == ["step-2", "step-4", "step-2"]
+    assert follow(of, notes, 6) == ["step-6"]
+    fails.unlink()
+    assert follow(followers(notes), notes, 2, 4, 6) == ["step-2"]
 
 
 def test_what_was_found_is_handed_on_before_the_export_counts_as_followed(notes: Path) -> None:
