@@ -17,8 +17,8 @@ from flame_ext.errors import ConfigError
 # The files in model.hf_assets_path are compared (asset_digests), the weights of a reverse model, and the global batch size.
 _HARMLESS = (
     "activation_checkpoint", "checkpoint", "comm", "compile", "data.sources.label", "debug.deterministic",
-    "debug.deterministic_warn_only", "export", "fault_tolerance", "future_encoder.assume_reverse", "future_encoder.reverse_model",
-    "job", "memory_estimation", "metrics",
+    "debug.deterministic_warn_only", "evaluation", "export", "fault_tolerance", "future_encoder.assume_reverse",
+    "future_encoder.reverse_model", "job", "memory_estimation", "metrics",
     "model.hf_assets_path", "model.print_after_conversion", "moe.experts_implementation", "parallelism", "profiling",
     "seed.allow_config_difference", "seed.allow_pickle", "seed.dry_run", "record", "seed.follow_links", "seed.verify",
     "training.dataloader", "training.enable_cpu_offload", "training.gc_debug", "training.gc_freq",

@@ -297,6 +297,40 @@ class Export:
 
 
 @dataclass
+class Evaluation:
+    """Evaluates exports by EleutherAI's lm-evaluation-harness (`pip install 'flame_ext[eval]'`), whose options have these names, in
+    another process while training goes on ([evaluation.md](evaluation.md))."""
+
+    tasks: list[str] = field(default_factory=list)
+    """Names or patterns of tasks, groups and tags of lm-eval, and paths of YAML files or folders of tasks of your own, which contain
+    a `/` or end in `.yaml`. Empty = no evaluation."""
+
+    interval: int = 0
+    """Evaluate the exports of every this many steps, a multiple of `export.interval`, and that of the last step. 0 = that alone."""
+
+    include_path: list[str] = field(default_factory=list)
+    """Folders of tasks of your own, to be named in `tasks`."""
+
+    num_fewshot: int | None = None
+    """Examples before each question. Absent: what each task says. A task that says 0 keeps to it."""
+
+    limit: float | None = None
+    """Take only this many examples of each task, the first ones; below 1, this share of them."""
+
+    batch_size: int = 8
+    """Requests that are computed at once."""
+
+    apply_chat_template: bool = False
+    """Whether to ask in the format of the tokenizer's chat template."""
+
+    device: str = "cpu"
+    """Where the model is put: 'cpu', or a device with memory for it beside training, such as one that no rank uses: 'cuda:7'."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the weights are computed in. 'auto': as the export has them (`checkpoint.export_dtype`)."""
+
+
+@dataclass
 class FlameJobConfig(JobConfig):
     """torchtitan's ``JobConfig`` and the sections of flame_ext, to which every head adds its own (heads/registry.py)."""
 
@@ -310,6 +344,7 @@ class FlameJobConfig(JobConfig):
     loss: Loss = field(default_factory=Loss)
     lora: Lora = field(default_factory=Lora)
     export: Export = field(default_factory=Export)
+    evaluation: Evaluation = field(default_factory=Evaluation)
     moe: Moe = field(default_factory=Moe)
 
     if TYPE_CHECKING:

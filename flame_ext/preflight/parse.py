@@ -8,6 +8,7 @@ from flame_ext.config.model_config import load_model_config
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError, SeedError
 from flame_ext.heads.registry import check_heads, check_heads_of_model, job_config_class
+from flame_ext.preflight.evaluation import check_evaluation
 from flame_ext.preflight.exports import check_exports
 from flame_ext.preflight.model import check_model, check_model_config, check_reverse_model, warn_of_direction
 from flame_ext.preflight.moe import check_mixture
@@ -51,6 +52,7 @@ def _checked(config: FlameJobConfig) -> FlameJobConfig:
         check_parallelism,
         check_options,
         check_exports,
+        check_evaluation,
         check_heads,
         check_adapters,
         check_data,

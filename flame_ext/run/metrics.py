@@ -14,8 +14,9 @@ from torchtitan.tools.logging import logger
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.files import METRICS_NAME
 from flame_ext.host.names import get_metrics_rank
+from flame_ext.run.evaluations import EVALUATIONS_NAME, NewEvaluations, figures_in
 from flame_ext.run.progress import Progress
-from flame_ext.run.trackers import prepare_wandb, with_trackio
+from flame_ext.run.trackers import log_evaluation, prepare_wandb, with_trackio
 
 VALIDATION_NAME = "validation.jsonl"
 
@@ -44,6 +45,9 @@ class FutureMetricsProcessor(MetricsProcessor):
         if of.enable_trackio and tracks:
             self.logger = with_trackio(self.logger, self._folder, tracker_rank, job_config, tag)
         self._progress = Progress(job_config)
+        evaluates = self._writes and job_config.evaluation.tasks
+        self._evaluations = NewEvaluations(self._folder / EVALUATIONS_NAME) if evaluates else None
+        self._evaluated: list[dict[str, Any]] = []  # what trackers have not got yet
 
     def rewind(self, step: int) -> None:
         """Drops the lines of steps after ``step``, from which the run goes on."""
@@ -104,6 +108,23 @@ class FutureMetricsProcessor(MetricsProcessor):
         logger.info("  ".join([f"step: {step:2}", *shown]))
         if (line := self._progress.line(step, record["tokens_seen"])) is not None:
             logger.info(f"{self.color.cyan}{line}{self.color.reset}")
+        self._log_evaluations(last=False)
+
+    def close(self) -> None:
+        """Closes as torchtitan does, after the evaluations that have come since the last step."""
+        self._log_evaluations(last=True)
+        super().close()
+
+    def _log_evaluations(self, last: bool) -> None:
+        """Gives trackers the next evaluation that has come, or, at last, all."""
+        if self._evaluations is None:
+            return
+        self._evaluated += self._evaluations.take()
+        while self._evaluated:
+            line = self._evaluated.pop(0)
+            log_evaluation(self.logger, figures_in(line), line["step"], commit=last and bool(self._evaluated))
+            if not last:
+                return
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
         """Logs as torchtitan does, and writes a line to ``validation.jsonl``."""

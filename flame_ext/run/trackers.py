@@ -7,13 +7,14 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from torchtitan.components.metrics import BaseLogger, LoggerContainer
+from torchtitan.components.metrics import BaseLogger, LoggerContainer, WandBLogger
 from torchtitan.tools.logging import logger
 
 from flame_ext.config.sections import FlameJobConfig, Metrics
 
 WANDB_NAME, TRACKIO_NAME = "wandb_run_id", "trackio_run_id"
 PROJECT = "flame_ext"
+EVALUATION = "evaluation/"  # what the names of its figures begin with
 
 
 def continued_id(folder: Path, name: str, rank: int) -> tuple[str, bool]:
@@ -85,3 +86,25 @@ def with_trackio(other: BaseLogger, folder: Path, rank: int, config: FlameJobCon
     except Exception as e:
         logger.error(f"Failed to create the trackio logger, so that nothing is logged there: {type(e).__name__}: {e}")
     return both
+
+
+def log_evaluation(to: BaseLogger, figures: dict[str, float], step: int, commit: bool) -> None:
+    """Logs figures of a step that is earlier than the present one.
+
+    W&B takes figures in the order of steps alone: there the step is a figure beside them, and their axis.
+
+    Args:
+        commit: whether W&B counts a step of its own for them, which a run that goes on would miss; otherwise they belong to its present
+            one, which has room for one evaluation.
+    """
+    for each in to._loggers if isinstance(to, LoggerContainer) else [to]:
+        if isinstance(each, LoggerContainer):
+            log_evaluation(each, figures, step, commit)
+        elif isinstance(each, WandBLogger):
+            prefix = EVALUATION if each.tag is None else f"{each.tag}/{EVALUATION}"
+            each.wandb.define_metric(f"{prefix}step")
+            each.wandb.define_metric(f"{prefix}*", step_metric=f"{prefix}step")
+            named = {f"{prefix}{name}": value for name, value in figures.items()}
+            each.wandb.log({**named, f"{prefix}step": step}, commit=commit)
+        else:
+            each.log({f"{EVALUATION}{name}": value for name, value in figures.items()}, step)

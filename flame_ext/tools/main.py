@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from flame_ext.errors import UserError
 from flame_ext.files import expanded
-from flame_ext.tools import convert, information, init, inspect, plan, plot, upload
+from flame_ext.tools import convert, evaluate, information, init, inspect, plan, plot, upload
 
 _PATHS = {"against", "assets", "config_file", "destination", "output", "path", "plan", "source"}
 
@@ -17,12 +17,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from flame_ext.lab import command as lab  # above this layer, and the only way into it
 
     about = (
-        "Plan jobs; look at, compare, convert and upload checkpoints; draw the curves of runs; measure what a model knows of the future; "
+        "Plan jobs; look at, compare, convert and upload checkpoints; draw the curves of runs; evaluate exports; measure what a model "
+        "knows of the future; "
         "compare objectives."
     )
     parser = argparse.ArgumentParser(prog="flame-ext", description=about)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (plan, init, inspect, convert, upload, plot, information, lab):
+    for command in (plan, init, inspect, convert, upload, plot, evaluate, information, lab):
         command.add_parser(commands)
     options, others = parser.parse_known_args(arguments)
     if others and not hasattr(options, "trainer_options"):

@@ -21,7 +21,8 @@ from flame_ext.train import parse
 from tests.ranks import DEBUG_TOML, TINY_OLMO
 
 HARMLESS_SECTIONS = {
-    "activation_checkpoint", "checkpoint", "comm", "compile", "export", "fault_tolerance", "job", "memory_estimation", "metrics",
+    "activation_checkpoint", "checkpoint", "comm", "compile", "evaluation", "export", "fault_tolerance", "job",
+    "memory_estimation", "metrics",
     "parallelism", "profiling", "validation",
 }  # fmt: skip
 HARMLESS_FIELDS = {
