@@ -1,6 +1,7 @@
 """Copies an export into an object store, file by file, so that readers find a model there only when all of it is there."""
 
 import json
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,12 @@ def _prepare(fs: Any, path: str, place: str, record: dict[str, Any]) -> dict[str
         return {}
     held: Any = None
     if RECORD_NAME in there:
-        held = json.loads(patiently(place, lambda: fs.cat_file(f"{path}/{RECORD_NAME}"), CheckpointError))
-    if not isinstance(held, dict) or held.get("run") != record["run"]:
-        what = "files that are no export" if held is None else "the export of another run"
+        raw = patiently(place, lambda: fs.cat_file(f"{path}/{RECORD_NAME}"), CheckpointError)
+        with suppress(ValueError):
+            held = json.loads(raw)
+    is_export = isinstance(held, dict) and isinstance(held.get("files"), dict)
+    if not is_export or held.get("run") != record["run"]:
+        what = "the export of another run" if is_export else "files that are no export"
         raise CheckpointError(f"{place} holds {what}, which stay as they are; choose another place (export.upload)")
     if held == record:
         return there
