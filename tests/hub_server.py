@@ -118,9 +118,8 @@ class Hub:
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.large[value["oid"]]
-            elif line["key"] == "deletedFile":
-                if files.pop(value["path"], None) is None:
-                    return 400, {"error": f"{value['path']} is not there"}
+            elif line["key"] == "deletedFile" and files.pop(value["path"], None) is None:
+                return 400, {"error": f"{value['path']} is not there"}
         repository.commits.append(Commit(message, files))
         repository.branches[revision] = number = len(repository.commits) - 1
         return 200, {"commitUrl": f"{self.endpoint}/org/name/commit/{oid(number)}", "commitOid": oid(number)}

@@ -7,14 +7,17 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 from torchtitan.tools.logging import logger
 
 from flame_ext.checkpoint.export_folder import RECORD_NAME, recorded
 from flame_ext.errors import CheckpointError, UserError
 
 _OF_NEW_REPOSITORIES = {".gitattributes", ".gitignore", "LICENSE", "README.md"}
-_SILENCE, _SILENCE_AT_START = 300.0, 30.0  # seconds after which a Hub that does not answer is down; the library waits without end
+_SILENCE, _SILENCE_AT_START = (
+    300.0,
+    30.0,
+)  # seconds after which a Hub that does not answer is down; the library waits without end
 
 
 def push(export: Path, repository: str, private: bool) -> str:
