@@ -163,6 +163,31 @@ def test_headers_alone_are_read_before_the_weights_and_once_on_a_node(
     assert object_store.read("config.json") == 2, "what is in the cache is not asked for again"
 
 
+def test_empty_tensors_and_files_are_read(tmp_path: Path, object_store: ObjectStore) -> None:
+    (tmp_path / "model").mkdir()
+    tensors = {"some": torch.arange(6.0), "none": torch.empty(0, 4)}
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "merges.txt").touch()
+    source = open_source(locate(object_store.put(tmp_path / "model"), with_tokenizer=True)[0])
+    found = source.independent_state(source.entries.values())
+    assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+    assert (source.path / "merges.txt").read_bytes() == b""
+
+
+def test_a_cache_that_was_tidied_up_is_filled_again(tmp_path: Path, object_store: ObjectStore) -> None:
+    big_model(tmp_path / "model")
+    url = object_store.put(tmp_path / "model")
+    folder = locate(url)[0]
+    for left in (
+        folder / "config.json",
+        folder.parent / "headers" / "model.safetensors",
+        folder.parent / "objects.json",
+    ):
+        left.unlink()
+        assert opened(url).entries.keys() == {"rows", "more"} and left.exists()
+
+
 def test_an_object_that_changes_meanwhile_is_noticed(tmp_path: Path, object_store: ObjectStore) -> None:
     for layout in ("safetensors", "dcp"):
         tensors = big_model(tmp_path / layout)
