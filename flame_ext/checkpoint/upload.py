@@ -30,7 +30,9 @@ def upload(export: Path, url: str) -> str:
         fs.auto_mkdir = True  # a local folder
     there = _prepare(fs, path, place, record)
     sent, nbytes = 0, 0
-    for name in _in_order([RECORD_NAME, *record["files"]], export):
+    for name in _in_order([RECORD_NAME, *record["files"]]):
+        if name in _LAST and recorded(export) != record:
+            raise CheckpointError(f"{export}: was replaced while it was uploaded to {place}; upload it again")
         size = (export / name).stat().st_size
         if there.get(name) != size:
             patiently(place, partial(_put, fs, export / name, f"{path}/{name}", size), CheckpointError, "written")
@@ -61,7 +63,7 @@ def _prepare(fs: Any, path: str, place: str, record: dict[str, Any]) -> dict[str
     return {}
 
 
-def _in_order(names: list[str], export: Path | None = None) -> list[str]:
+def _in_order(names: list[str]) -> list[str]:
     """Returns names as they are to be written: the record, weights, small files, and those without which it is no model."""
 
     def rank(name: str) -> tuple[int, bool, str]:

@@ -100,6 +100,24 @@ def test_another_export_of_the_step_replaces_it_wholly(tmp_path: Path, object_st
     )
 
 
+def test_an_export_that_is_replaced_meanwhile_does_not_become_a_model(
+    tmp_path: Path, object_store: ObjectStore
+) -> None:
+    export = save(tmp_path / "step-4")
+
+    def replace(request: object) -> None:
+        if len(put(object_store)) == 3:
+            save(export, digest="second")
+
+    object_store.after = replace
+    with pytest.raises(CheckpointError, match="step-4: was replaced while it was uploaded"):
+        upload(export, object_store.url)
+    object_store.after = ObjectStore.after
+    assert "step-4/config.json" not in object_store.names
+    upload(export, object_store.url)
+    assert object_store.get("step-4/export.json") == (export / "export.json").read_bytes()
+
+
 def test_what_is_not_of_the_run_stays(tmp_path: Path, object_store: ObjectStore) -> None:
     upload(save(tmp_path / "step-4"), object_store.url)
     with pytest.raises(CheckpointError, match="holds the export of another run, which stay"):
