@@ -1,5 +1,6 @@
 """Object stores, and what else fsspec can reach by a URL: which paths are meant, how they are opened, and when it is tried again."""
 
+import os
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -58,6 +59,9 @@ def filesystem(url: str, error: type[UserError]) -> tuple[Any, str]:
     """Return fsspec's file system of a URL, which remembers no listing, and the path in it; raise ``error`` if there is none."""
     if problem := problem_of(url):
         raise error(problem)
+    if _EXTRAS.get(url.partition(":")[0]) == "s3":
+        # s3fs tries again by itself; with botocore's attempts for each of its own, a server that is down takes half an hour.
+        os.environ.setdefault("AWS_MAX_ATTEMPTS", "1")
     return patiently(url, lambda: url_to_fs(url, use_listings_cache=False), error)
 
 
