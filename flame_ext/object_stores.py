@@ -1,5 +1,6 @@
 """Object stores, and what else fsspec can reach by a URL: which paths are meant, how they are opened, and when it is tried again."""
 
+import os
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +20,10 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # protocol to th
 _WAITS = (0.5, 1.0, 2.0)  # seconds before each further attempt; s3fs and gcsfs try again by themselves as well
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError, NotImplementedError)
 # What stores call the mark that changes with an object's content, the strongest first.
-_MARKS = ("ETag", "etag", "generation", "md5Hash", "LastModified", "last_modified", "mtime", "created", "updated")
+_MARKS = (
+    *("ETag", "etag", "generation", "md5Hash", "LastModified", "last_modified", "mtime", "created", "updated"),
+    *("modify", "modificationTime", "last_write_time"),  # of FTP, WebHDFS and SMB
+)
 _CREDENTIALS = (
     "check credentials: AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for s3:// (FSSPEC_S3_ANON=true for a public "
     "bucket), GOOGLE_APPLICATION_CREDENTIALS for gs://"
@@ -38,7 +42,7 @@ def problem_of(url: str) -> str | None:
     assert match is not None
     protocol, rest = match.groups()
     # Not printed, since it may be a password.
-    if re.match("[^/]*:[^/]*@", rest) or (protocol.startswith("http") and "?" in rest):
+    if re.match(r"[^/:]*:(?!\d*/)[^@]*@", rest) or (protocol.startswith("http") and "?" in rest):
         return f"{protocol}://…: has credentials in it, which logs and reports would repeat; take them out, and {_CREDENTIALS}"
     try:
         fsspec.get_filesystem_class(protocol)
@@ -55,6 +59,9 @@ def filesystem(url: str, error: type[UserError]) -> tuple[Any, str]:
     """Return fsspec's file system of a URL, which remembers no listing, and the path in it; raise ``error`` if there is none."""
     if problem := problem_of(url):
         raise error(problem)
+    if _EXTRAS.get(url.partition(":")[0]) == "s3":
+        # s3fs tries again by itself; with botocore's attempts for each of its own, a server that is down takes half an hour.
+        os.environ.setdefault("AWS_MAX_ATTEMPTS", "1")
     return patiently(url, lambda: url_to_fs(url, use_listings_cache=False), error)
 
 

@@ -118,8 +118,8 @@ class Hub:
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.large[value["oid"]]
-            elif line["key"] == "deletedFile":
-                del files[value["path"]]
+            elif line["key"] == "deletedFile" and files.pop(value["path"], None) is None:
+                return 400, {"error": f"{value['path']} is not there"}
         repository.commits.append(Commit(message, files))
         repository.branches[revision] = number = len(repository.commits) - 1
         return 200, {"commitUrl": f"{self.endpoint}/org/name/commit/{oid(number)}", "commitOid": oid(number)}
@@ -132,7 +132,20 @@ class Hub:
         repository.tags[json.loads(body)["tag"]] = number
         return 200, {}
 
+    def _refs(self, repository: Repository, method: str, rest: str, body: bytes) -> tuple[int, Any]:
+        of = {"branches": ("heads", repository.branches), "tags": ("tags", repository.tags)}
+        return 200, {
+            kind: [{"name": name, "ref": f"refs/{refs}/{name}", "targetCommit": oid(n)} for name, n in found.items()]
+            for kind, (refs, found) in of.items()
+        } | {"converts": []}
+
+    def _tree(self, repository: Repository, method: str, revision: str, body: bytes) -> tuple[int, Any]:
+        files = repository.at(revision)
+        return 200, [{"type": "file", "path": p, "size": len(c), "oid": oid(0)} for p, c in files.items()]
+
     def _branch(self, repository: Repository, method: str, name: str, body: bytes) -> tuple[int, Any]:
+        if method == "DELETE":
+            return (200, {}) if repository.branches.pop(name, None) is not None else (404, {})
         if name in repository.branches:
             return 409, {}
         repository.branches[name] = repository.branches["main"]

@@ -145,6 +145,8 @@ def recorded(export: Path) -> dict[str, Any]:
             f"step-{record['step']}" == export.name
             and record["run"]
             and all((export / name).is_file() for name in record["files"])
+            # One that others have made may name any file of this machine.
+            and not any(".." in Path(name).parts or Path(name).is_absolute() for name in record["files"])
         ):
             return record
         problem = "does not fit the folder's name or files"

@@ -324,11 +324,12 @@ class SeedingCheckpointManager(CheckpointManager):
         """
         said: list[str] = []
         while True:
+            exporting = self.hooks.exports.running()  # first: an export has begun what follows it before it is done
             following = self.hooks.followers.end()
             if any(job not in said for job in following):
                 said = following
                 logger.info(f"Waiting for what follows exports: {', '.join(following)}")
-            ranks = gathered((self.hooks.exports.running() or bool(following), self.hooks.stopped()))
+            ranks = gathered((exporting or bool(following), self.hooks.stopped()))
             if not any(running for running, _ in ranks):
                 break
             if any(stopped for _, stopped in ranks):

@@ -7,10 +7,17 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 from torchtitan.tools.logging import logger
 
 from flame_ext.checkpoint.export_folder import RECORD_NAME, recorded
 from flame_ext.errors import CheckpointError, UserError
+
+_OF_NEW_REPOSITORIES = {".gitattributes", ".gitignore", "LICENSE", "README.md"}
+_SILENCE, _SILENCE_AT_START = (
+    300.0,
+    30.0,
+)  # seconds after which a Hub that does not answer is down; the library waits without end
 
 
 def push(export: Path, repository: str, private: bool) -> str:
@@ -24,7 +31,7 @@ def push(export: Path, repository: str, private: bool) -> str:
     """
     record = recorded(export)
     try:
-        return _push(HfApi(), export, record, repository, private)
+        return _push(_api(_SILENCE), export, record, repository, private)
     except UserError:
         raise
     except Exception as e:  # of the Hub, the network or the files
@@ -44,11 +51,18 @@ def _push(api: HfApi, export: Path, record: dict[str, Any], repository: str, pri
     latest = _record_in(api, repository, "main")
     if latest is not None and latest.get("run") != record["run"]:
         raise CheckpointError(f"hf://{repository} holds the exports of another run; choose another export.push_to_hub")
-    if held is not None:  # the run has gone back, and this step is another one
-        api.delete_tag(repository, tag=name)
+    if latest is None and (others := {*api.list_repo_files(repository)} - _OF_NEW_REPOSITORIES):
+        raise CheckpointError(
+            f"hf://{repository} holds files that are no export ({', '.join(sorted(others)[:3])}); choose another export.push_to_hub"
+        )
+    if held is not None:  # the run has gone back, and this step is another one; or a push to a branch was broken off
+        if any(branch.name == name for branch in api.list_repo_refs(repository).branches):
+            api.delete_branch(repository, branch=name)
+        else:
+            api.delete_tag(repository, tag=name)
     is_late = latest is not None and latest["step"] > record["step"]
     if is_late:
-        api.create_branch(repository, branch=name, exist_ok=True)
+        api.create_branch(repository, branch=name)
     names = [RECORD_NAME, *record["files"]]
     stale = {} if latest is None else {old for old in latest["files"] if old not in names}
     operations: list[Any] = [CommitOperationDelete(old) for old in stale]
@@ -59,6 +73,11 @@ def _push(api: HfApi, export: Path, record: dict[str, Any], repository: str, pri
     if not is_late:
         api.create_tag(repository, tag=name, revision=commit.oid)
     return f"Pushed {len(names)} files to {place}"
+
+
+def _api(silence: float) -> HfApi:
+    get_session().timeout = silence
+    return HfApi()
 
 
 def _record_in(api: HfApi, repository: str, revision: str) -> dict[str, Any] | None:
@@ -76,7 +95,7 @@ def check_token(repository: str) -> None:
     if not get_token():
         raise CheckpointError(f"export.push_to_hub = {repository!r} needs a token that may write there: set HF_TOKEN")
     try:
-        HfApi().whoami()
+        _api(_SILENCE_AT_START).whoami()
     except HfHubHTTPError as e:
         if e.response is not None and e.response.status_code in (401, 403):
             raise CheckpointError(f"export.push_to_hub = {repository!r}: the Hub refuses the token in HF_TOKEN") from e

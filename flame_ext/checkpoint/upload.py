@@ -1,6 +1,7 @@
 """Copies an export into an object store, file by file, so that readers find a model there only when all of it is there."""
 
 import json
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ def upload(export: Path, url: str) -> str:
         fs.auto_mkdir = True  # a local folder
     there = _prepare(fs, path, place, record)
     sent, nbytes = 0, 0
-    for name in _in_order([RECORD_NAME, *record["files"]], export):
+    for name in _in_order([RECORD_NAME, *record["files"]]):
+        if name in _LAST and recorded(export) != record:
+            raise CheckpointError(f"{export}: was replaced while it was uploaded to {place}; upload it again")
         size = (export / name).stat().st_size
         if there.get(name) != size:
             patiently(place, partial(_put, fs, export / name, f"{path}/{name}", size), CheckpointError, "written")
@@ -45,9 +48,12 @@ def _prepare(fs: Any, path: str, place: str, record: dict[str, Any]) -> dict[str
         return {}
     held: Any = None
     if RECORD_NAME in there:
-        held = json.loads(patiently(place, lambda: fs.cat_file(f"{path}/{RECORD_NAME}"), CheckpointError))
-    if not isinstance(held, dict) or held.get("run") != record["run"]:
-        what = "files that are no export" if held is None else "the export of another run"
+        raw = patiently(place, lambda: fs.cat_file(f"{path}/{RECORD_NAME}"), CheckpointError)
+        with suppress(ValueError):
+            held = json.loads(raw)
+    is_export = isinstance(held, dict) and isinstance(held.get("files"), dict)
+    if not is_export or held.get("run") != record["run"]:
+        what = "the export of another run" if is_export else "files that are no export"
         raise CheckpointError(f"{place} holds {what}, which stay as they are; choose another place (export.upload)")
     if held == record:
         return there
@@ -57,7 +63,7 @@ def _prepare(fs: Any, path: str, place: str, record: dict[str, Any]) -> dict[str
     return {}
 
 
-def _in_order(names: list[str], export: Path | None = None) -> list[str]:
+def _in_order(names: list[str]) -> list[str]:
     """Returns names as they are to be written: the record, weights, small files, and those without which it is no model."""
 
     def rank(name: str) -> tuple[int, bool, str]:

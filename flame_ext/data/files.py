@@ -97,6 +97,12 @@ def size_and_mark(file: str) -> tuple[int, int | str]:
     return info["size"], mark_of(info)
 
 
+def sizes_and_marks(files: list[str]) -> list[tuple[int, int | str]]:
+    """Return :func:`size_and_mark` of each; stores are asked for several at a time, since a source may have thousands."""
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(size_and_mark, files))
+
+
 def _in_a_loop(file: str, named: int) -> bool:
     """Whether a folder in the path of a file, beyond the first ``named`` parts, is a link to a folder that it lies in."""
     links = [folder for folder in Path(file).parents if len(folder.parts) > named and folder.is_symlink()]
@@ -114,7 +120,7 @@ def load_files(source: DataSource, kind: str, files: list[str], vocab_size: int 
             options["download_config"] = DownloadConfig(use_etag=True)
         return load_dataset(kind, data_files=files, split="train", streaming=source.streaming, **options)
     # With size and time, or a store's mark, a changed file gets another entry in the cache of the datasets library.
-    stamped = [(file, *size_and_mark(file)) for file in files]
+    stamped = [(file, *known) for file, known in zip(files, sizes_and_marks(files), strict=True)]
     arguments = {"files": stamped, "field": source.text_field, "skip": source.skip_unreadable}
     if kind == "json":
         arguments |= {"vocab_size": vocab_size, "form": _FORM_OF_ROWS}

@@ -21,7 +21,7 @@ from torchtitan.tools.logging import logger
 
 from flame_ext.config.sections import DataSource, FlameJobConfig
 from flame_ext.data.documents import Documents, IndexedDocuments, StreamedDocuments, Tokens
-from flame_ext.data.files import ENDINGS, flat_tokens, load_files, local_files, open_local, size_and_mark, spread
+from flame_ext.data.files import ENDINGS, flat_tokens, load_files, local_files, open_local, sizes_and_marks, spread
 from flame_ext.data.python_stdlib import Split, read_stdlib
 from flame_ext.data.rows import TOKENS_FIELD, Masked, Places, RowError, checked, unpadded, used_columns
 from flame_ext.data.tokenizer import AutoHuggingFaceTokenizer, around_a_document, require_in_vocabulary
@@ -133,7 +133,7 @@ def open_documents(
     def encode_row(sample: dict[str, Any], shard: int, number: int) -> Tokens:
         return encode(sample, partial(places.in_file, shard, number))
 
-    nbytes = None if files is None else sum(size_and_mark(file)[0] for file in files)
+    nbytes = None if files is None else sum(size for size, _ in sizes_and_marks(files))
     return StreamedDocuments(source.path, data, encode_row, num_lanes, rng_seed, epochs, nbytes)
 
 

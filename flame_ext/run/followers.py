@@ -1,6 +1,5 @@
 """What follows an export, such as an upload: a process for each export, in the order in which they are made, while training goes on."""
 
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -137,14 +136,11 @@ def followers_of(config: FlameJobConfig) -> list[Follower]:
     """Returns what the options ask for."""
     export, found = config.export, []
     if export.upload:
-        # s3fs tries again by itself; with botocore's attempts for each of its own, a server that is down takes minutes.
-        once = {"AWS_MAX_ATTEMPTS": os.environ.get("AWS_MAX_ATTEMPTS", "1")}
         found.append(
             Follower(
                 name="upload",
                 command=lambda _, folder: ["upload", str(folder), export.upload],
                 target=export.upload,
-                environment=once,
             )
         )
     if export.push_to_hub:

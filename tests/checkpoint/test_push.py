@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 
+from flame_ext.checkpoint import push as push_module
 from flame_ext.checkpoint.push import check_token, push
 from flame_ext.errors import CheckpointError
 from tests.checkpoint.test_upload import FILES, WEIGHTS, save
-from tests.hub_server import TOKEN, Hub, served
+from tests.hub_server import TOKEN, Commit, Hub, Repository, served
 
 NAME = "org/name"
 
@@ -69,6 +73,16 @@ def test_a_step_that_is_another_after_going_back_replaces_the_first(tmp_path: Pa
     assert model.at("step-4") == model.at("main") == contents(again)
 
 
+def test_a_late_step_that_is_another_after_going_back_replaces_the_first(tmp_path: Path, hub: Hub) -> None:
+    push(save(tmp_path / "step-8", {"config.json": "[]", "of_eight.json": ""}, digest="8"), NAME, private=True)
+    push(save(tmp_path / "step-4"), NAME, private=True)
+    again = save(tmp_path / "again" / "step-4", {"config.json": "{ }", "model.safetensors": "x" * 900}, digest="second")
+    push(again, NAME, private=True)
+    model = hub.repositories[NAME]
+    assert model.at("step-4") == contents(again), "without the shards of the first"
+    assert "of_eight.json" in model.at("main")
+
+
 @pytest.mark.matrix
 def test_what_was_sent_before_a_kill_is_not_sent_again(tmp_path: Path, hub: Hub) -> None:
     export = save(tmp_path / "step-4")
@@ -110,6 +124,23 @@ def test_what_belongs_to_others_stays(tmp_path: Path, hub: Hub) -> None:
     with pytest.raises(CheckpointError, match="holds the exports of another run"):
         push(save(tmp_path / "other" / "step-8", run="other"), NAME, private=False)
     assert len(model.commits) == 2
+    hub.repositories["org/other"] = Repository(True, [Commit("", {"config.json": b"", "README.md": b""})])
+    with pytest.raises(CheckpointError, match=r"org/other holds files that are no export \(config.json\)"):
+        push(tmp_path / "step-8", "org/other", private=True)
+    assert len(hub.repositories["org/other"].commits) == 1
+
+
+def test_a_hub_that_never_answers_is_down(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(push_module, "_SILENCE_AT_START", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        began = time.monotonic()
+        check_token(NAME)
+    assert time.monotonic() - began < 10 and "the Hub cannot be reached (ReadTimeout" in caplog.text
+    push(save(tmp_path / "step-4"), NAME, private=True)
+    assert get_session().timeout.read == 300
 
 
 def test_a_token_is_asked_for_and_a_hub_that_is_down_is_said(

@@ -100,6 +100,24 @@ def test_another_export_of_the_step_replaces_it_wholly(tmp_path: Path, object_st
     )
 
 
+def test_an_export_that_is_replaced_meanwhile_does_not_become_a_model(
+    tmp_path: Path, object_store: ObjectStore
+) -> None:
+    export = save(tmp_path / "step-4")
+
+    def replace(request: object) -> None:
+        if len(put(object_store)) == 3:
+            save(export, digest="second")
+
+    object_store.after = replace
+    with pytest.raises(CheckpointError, match="step-4: was replaced while it was uploaded"):
+        upload(export, object_store.url)
+    object_store.after = ObjectStore.after
+    assert "step-4/config.json" not in object_store.names
+    upload(export, object_store.url)
+    assert object_store.get("step-4/export.json") == (export / "export.json").read_bytes()
+
+
 def test_what_is_not_of_the_run_stays(tmp_path: Path, object_store: ObjectStore) -> None:
     upload(save(tmp_path / "step-4"), object_store.url)
     with pytest.raises(CheckpointError, match="holds the export of another run, which stay"):
@@ -108,6 +126,10 @@ def test_what_is_not_of_the_run_stays(tmp_path: Path, object_store: ObjectStore)
     with pytest.raises(CheckpointError, match="step-6 holds files that are no export"):
         upload(save(tmp_path / "step-6"), object_store.url)
     assert object_store.get("step-6/model.safetensors") == b"somebody's"
+    for held in (b"not JSON", b'{"run": "run"}', b"\xff"):
+        object_store.client.put_object(Bucket=object_store.bucket, Key="step-6/export.json", Body=held)
+        with pytest.raises(CheckpointError, match="step-6 holds files that are no export"):
+            upload(save(tmp_path / "step-6"), object_store.url)
     assert object_store.get("step-4/export.json") == (tmp_path / "step-4" / "export.json").read_bytes()
 
 
@@ -115,6 +137,13 @@ def test_a_folder_that_is_no_export_of_its_name_is_refused(tmp_path: Path, objec
     save(tmp_path / "step-4").rename(tmp_path / "step-5")
     with pytest.raises(CheckpointError, match="step-5: its export.json does not fit"):
         upload(tmp_path / "step-5", object_store.url)
+    (tmp_path / "private").write_text("a key")
+    for name in ("../private", str(tmp_path / "private")):
+        export = save(tmp_path / "step-4", {"config.json": "{}"})
+        record = json.loads((export / "export.json").read_text())
+        (export / "export.json").write_text(json.dumps(record | {"files": {name: 5}}))
+        with pytest.raises(CheckpointError, match="step-4: its export.json does not fit"):
+            upload(export, object_store.url)
     with pytest.raises(CheckpointError, match="absent: its export.json cannot be read"):
         upload(tmp_path / "absent", object_store.url)
     assert object_store.names == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from flame_ext.object_stores import problem_of
 from tests.preflight.refusals import refusal
 
 
@@ -24,8 +25,14 @@ from tests.preflight.refusals import refusal
             "initial_load_path nonsense://a/b: nonsense:// is no protocol",
         ),
         ("--checkpoint.initial_load_path=s3://user:secret@a/b", "initial_load_path s3://…: has credentials in it"),
+        ("--checkpoint.initial_load_path=s3://user:a/secret@a/b", "initial_load_path s3://…: has credentials in it"),
     ],
 )
 def test_urls_are_refused_by_option_in_one_line(option: str, message: str) -> None:
     found = refusal(option)
     assert message in found and "\n" not in found and "secret" not in found
+
+
+@pytest.mark.parametrize("url", ["memory://host:8020/a@b", "memory://bucket/a:b@c", "memory://name@host/a"])
+def test_what_is_no_password_is_taken(url: str) -> None:
+    assert problem_of(url) is None

@@ -67,6 +67,8 @@ class Store:
 
     def read(self, name: str, begin: int, end: int) -> bytes:
         """Return a range of bytes of an object; raise SeedError."""
+        if begin == end:
+            return b""  # for which HTTP has no range
         files, root = self._opened
         what = f"{self.url}/{name}"
         raw: bytes = patiently(what, lambda: files.cat_file(f"{root}/{name}", start=begin, end=end), SeedError)
@@ -119,7 +121,9 @@ def copied(url: str, with_tokenizer: bool) -> Path:
     digest = hashlib.sha256(json.dumps([described, with_tokenizer], sort_keys=True).encode()).hexdigest()
     place = _root() / re.sub(r"[^\w.-]+", "-", url)[-100:].lstrip(".") / digest[:16]
     if place.is_dir():
-        return place / "source"
+        if _is_whole(place, store, small):
+            return place / "source"
+        shutil.rmtree(place, ignore_errors=True)  # something tidied up files, and left others
     place.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=place.parent))
     try:
@@ -169,6 +173,15 @@ def stand_in(store: Store, folder: Path) -> Iterator[Path]:
             yield place
         except SeedError as e:
             raise SeedError(str(e).replace(str(place), store.url)) from e
+
+
+def _is_whole(place: Path, store: Store, small: tuple[str, ...]) -> bool:
+    """Whether a folder has all that was copied of a store."""
+    headers = [place / "headers" / name for name in store.sizes if name.endswith(".safetensors")]
+    sizes = {place / "source" / name: size for name, size in store.sizes.items() if _matches(name, small)}
+    return all(file.is_file() for file in (place / _OBJECTS_NAME, *headers)) and all(
+        file.is_file() and file.stat().st_size == size for file, size in sizes.items()
+    )
 
 
 def _listed(url: str, patterns: tuple[str, ...]) -> Store:

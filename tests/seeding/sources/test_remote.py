@@ -163,6 +163,31 @@ def test_headers_alone_are_read_before_the_weights_and_once_on_a_node(
     assert object_store.read("config.json") == 2, "what is in the cache is not asked for again"
 
 
+def test_empty_tensors_and_files_are_read(tmp_path: Path, object_store: ObjectStore) -> None:
+    (tmp_path / "model").mkdir()
+    tensors = {"some": torch.arange(6.0), "none": torch.empty(0, 4)}
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "merges.txt").touch()
+    source = open_source(locate(object_store.put(tmp_path / "model"), with_tokenizer=True)[0])
+    found = source.independent_state(source.entries.values())
+    assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+    assert (source.path / "merges.txt").read_bytes() == b""
+
+
+def test_a_cache_that_was_tidied_up_is_filled_again(tmp_path: Path, object_store: ObjectStore) -> None:
+    big_model(tmp_path / "model")
+    url = object_store.put(tmp_path / "model")
+    folder = locate(url)[0]
+    for left in (
+        folder / "config.json",
+        folder.parent / "headers" / "model.safetensors",
+        folder.parent / "objects.json",
+    ):
+        left.unlink()
+        assert opened(url).entries.keys() == {"rows", "more"} and left.exists()
+
+
 def test_an_object_that_changes_meanwhile_is_noticed(tmp_path: Path, object_store: ObjectStore) -> None:
     for layout in ("safetensors", "dcp"):
         tensors = big_model(tmp_path / layout)
@@ -218,7 +243,7 @@ def test_errors_that_pass_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_server_that_fails_some_times_is_asked_again_and_one_that_goes_on_is_named(
     tmp_path: Path, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.delenv("AWS_MAX_ATTEMPTS", raising=False)
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     monkeypatch.setattr(object_stores, "_WAITS", (0, 0, 0))
     s3fs.S3FileSystem.clear_instance_cache()
@@ -229,8 +254,10 @@ def test_a_server_that_fails_some_times_is_asked_again_and_one_that_goes_on_is_n
     assert torch.equal(read_tensor(source, "rows"), tensors["rows"])
     assert sum(a.status == 503 for a in object_store.asked) == 3
     object_store.fail(100, name="model.safetensors")
+    object_store.asked.clear()
     with pytest.raises(SeedError) as e:
         read_tensor(source, "rows")
+    assert len(object_store.asked) == 4, "four attempts, and not four times those of botocore"
     assert str(e.value).startswith(f"{object_store.url}/model/model.safetensors: cannot be read (")
     assert "check the network" in str(e.value) and "\n" not in str(e.value)
     s3fs.S3FileSystem.clear_instance_cache()
