@@ -200,7 +200,8 @@ def _pieces(new: Any, old: Any, ids: range, rows: int) -> dict[int, tuple[int, .
         if number not in names or number in special:
             continue
         if alike and number not in added:
-            if _BYTE.fullmatch(names[number]) and models[0].byte_fallback:
+            # Models of other kinds than BPE do not say whether they have bytes.
+            if _BYTE.fullmatch(names[number]) and getattr(models[0], "byte_fallback", True):
                 continue
             # The token's own spelling ("Ġword", "▁word", parts of characters), which a decoded text may lose.
             made = [token.id for token in models[1].tokenize(names[number])]

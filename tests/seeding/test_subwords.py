@@ -98,3 +98,13 @@ def test_a_byte_that_the_old_tokenizer_does_not_know_is_no_text() -> None:
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
     new = wrapped(backend, unk_token="<unk>")
     assert _pieces(new, old, range(1000, 1256), len(old.get_vocab())) == {}
+
+
+def test_a_byte_of_a_unigram_model_is_no_text() -> None:
+    """As of T5's and XGLM's tokenizers, which do not say whether they have bytes."""
+    scores = [("<unk>", 0.0), *((character, -9.0) for character in "▁Haus<0xC3>")]
+    old = wrapped(Tokenizer(models.Unigram(scores, 0, False)), unk_token="<unk>")
+    grown = [*scores, ("Haus", -1.0), ("<0xC3>", -9.0)]
+    new = wrapped(Tokenizer(models.Unigram(grown, 0, True)), unk_token="<unk>")
+    rows = len(scores)
+    assert _pieces(new, old, range(rows, rows + 2), rows) == {rows: tuple(old.convert_tokens_to_ids(list("Haus")))}
