@@ -217,7 +217,10 @@ def _pieces(new: Any, old: Any, ids: range, rows: int) -> dict[int, tuple[int, .
 
 
 def _without_prefix(backend: Tokenizer) -> Tokenizer:
-    """Return a tokenizer that puts no space, by whichever of its parts, before a text: an added token stands anywhere in one."""
+    """Return a tokenizer that puts no space, by whichever of its parts, before a text, since an added token stands anywhere in one.
+
+    It neither cuts nor pads, as files may ask for.
+    """
 
     def changed(part: Any) -> Any:
         if isinstance(part, list):
@@ -232,4 +235,5 @@ def _without_prefix(backend: Tokenizer) -> Tokenizer:
         return {key: never.get(key, changed(value)) for key, value in part.items()}
 
     state = json.loads(backend.to_str())
-    return Tokenizer.from_str(json.dumps(state | {key: changed(state[key]) for key in ("normalizer", "pre_tokenizer")}))
+    parts = {key: changed(state[key]) for key in ("normalizer", "pre_tokenizer")}
+    return Tokenizer.from_str(json.dumps(state | parts | {"padding": None, "truncation": None}))

@@ -84,6 +84,14 @@ def test_pieces_of_added_tokens(kind: str, normalized: bool) -> None:
     check(build(kind, []), new, {word: word for word in words})
 
 
+def test_padding_and_truncation_that_a_file_sets_are_no_pieces() -> None:
+    old, new = sentencepiece("first", []), sentencepiece("first", [])
+    old.backend_tokenizer.enable_padding(length=16)
+    old.backend_tokenizer.enable_truncation(2)
+    new.add_tokens([AddedToken("Häuser", normalized=False)])
+    check(old, new, {"Häuser": "Häuser"})
+
+
 def check(old: PreTrainedTokenizerFast, new: PreTrainedTokenizerFast, texts: dict[str, str]) -> None:
     rows = len(old.get_vocab())
     found = _pieces(new, old, range(rows, len(new.get_vocab())), rows)
