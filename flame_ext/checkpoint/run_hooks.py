@@ -85,7 +85,7 @@ class RunHooks(CheckpointHooks):
             self._config,
             lambda: trainer.finishing,
             lambda step, export: why_not_exported(step, export) is None,
-            self.followers.start,
+            self._follow,
         )
         # Before the first step, since what cannot be read or exported must not end the run at its last export.
         assets, options = Path(self._config.model.hf_assets_path), self._config.seed
@@ -247,6 +247,11 @@ class RunHooks(CheckpointHooks):
         folder = self._folder / "hf" / f"step-{step}"
         export_hf(stored, list(whole.heads), folder, spec, gather)
         on_main_rank(self.followers.start, folder, True)
+
+    def _follow(self, export: Path) -> None:
+        """Has an export that was made in the background followed: the last step's, too, where ranks export none."""
+        last = self._trainer.step if self._trainer.finishing else self._config.training.steps
+        self.followers.start(export, export.name == f"step-{last}")
 
     def follow_exports(self, last: int, complete: bool) -> None:
         def follow() -> None:

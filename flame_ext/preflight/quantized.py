@@ -33,6 +33,8 @@ def check_quantization(config: FlameJobConfig) -> Iterator[str]:
     refused = [name for name in converters if name in _REFUSED]
     for name in refused:
         yield f"model.converters: {name!r} is not supported: {_REFUSED[name]}; take {FLOAT8!r}, or leave it out"
+    if FLOAT8 not in converters and vars(float8) != vars(type(float8)()):
+        yield f'[{FLOAT8}] has no effect without model.converters = ["{FLOAT8}", …]; add it, or leave the section out'
     if FLOAT8 not in converters or refused:
         return
     if converters.count(FLOAT8) > 1 or CONVERTER_NAME in converters[: converters.index(FLOAT8)]:
@@ -42,6 +44,8 @@ def check_quantization(config: FlameJobConfig) -> Iterator[str]:
         )
     if float8.emulate and float8.recipe_name is not None:
         yield f"{FLOAT8}.emulate has no effect with {FLOAT8}.recipe_name; leave one of them out"
+    if float8.precompute_float8_dynamic_scale_for_fsdp and not float8.enable_fsdp_float8_all_gather:
+        yield f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp has no effect without enable_fsdp_float8_all_gather; leave it out"
     if float8.enable_fsdp_float8_all_gather:
         yield from _check_gathered(config)
     if not float8.emulate and (tokens := _tokens(config)) % _MULTIPLE:

@@ -26,6 +26,7 @@ def background_evaluation(config: FlameJobConfig) -> list[Follower]:
     arguments += [] if options.limit is None else ["--limit", str(options.limit)]
     arguments += ["--apply-chat-template"] if options.apply_chat_template else []
     arguments += ["--trust-remote-code"] if config.seed.trust_remote_code else []
+    arguments += ["--import", config.experimental.custom_import] if config.experimental.custom_import else []
     arguments += ["--output", str(Path(config.job.dump_folder) / EVALUATIONS_NAME)]
 
     def due(step: int, is_last: bool) -> bool:

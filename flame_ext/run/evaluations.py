@@ -59,17 +59,22 @@ class NewEvaluations:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._changed = self._time()
-        self._known = [json.dumps(line) for line in self._lines()]
+        self._changed: int | None = None
+        self._known: list[str] = []
+        self.take()
 
     def take(self) -> list[dict[str, Any]]:
         """Returns the lines that have come since the last call. What cannot be read is said."""
         changed = self._time()
         if changed == self._changed:
             return []
-        self._changed, known = changed, self._known
-        lines = self._lines()
-        self._known = [json.dumps(line) for line in lines]
+        self._changed = changed
+        try:
+            lines = read_evaluations(self._file)
+        except UserError as e:
+            logger.warning(str(e))
+            return []
+        known, self._known = self._known, [json.dumps(line) for line in lines]
         return [line for line, text in zip(lines, self._known, strict=True) if text not in known]
 
     def _time(self) -> int | None:
@@ -77,10 +82,3 @@ class NewEvaluations:
             return self._file.stat().st_mtime_ns
         except OSError:  # it is not there yet
             return None
-
-    def _lines(self) -> list[dict[str, Any]]:
-        try:
-            return read_evaluations(self._file)
-        except UserError as e:
-            logger.warning(str(e))
-            return []

@@ -108,8 +108,8 @@ def evaluate(
     from lm_eval.models.huggingface import HFLM
 
     began = time.perf_counter()
-    manager, tasks = find_tasks(request.tasks, request.include_path)
     try:
+        manager, tasks = find_tasks(request.tasks, request.include_path)
         model = HFLM(
             pretrained=str(folder),
             backend="causal",

@@ -200,7 +200,8 @@ def _pieces(new: Any, old: Any, ids: range, rows: int) -> dict[int, tuple[int, .
         if number not in names or number in special:
             continue
         if alike and number not in added:
-            if _BYTE.fullmatch(names[number]) and models[0].byte_fallback:
+            # Models of other kinds than BPE do not say whether they have bytes.
+            if _BYTE.fullmatch(names[number]) and getattr(models[0], "byte_fallback", True):
                 continue
             # The token's own spelling ("Ġword", "▁word", parts of characters), which a decoded text may lose.
             made = [token.id for token in models[1].tokenize(names[number])]
@@ -216,7 +217,10 @@ def _pieces(new: Any, old: Any, ids: range, rows: int) -> dict[int, tuple[int, .
 
 
 def _without_prefix(backend: Tokenizer) -> Tokenizer:
-    """Return a tokenizer that puts no space, by whichever of its parts, before a text: an added token stands anywhere in one."""
+    """Return a tokenizer that puts no space, by whichever of its parts, before a text, since an added token stands anywhere in one.
+
+    It neither cuts nor pads, as files may ask for.
+    """
 
     def changed(part: Any) -> Any:
         if isinstance(part, list):
@@ -231,4 +235,5 @@ def _without_prefix(backend: Tokenizer) -> Tokenizer:
         return {key: never.get(key, changed(value)) for key, value in part.items()}
 
     state = json.loads(backend.to_str())
-    return Tokenizer.from_str(json.dumps(state | {key: changed(state[key]) for key in ("normalizer", "pre_tokenizer")}))
+    parts = {key: changed(state[key]) for key in ("normalizer", "pre_tokenizer")}
+    return Tokenizer.from_str(json.dumps(state | parts | {"padding": None, "truncation": None}))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from flame_ext.errors import UserError
+from flame_ext.errors import ConfigError, UserError
 from flame_ext.run.process import end_with
 
 # A process with these would wait for others, or take their device.
@@ -32,6 +33,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     dtypes = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", default="auto", choices=dtypes, help="of the weights (default: as they are stored)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the modelling code of the export")
+    parser.add_argument("--import", dest="module", help="module that registers an architecture of your own")
     output = "file of lines to add the result to, such as a run's evaluations.jsonl"
     parser.add_argument("--output", type=Path, metavar="FILE", help=output)
     parser.add_argument("--end-with", type=int, metavar="PID", help="end with the process of this number (Linux)")
@@ -47,6 +49,11 @@ def run(options: argparse.Namespace) -> int:
     origin = origin_of_export(options.path)
     for name in _LAUNCHED:
         os.environ.pop(name, None)
+    if options.module:
+        try:
+            importlib.import_module(options.module)
+        except ModuleNotFoundError as e:
+            raise ConfigError(f"--import: {e}; it must be importable from the current folder") from e
     from flame_ext.run.harness import Request, evaluate
 
     request = Request(

@@ -40,6 +40,8 @@ def on_gpu(launched: None, monkeypatch: pytest.MonkeyPatch) -> None:
         ([], f"model.converters: '{NAME}': Failed to swap to Float8Linear because float8 is only supported on SM89"),
         ([EMULATE, "--compile.enable"], f"'{NAME}': Failed to swap"),
         ([EMULATE, f"--{NAME}.recipe_name=rowwise"], f"emulate has no effect with {NAME}.recipe_name"),
+        ([EMULATE, f"--{NAME}.precompute_float8_dynamic_scale_for_fsdp"], "has no effect without enable_fsdp_float8_all_gather"),
+        ([EMULATE, "--model.converters=future_prediction"], f"[{NAME}] has no effect without model.converters"),
         ([EMULATE, f"--model.converters=future_prediction,{NAME}"], f'must have "{NAME}" once and before "future_prediction"'),
         ([EMULATE, f"--model.converters={NAME},quantize.linear.mx"], "'quantize.linear.mx' is not supported: it needs a GPU of SM100"),
         (["--model.converters=quantize.grouped_mm.float8"], "'quantize.grouped_mm.float8' is not supported: it is for torchtitan's own"),

@@ -7,10 +7,12 @@ import multiprocessing as mp
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from flame_ext.checkpoint.run_hooks import RunHooks
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.run.background_evaluation import background_evaluation
 from flame_ext.tools.evaluate import add_parser
@@ -47,14 +49,14 @@ def test_options_are_those_of_the_job() -> None:
     plain = parsed(job())
     assert (plain.path, plain.output) == (Path("runs/one/hf/step-4"), Path("runs/one/evaluations.jsonl"))
     assert (plain.tasks, plain.batch_size, plain.num_fewshot, plain.limit) == (["hellaswag", "own/"], 8, None, None)
-    assert not plain.apply_chat_template and not plain.trust_remote_code
+    assert not plain.apply_chat_template and not plain.trust_remote_code and plain.module is None
     config = job(
         num_fewshot=0, limit=0.5, batch_size=2, include_path=["a", "b"], apply_chat_template=True, dtype="float32"
     )
-    config.seed.trust_remote_code = True
+    config.seed.trust_remote_code, config.experimental.custom_import = True, "my_model"
     full = parsed(config)
     assert (full.num_fewshot, full.limit, full.batch_size, full.include_path) == (0, 0.5, 2, ["a", "b"])
-    assert full.apply_chat_template and full.trust_remote_code and full.dtype == "float32"
+    assert full.apply_chat_template and full.trust_remote_code and full.dtype == "float32" and full.module == "my_model"
 
 
 @pytest.mark.parametrize(("interval", "expected"), [(4, [4, 8, 10]), (0, [10])])
@@ -81,13 +83,31 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize(("finishing", "now", "last"), [(False, 4, 6), (False, 6, 6), (True, 4, 4)])
+def test_the_last_steps_export_is_known_where_ranks_export_none(finishing: bool, now: int, last: int) -> None:
+    config, started = FlameJobConfig(), []
+    config.training.steps = 6
+    hooks: Any = SimpleNamespace(
+        _config=config,
+        _trainer=SimpleNamespace(step=now, finishing=finishing),
+        followers=SimpleNamespace(start=lambda export, is_last: started.append((export.name, is_last))),
+    )
+    for step in (2, 4, 6):
+        RunHooks._follow(hooks, Path(f"hf/step-{step}"))
+    assert started == [(f"step-{step}", step == last) for step in (2, 4, 6)]
+
+
 @pytest.mark.matrix
 def test_a_run_evaluates_its_exports_beside_training(tmp_path: Path, dump_folder: Path) -> None:
     pytest.importorskip("lm_eval")
     tasks = write_tasks(tmp_path / "own")
     options = (*FAST, f"--evaluation.tasks={tasks}", "--evaluation.interval=2", "--metrics.enable-tensorboard")
+    options += (
+        "--training.steps=3",
+        "--checkpoint.no-last_save_in_hf",
+    )  # the last export, too, is made in the background
     run = train(dump_folder, *options, world_size=2, timeout=300)
-    assert [line["step"] for line in lines(dump_folder)] == [2, 4]
+    assert [line["step"] for line in lines(dump_folder)] == [2, 3]
     (board,) = (dump_folder / "tb").iterdir()
     for line in lines(dump_folder):
         expected = naive_figures(dump_folder / "hf" / f"step-{line['step']}")
@@ -97,7 +117,7 @@ def test_a_run_evaluates_its_exports_beside_training(tmp_path: Path, dump_folder
             assert tensorboard(board, f"evaluation/{name}")[line["step"]] == pytest.approx(value, rel=1e-4)
     perplexities = [line[f"{TEXT}/word_perplexity"] for line in lines(dump_folder)]
     assert perplexities[0] != perplexities[1], "each of its own step"
-    assert set(tensorboard(board, f"evaluation/{CHOICE}/acc")) == {2, 4}
+    assert set(tensorboard(board, f"evaluation/{CHOICE}/acc")) == {2, 3}
     assert f"evaluation of step-2: {CHOICE}/acc " in run.ranks[0].output
     again = train(dump_folder, *options, "--training.local_batch_size=4", timeout=300)  # on one rank
     assert "Already complete" in again.ranks[0].output and "evaluation of step-2: " not in again.ranks[0].output

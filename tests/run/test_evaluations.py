@@ -47,10 +47,14 @@ def test_lines_are_taken_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert new.take() == [{"step": 4, **A}] and new.take() == []
     record_evaluation(file, {"step": 2, **A, "a/acc": 0.75})  # its export was replaced
     assert [line["a/acc"] for line in new.take()] == [0.75]
+    whole = file.read_text()
     file.write_text("{")
     with caplog.at_level(logging.WARNING):
         assert new.take() == []
     assert "line 1: cannot be read" in caplog.text
+    file.write_text(whole)
+    record_evaluation(file, {"step": 6, **A})
+    assert new.take() == [{"step": 6, **A}], "those before were taken"
 
 
 def test_trackers_get_an_evaluation_at_each_logged_step_under_its_own_step_and_the_rest_at_the_end(

@@ -89,6 +89,9 @@ def test_a_failure_is_one_line_with_the_reason(tasks: Path, tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"lm-eval cannot evaluate .*: FileNotFoundError: .*absent.jsonl") as e:
         evaluate(TINY_OLMO, Request(tasks=(str(folder / f"{TEXT}.yaml"),)))
     assert "\n" not in str(e.value)
+    (folder / "bytes.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"lm-eval cannot evaluate .*: UnicodeDecodeError: "):
+        evaluate(TINY_OLMO, Request(tasks=(str(folder / "bytes.yaml"),)))
     with pytest.raises(UserError, match="device 'cuda:77' is not there"):
         evaluate(TINY_OLMO, Request(tasks=(str(tasks),)), device="cuda:77")
 

@@ -84,6 +84,14 @@ def test_pieces_of_added_tokens(kind: str, normalized: bool) -> None:
     check(build(kind, []), new, {word: word for word in words})
 
 
+def test_padding_and_truncation_that_a_file_sets_are_no_pieces() -> None:
+    old, new = sentencepiece("first", []), sentencepiece("first", [])
+    old.backend_tokenizer.enable_padding(length=16)
+    old.backend_tokenizer.enable_truncation(2)
+    new.add_tokens([AddedToken("Häuser", normalized=False)])
+    check(old, new, {"Häuser": "Häuser"})
+
+
 def check(old: PreTrainedTokenizerFast, new: PreTrainedTokenizerFast, texts: dict[str, str]) -> None:
     rows = len(old.get_vocab())
     found = _pieces(new, old, range(rows, len(new.get_vocab())), rows)
@@ -98,3 +106,13 @@ def test_a_byte_that_the_old_tokenizer_does_not_know_is_no_text() -> None:
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
     new = wrapped(backend, unk_token="<unk>")
     assert _pieces(new, old, range(1000, 1256), len(old.get_vocab())) == {}
+
+
+def test_a_byte_of_a_unigram_model_is_no_text() -> None:
+    """As of T5's and XGLM's tokenizers, which do not say whether they have bytes."""
+    scores = [("<unk>", 0.0), *((character, -9.0) for character in "▁Haus<0xC3>")]
+    old = wrapped(Tokenizer(models.Unigram(scores, 0, False)), unk_token="<unk>")
+    grown = [*scores, ("Haus", -1.0), ("<0xC3>", -9.0)]
+    new = wrapped(Tokenizer(models.Unigram(grown, 0, True)), unk_token="<unk>")
+    rows = len(scores)
+    assert _pieces(new, old, range(rows, rows + 2), rows) == {rows: tuple(old.convert_tokens_to_ids(list("Haus")))}

@@ -90,6 +90,20 @@ def test_an_output_without_a_folder_and_a_missing_package_are_said(
     assert "pip install 'flame_ext[eval]'" in capsys.readouterr().err
 
 
+def test_an_architecture_of_the_users_is_registered_before(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "own_architecture.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    known: list[bool] = []
+    monkeypatch.setattr(
+        "flame_ext.run.harness.evaluate", lambda *_, **__: known.append("own_architecture" in sys.modules) or FOUND
+    )
+    assert main(["evaluate", str(export), "--tasks", "a", "--import", "own_architecture"]) == 0 and known == [True]
+    assert main(["evaluate", str(export), "--tasks", "a", "--import", "is_absent"]) == 2
+    assert "--import: No module named 'is_absent'; it must be importable" in capsys.readouterr().err
+
+
 def test_the_summary_has_errors_beside_figures() -> None:
     line = {"a/em/strict": 0.5, "a/em_stderr/strict": 0.1, "examples": {"a": 1}, "seconds": 1.0}
     assert summary(line) == "a/em/strict 0.5 ± 0.1 (1 examples in 1.0 s)"
