@@ -3,7 +3,9 @@
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +20,7 @@ T = TypeVar("T")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # protocol to the extra of pyproject.toml that brings it
 _WAITS = (0.5, 1.0, 2.0)  # seconds before each further attempt; s3fs and gcsfs try again by themselves as well
+_once = ContextVar("_once", default=False)
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError, NotImplementedError)
 # What stores call the mark that changes with an object's content, the strongest first.
 _MARKS = (
@@ -67,7 +70,7 @@ def filesystem(url: str, error: type[UserError]) -> tuple[Any, str]:
 
 def patiently(url: str, ask: Callable[[], T], error: type[UserError], doing: str = "read") -> T:
     """Return what ``ask`` returns, tried up to four times in some seconds unless the answer is final; raise ``error`` in one line."""
-    for wait in (*_WAITS, None):
+    for wait in (*(() if _once.get() else _WAITS), None):
         try:
             return ask()
         except UserError:
@@ -83,6 +86,16 @@ def patiently(url: str, ask: Callable[[], T], error: type[UserError], doing: str
                 raise error(f"{url}: cannot be {doing} {found}; {remedy}") from e
             time.sleep(wait)
     raise AssertionError
+
+
+@contextmanager
+def once() -> Iterator[None]:
+    """While this is entered, this thread asks a store once: other ranks wait for what can be done without."""
+    token = _once.set(True)
+    try:
+        yield
+    finally:
+        _once.reset(token)
 
 
 def opened(file: str, error: type[UserError]) -> Any:

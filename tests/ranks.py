@@ -61,6 +61,7 @@ def run_ranks(
     processes = []
     for rank in range(world_size):
         variables = {
+            **os.environ,
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world_size),
@@ -102,6 +103,7 @@ def _rank_main(function: Callable[..., Any], args: tuple, variables: dict[str, s
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.chdir(REPOSITORY)
+    os.environ.clear()  # that of the server which forks was the first test's
     # Whatever seeding or resuming did not write is NaN, and shows.
     os.environ.update({"FLAME_EXT_POISON_PARAMETERS": "1", **variables})
     sys.path[:0] = filter(None, [os.environ.get("FLAME_EXT_TEST_PATH")])

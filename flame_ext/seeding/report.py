@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flame_ext.errors import SeedError
-from flame_ext.object_stores import is_url
+from flame_ext.object_stores import is_url, once
 from flame_ext.seeding.accounting import Account
 from flame_ext.seeding.proof.parity import Verification
 from flame_ext.seeding.sources.hub import HUB_PREFIX
@@ -68,7 +68,8 @@ def changed_source(
         return None
     on_hub = path.startswith(HUB_PREFIX)
     try:
-        folder = copied(path, with_tokenizer=False) if is_url(path) else path
+        with once():
+            folder = copied(path, with_tokenizer=False) if is_url(path) else path
         now = "another name" if on_hub else f"digest {open_source(folder, allow_pickle, follow_links).digest[:12]}"
     except SeedError:
         return None

@@ -122,7 +122,7 @@ def test_a_run_is_that_of_a_single_process_and_goes_on_as_one(tmp_path: Path) ->
 def test_figures_of_the_host_are_of_whole_sequences() -> None:
     """It divides the loss of a part by the labels of the whole, and adds up the tokens of all ranks."""
     processor = FutureMetricsProcessor.__new__(FutureMetricsProcessor)
-    processor._progress = mock.Mock(**{"line.return_value": None})
+    processor._progress, processor._evaluations = mock.Mock(**{"line.return_value": None}), None
     processor.parallel_dims = SimpleNamespace(cp=2, world_size=2, non_data_parallel_size=2)
     processor.ntokens_since_last_log, processor.time_last_log, processor._writes = 256, 0.0, False
     with mock.patch.object(MetricsProcessor, "log") as log:

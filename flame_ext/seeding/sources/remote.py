@@ -54,7 +54,7 @@ class Store:
 
     url: str
     sizes: Mapping[str, int]
-    marks: Mapping[str, str]  # which change with the content, "" if the store does not tell
+    marks: Mapping[str, str]  # which change with the content
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
@@ -200,6 +200,8 @@ def _listed(url: str, patterns: tuple[str, ...]) -> Store:
     for name, info in chosen.items():
         if not isinstance(info["size"], int):
             raise SeedError(f"{url}/{name}: the store does not tell its size; copy the folder to a file system")
+        if not mark_of(info):
+            raise SeedError(f"{url}/{name}: the store does not tell when it changes; copy the folder to a file system")
     if not any(name.endswith((".safetensors", ".distcp")) and "/" not in name for name in chosen) and any(
         name.endswith(".bin") for name in named
     ):

@@ -26,6 +26,7 @@ from flame_ext.seeding.sources import remote_weights
 from flame_ext.seeding.sources.boxes import Box, full_box, inside, tiles_exactly, volume
 from flame_ext.seeding.sources.hub import locate
 from flame_ext.seeding.sources.open import open_source
+from flame_ext.seeding.sources.remote import copied
 from flame_ext.seeding.sources.remote_weights import _GAP, _RANGE, parts_to_ask_for
 from flame_ext.seeding.sources.source import Source, read_tensor, same_bits
 from flame_ext.tools.describe import describe
@@ -218,6 +219,24 @@ def test_a_resumed_run_says_if_the_source_is_another(tmp_path: Path, object_stor
         changed_source(identity, url, False, False) or ""
     )
     assert changed_source(identity, f"{object_store.url}/gone", False, False) is None, "as of a folder that is gone"
+
+
+def test_a_resumed_run_does_not_wait_for_a_store_that_is_down(
+    tmp_path: Path, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = {"source": (url := object_store.put(single(tmp_path))), "source_digest": "another"}
+    object_store.refuse = lambda _request: 500
+    monkeypatch.setattr(object_stores, "_WAITS", (600,))
+    assert changed_source(identity, url, False, False) is None
+
+
+def test_a_store_that_does_not_tell_when_objects_change_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flame_ext.seeding.sources.remote.mark_of", lambda _info: "")
+    fsspec.filesystem("memory").put(str(single(tmp_path)), "/unmarked", recursive=True)
+    with pytest.raises(SeedError, match="the store does not tell when it changes; copy the folder"):
+        copied("memory://unmarked", with_tokenizer=False)
 
 
 def test_errors_that_pass_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
