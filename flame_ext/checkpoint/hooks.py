@@ -1,6 +1,6 @@
 """The protocol between the checkpoint manager and the run: everything that the manager asks of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,9 +64,9 @@ class CheckpointHooks(Protocol):
     def is_exported(self, step: int) -> bool:
         """Whether the export of a step is there and can be read, by its headers. Collective."""
 
-    def follow_exports(self, last: int, complete: bool) -> None:
-        """Follow those of this run's exports up to step ``last`` that are there and not followed yet; ``complete`` tells whether the
-        run ends with that step. Collective.
+    def follow_exports(self, last: int, complete: bool, given_up: Collection[str]) -> None:
+        """Follow those of this run's exports up to step ``last`` that are there and not followed yet, without those of the steps that
+        the run has gone back behind, by name; ``complete`` tells whether the run ends with step ``last``. Collective.
         """
 
     def export(self, step: int) -> None:

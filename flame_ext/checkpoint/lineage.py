@@ -73,6 +73,11 @@ class StepFolder:
         """Returns the complete steps of a run's lineage, oldest first."""
         return [s for s in self.steps if s.manifest.get("run") == run and _until(lineage, s.step) == lineage_of(s)]
 
+    def given_up(self, run: str | None, lineage: Lineage) -> list[str]:
+        """Returns the names of the complete steps that a run has gone back behind, and that are not of a lineage."""
+        kept = {s.path for s in self.of(run, lineage)}
+        return [s.path.name for s in self.of_any_branch(run) if s.path not in kept]
+
     def candidates(self, load_step: int) -> list[CompleteStep]:
         """Returns the steps with which a run may go on, the last one first in line; raises a CheckpointError if ``load_step`` is
         not there.

@@ -163,14 +163,13 @@ class SeedingCheckpointManager(CheckpointManager):
     def _go_on(self, folder: StepFolder, chosen: CompleteStep, load_step: int) -> None:
         """Begins a branch if need be, and makes up for exports that were not finished, or not begun. Collective."""
         run, self.lineage = chosen.manifest.get("run"), folder.lineage_from(chosen, load_step)
+        given_up = folder.given_up(run, self.lineage)
         if self.lineage != folder.lineage:
-            kept = {s.path for s in folder.of(run, self.lineage)}
-            given_up = [s.path.name for s in folder.of_any_branch(run) if s.path not in kept]
             on_main_rank(record_lineage, folder.path, run, self.lineage)
             left = f"; not on it, and left until a save takes their name: {', '.join(given_up)}" if given_up else ""
             logger.warning(f"Going back to {chosen.path}: a branch begins after it{left}")
         self.make_up_exports([s for s in folder.of(run, self.lineage) if s.step <= chosen.step])
-        self.hooks.follow_exports(chosen.step, complete=False)
+        self.hooks.follow_exports(chosen.step, complete=False, given_up=given_up)
 
     def make_up(self, folder: StepFolder, last: CompleteStep, load_step: int) -> bool:
         """Makes what a run that has saved its ``last`` step still lacks: exports, and then deletions. Returns False if a stop signal
@@ -179,12 +178,13 @@ class SeedingCheckpointManager(CheckpointManager):
         self.hooks.resumed(last.manifest, last.path)
         self._yield(folder, last, load_step)
         self.lineage = lineage_of(last)
-        before = [s for s in folder.of(last.manifest.get("run"), self.lineage) if s.step <= last.step]
+        run = last.manifest.get("run")
+        before = [s for s in folder.of(run, self.lineage) if s.step <= last.step]
         self.make_up_exports([s for s in before if s is not last or not self._exports_last_step])
         if self._exports_last_step and not self.hooks.is_exported(last.step):
             self.load_model(last)
             self.hooks.export(last.step)
-        self.hooks.follow_exports(last.step, complete=True)
+        self.hooks.follow_exports(last.step, complete=True, given_up=folder.given_up(run, self.lineage))
         return self.finish_exports(purge=last in folder.current)
 
     def make_up_exports(self, steps: list[CompleteStep]) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -253,10 +253,11 @@ class RunHooks(CheckpointHooks):
         last = self._trainer.step if self._trainer.finishing else self._config.training.steps
         self.followers.start(export, export.name == f"step-{last}")
 
-    def follow_exports(self, last: int, complete: bool) -> None:
+    def follow_exports(self, last: int, complete: bool, given_up: Collection[str]) -> None:
         def follow() -> None:
             for export in exports_of(self._folder / "hf", self._step_folder(last).parent, self._run_id, last):
-                self.followers.start(export, complete and export.name == f"step-{last}")
+                if export.name not in given_up:
+                    self.followers.start(export, complete and export.name == f"step-{last}")
 
         on_main_rank(follow)
 
@@ -265,7 +266,9 @@ class RunHooks(CheckpointHooks):
         if (adapters := self._model.whole.adapters) is None:
             return None
         identity = self._seed_identity or {}
-        path, _, revision = str(identity.get("source")).removeprefix(HUB_PREFIX).partition("@")
+        path, revision = str(identity.get("source")), ""
+        if path.startswith(HUB_PREFIX):
+            path, _, revision = path.removeprefix(HUB_PREFIX).partition("@")
         return {
             **adapters.config,
             "base_model_name_or_path": path,

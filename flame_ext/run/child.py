@@ -26,9 +26,10 @@ class Outcome(NamedTuple):
 
     @property
     def last_line(self) -> str:
-        """The last line of its output, or, if it has failed, of its errors."""
+        """The last line of its output, or, if it has failed, the error that it has said, or else the last line of its errors."""
         lines = (self.output if self.code == 0 else self.errors).strip().splitlines()
-        return lines[-1].removeprefix("error: ") if lines else f"exit code {self.code}"
+        said = [line for line in lines if line.startswith("error: ")]  # a library may say more after it
+        return (said or lines or [f"exit code {self.code}"])[-1].removeprefix("error: ")
 
 
 class Child:

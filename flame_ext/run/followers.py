@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,10 +15,6 @@ from flame_ext.run.child import Child
 
 def _always(_step: int, _is_last: bool) -> bool:
     return True
-
-
-def _nothing(_step: int, _output: str) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -36,9 +33,6 @@ class Follower:
 
     target: str = ""
     """What its outcome depends on beside the export: where it changes, what was done for another target is done again."""
-
-    finished: Callable[[int, str], None] = _nothing
-    """Gets the number of the step and the command's output, on a thread of the main rank, before the export counts as followed."""
 
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables of the process, which otherwise sees no device and uses one core."""
@@ -73,6 +67,10 @@ class Followers:
 
     def waiting(self) -> list[str]:
         """Returns what is being done, or waits for its turn, such as "upload of step-4"."""
+        # Asked twice, since one that has just ended may have begun another.
+        return self._not_done() or self._not_done()
+
+    def _not_done(self) -> list[str]:
         return [job for job, future in list(self._jobs.items()) if not future.done()]
 
     def end(self) -> list[str]:
@@ -88,7 +86,8 @@ class Followers:
             thread.shutdown(wait=True, cancel_futures=True)
 
     def _submit(self, follower: Follower, export: Path) -> None:
-        self._jobs[_job(follower, export)] = self._threads[follower.name].submit(self._follow, follower, export)
+        with suppress(RuntimeError):  # cancelled meanwhile: the next run makes up for it
+            self._jobs[_job(follower, export)] = self._threads[follower.name].submit(self._follow, follower, export)
 
     def _follow(self, follower: Follower, export: Path) -> None:
         """Runs the command for one export, unless that was done. Never raises: nobody looks."""
@@ -105,7 +104,6 @@ class Followers:
                 return
             if outcome.code != 0:
                 raise ChildProcessError(outcome.last_line)
-            follower.finished(step, outcome.output)
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.write_text(marked)
             logger.info(f"{job}: {outcome.last_line}")

@@ -64,6 +64,18 @@ def test_a_server_that_is_down_is_said_and_made_up_for(dump_folder: Path, object
 
 
 @pytest.mark.matrix
+def test_what_a_run_has_gone_back_behind_is_not_made_up_for(dump_folder: Path, object_store: ObjectStore) -> None:
+    object_store.refuse = lambda request: 503
+    run(dump_folder, object_store, timeout=280)
+    object_store.refuse = ObjectStore.refuse
+    back = ("--checkpoint.load_step=2", "--training.steps=5", "--checkpoint.interval=5", "--export.interval=5")
+    for _ in range(2):  # the second start finds the branch
+        run(dump_folder, object_store, *back, "--checkpoint.allow_config_change=training.steps")
+    assert (dump_folder / "hf" / "step-4").is_dir()
+    assert {name.partition("/")[0] for name in sent(object_store)} == {"step-2", "step-5"}
+
+
+@pytest.mark.matrix
 def test_a_signal_ends_an_upload_and_the_next_run_goes_on(dump_folder: Path, object_store: ObjectStore) -> None:
     reached, go_on = threading.Event(), threading.Event()
 

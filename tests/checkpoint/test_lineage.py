@@ -58,6 +58,7 @@ def test_after_going_back_the_steps_of_the_branch_that_was_given_up_do_not_count
     assert current(tmp_path) == [1, 2], "from the moment on, before anything is saved"
     save(tmp_path, range(3, 5), lineage)
     assert current(tmp_path) == [1, 2, 3, 4] and [s.step for s in read_steps(tmp_path).steps] == [1, 2, 3, 4, 5, 6]
+    assert read_steps(tmp_path).given_up("a", lineage) == ["step-5", "step-6"]
     (tmp_path / LINEAGE_NAME).unlink()
     assert current(tmp_path) == [1, 2, 3, 4], "manifests say it too"
     assert begin(tmp_path) == lineage, "going on begins no branch"

@@ -67,7 +67,7 @@ def test_each_export_is_followed_once_in_order(notes: Path, caplog: pytest.LogCa
 
 def test_a_failure_is_said_and_made_up_for_by_the_next_run(notes: Path, caplog: pytest.LogCaptureFixture) -> None:
     fails = notes.with_name("step-4")
-    fails.write_text("sys.exit('Traceback\\nerror: no such bucket')")
+    fails.write_text("sys.exit('Traceback\\nerror: no such bucket\\nleaked 3 objects')")
     assert follow(followers(notes), notes, 2, 4) == ["step-2", "step-4"]
     (message,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert message.startswith("The upload of step-4 failed: no such bucket; ") and "at its next start" in message
@@ -83,17 +83,6 @@ def test_a_failure_is_tried_again_once_after_a_success(notes: Path) -> None:
     assert follow(of, notes, 6) == ["step-6"]
     fails.unlink()
     assert follow(followers(notes), notes, 2, 4, 6) == ["step-2"]
-
-
-def test_what_was_found_is_handed_on_before_the_export_counts_as_followed(notes: Path) -> None:
-    found: list[tuple[int, str]] = []
-
-    def refuse(_step: int, _output: str) -> None:
-        raise OSError("the disk is full")
-
-    assert follow(followers(notes, finished=refuse), notes, 2) == ["step-2"]
-    assert follow(followers(notes, finished=lambda *of: found.append(of)), notes, 2) == ["step-2"]
-    assert found == [(2, "first line\ndone with step-2\n")]
 
 
 def test_cancelled_ones_end_and_are_made_up_for(notes: Path) -> None:
