@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 
+from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import set_default_dtype
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -15,6 +17,7 @@ from flame_ext.heads.registry import teacher_of
 from flame_ext.hf_config import REVERSE_FIELD
 from flame_ext.host.names import model_converters
 from flame_ext.model.attention import mask_problem
+from flame_ext.model.hf_causal_lm import HFCausalLM, HFModelArgs, build_hf_causal_lm
 from flame_ext.object_stores import is_url, problem_of
 from flame_ext.seeding.sources.hub import HUB_PREFIX
 from flame_ext.seeding.sources.safe_files import TOKENIZER_FILES, read_json
@@ -33,6 +36,14 @@ def check_model(config: FlameJobConfig) -> Iterator[str]:
             close = difflib.get_close_matches(name, model_converters, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             yield f"model.converters: unknown converter {name!r}{hint} (known: {', '.join(sorted(model_converters))})"
+
+
+def model_on_meta(config: FlameJobConfig) -> HFCausalLM:
+    """Builds the job's backbone in the dtype of its parameters, on the meta device. Raises a ConfigError, as the build does."""
+    args = HFModelArgs()
+    args.update_from_config(config)
+    with set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
+        return build_hf_causal_lm(args)
 
 
 def not_a_causal_lm(hf_config: PreTrainedConfig) -> str | None:

@@ -5,13 +5,12 @@ from collections.abc import Iterator
 import torch
 import transformers
 from torchtitan.config import TORCH_DTYPE_MAP
-from torchtitan.tools.utils import set_default_dtype
 from transformers import PreTrainedConfig
 
 from flame_ext.config.sections import FlameJobConfig, Moe
 from flame_ext.errors import ConfigError
-from flame_ext.model.hf_causal_lm import HFModelArgs, build_hf_causal_lm
 from flame_ext.model.routing import CORRECTION_BIAS
+from flame_ext.preflight.model import model_on_meta
 from flame_ext.preflight.parallelism import sharding_ranks
 
 _SIZES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -22,11 +21,8 @@ def check_mixture(config: FlameJobConfig, hf_config: PreTrainedConfig) -> Iterat
     moe, text = config.moe, hf_config.get_text_config()
     if moe == Moe() and not any(getattr(text, size, None) for size in _SIZES):
         return
-    args = HFModelArgs()
-    args.update_from_config(config)
     try:
-        with set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
-            model = build_hf_causal_lm(args)
+        model = model_on_meta(config)
     except ConfigError as e:
         yield str(e)
         return

@@ -5,17 +5,16 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import torch
-from torchtitan.config import TORCH_DTYPE_MAP
-from torchtitan.tools.utils import set_default_dtype
 from transformers import PreTrainedConfig
 
 from flame_ext.config.sections import FlameJobConfig
 from flame_ext.errors import ConfigError
 from flame_ext.heads.registry import CONVERTER_NAME, teacher_of, trained_heads
 from flame_ext.host.names import model_converters
-from flame_ext.model.hf_causal_lm import HFCausalLM, HFModelArgs, build_hf_causal_lm
+from flame_ext.model.hf_causal_lm import HFCausalLM
 from flame_ext.model.quantization import FLOAT8, converted_layers
 from flame_ext.model.tensor_parallel import sizes_of_parts
+from flame_ext.preflight.model import model_on_meta
 from flame_ext.preflight.parallelism import is_launched, sharding_ranks
 
 _MULTIPLE = 16  # of all sizes of matrices, for float8's kernels
@@ -93,11 +92,8 @@ def check_quantized(config: FlameJobConfig, _hf_config: PreTrainedConfig) -> Ite
     """Yields one sentence for each finding of the layers that are converted, in the model on the meta device."""
     if FLOAT8 not in config.model.converters or not is_launched():
         return
-    args = HFModelArgs()
-    args.update_from_config(config)
     try:
-        with set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
-            model = build_hf_causal_lm(args)
+        model = model_on_meta(config)
         dims = SimpleNamespace(dp_shard_enabled=sharding_ranks(config) > 1)
         model_converters[FLOAT8](copy.deepcopy(config), dims).convert(model)
     except ConfigError as e:

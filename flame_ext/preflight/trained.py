@@ -13,9 +13,10 @@ from flame_ext.hf_config import random_fields
 from flame_ext.model.adapters import CONVERTER_NAME as LORA
 from flame_ext.model.adapters import OPTION, add_adapters
 from flame_ext.model.freezing import freeze_parameters
-from flame_ext.model.hf_causal_lm import HFCausalLM, HFModelArgs, Stage, build_hf_causal_lm
+from flame_ext.model.hf_causal_lm import HFCausalLM, Stage
 from flame_ext.model.pipeline_stages import layers_of_stages, not_pipelined, stage_of
 from flame_ext.model.tensor_parallel import adapter_problems
+from flame_ext.preflight.model import model_on_meta
 
 
 def check_adapters(config: FlameJobConfig) -> Iterator[str]:
@@ -81,11 +82,9 @@ def check_trained(config: FlameJobConfig, _hf_config: PreTrainedConfig) -> Itera
         return
     if config.optimizer.early_step_in_backward:
         yield "optimizer.early_step_in_backward does not go with training.freeze: it waits for every gradient; leave it out"
-    args = HFModelArgs()
-    args.update_from_config(config)
     try:
+        model = model_on_meta(config)
         with set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
-            model = build_hf_causal_lm(args)
             if has_adapters:
                 add_adapters(model, config.lora)
             attach_heads(model, config)

@@ -29,8 +29,8 @@ class FutureMetricsProcessor(MetricsProcessor):
     """Metrics that are printed beside the losses; the file has all of them. The trainer sets it."""
 
     write_error: str | None = None
-    _has_written: bool = False
     """Why a line could not be written."""
+    _has_written: bool = False
 
     def __init__(
         self, job_config: FlameJobConfig, parallel_dims: ParallelDims, _model_args: Any = None, tag: str | None = None

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
 from flame_ext.errors import ConfigError
-from flame_ext.run.process import end_with
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -43,15 +42,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run the modelling code of the model's folder")
     parser.add_argument("--replace", action="store_true", help="replace DST, once everything is written")
-    ends = "end with the process of this number, which started this one (Linux)"
-    parser.add_argument("--end-with", type=int, metavar="PID", help=ends)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Returns 0; every failure is raised as a UserError."""
-    if options.end_with:
-        end_with(options.end_with)
     import torch
 
     from flame_ext.tools.conversion import Conversion, convert

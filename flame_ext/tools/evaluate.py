@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from flame_ext.errors import ConfigError, UserError
-from flame_ext.run.process import end_with
 
 # A process with these would wait for others, or take their device.
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -36,14 +35,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--import", dest="module", help="module that registers an architecture of your own")
     output = "file of lines to add the result to, such as a run's evaluations.jsonl"
     parser.add_argument("--output", type=Path, metavar="FILE", help=output)
-    parser.add_argument("--end-with", type=int, metavar="PID", help="end with the process of this number (Linux)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Returns 0; every failure is raised as a UserError."""
-    if options.end_with:
-        end_with(options.end_with)
     if options.output is not None and not options.output.parent.is_dir():
         raise UserError(f"--output {options.output}: there is no folder {options.output.parent}; make it first")
     origin = origin_of_export(options.path)

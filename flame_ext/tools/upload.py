@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 from flame_ext.errors import ConfigError
-from flame_ext.run.process import end_with
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -18,15 +17,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("destination", metavar="DST", help=where)
     public = "make the repository public if it is not there; without it, a public one is refused"
     parser.add_argument("--public", action="store_true", help=public)
-    ends = "end with the process of this number, which started this one (Linux)"
-    parser.add_argument("--end-with", type=int, metavar="PID", help=ends)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Returns 0; every failure is raised as a UserError."""
-    if options.end_with:
-        end_with(options.end_with)
     from flame_ext.checkpoint.push import push
     from flame_ext.checkpoint.upload import upload
     from flame_ext.object_stores import is_url
