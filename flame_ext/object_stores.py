@@ -1,5 +1,6 @@
 """Object stores, and what else fsspec can reach by a URL: which paths are meant, how they are opened, and when it is tried again."""
 
+import io
 import os
 import re
 import time
@@ -99,11 +100,48 @@ def once() -> Iterator[None]:
 
 
 def opened(file: str, error: type[UserError]) -> Any:
-    """Open a file, or the object that a URL names, to be read as bytes; raise ``error`` for an object that cannot be had."""
+    """Open a file, or the object that a URL names, to be read as bytes; raise ``error`` for an object that cannot be had, now or as
+    it is read.
+    """
     if not is_url(file):
         return Path(file).open("rb")
     store, name = filesystem(file, error)
-    return patiently(file, lambda: store.open(name, "rb"), error)
+    return io.BufferedReader(_Object(file, patiently(file, lambda: store.open(name, "rb"), error), error), 2**20)
+
+
+class _Object(io.RawIOBase):
+    """The stream of an object, of which a part that does not come is asked for again."""
+
+    def __init__(self, url: str, stream: Any, error: type[UserError]) -> None:
+        self._url, self._stream, self._error = url, stream, error
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self._stream.seekable())
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._stream.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._stream.tell())
+
+    def readinto(self, buffer: Any) -> int:
+        position = self._stream.tell()
+
+        def read() -> bytes:
+            if self._stream.tell() != position:
+                self._stream.seek(position)
+            return self._stream.read(len(buffer))
+
+        raw = patiently(self._url, read, self._error)
+        buffer[: len(raw)] = raw
+        return len(raw)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 def mark_of(info: Mapping[str, Any]) -> str:

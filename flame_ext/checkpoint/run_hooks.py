@@ -37,10 +37,9 @@ from flame_ext.model.dtypes import dtypes_in
 from flame_ext.model.hf_causal_lm import HFCausalLM
 from flame_ext.model.routing import KeptRoutes
 from flame_ext.model.runner import ModelRunner, StageInputs
-from flame_ext.run.background_evaluation import background_evaluation
+from flame_ext.run.background_evaluation import background_evaluation, require_tasks
 from flame_ext.run.background_export import background_exports
 from flame_ext.run.followers import Followers, followers_of
-from flame_ext.run.harness import find_tasks
 from flame_ext.run.optimization import configured_again
 from flame_ext.seeding.accounting import matches
 from flame_ext.seeding.again import read_again
@@ -95,8 +94,8 @@ class RunHooks(CheckpointHooks):
             self._stored(whole, _dtypes(whole))
         if self._config.export.push_to_hub:
             on_main_rank(check_token, self._config.export.push_to_hub)
-        if (evaluated := self._config.evaluation).tasks:
-            on_main_rank(find_tasks, evaluated.tasks, evaluated.include_path)
+        if self._config.evaluation.tasks:
+            on_main_rank(require_tasks, self._config.evaluation)
         # The manifest of every step names the run and the source of its step 0.
         self._run_id: str | None = None
         self._seed_identity: dict[str, Any] | None = None

@@ -28,14 +28,16 @@ def check_evaluation(config: FlameJobConfig) -> Iterator[str]:
             f"evaluation.interval must be 0 or a multiple of export.interval = {export}, got {options.interval}: exports are evaluated; "
             "set export.interval so that it divides it"
         )
-    if not options.interval and not config.checkpoint.last_save_in_hf:
+    last_is_exported = config.checkpoint.last_save_in_hf or (export and config.training.steps % export == 0)
+    if not options.interval and not last_is_exported:
         yield "evaluation.tasks has nothing to evaluate: set evaluation.interval, or checkpoint.last_save_in_hf = true"
     if config.data.reverse:
         yield "evaluation.tasks ask from left to right, and data.reverse trains a model that reads from right to left; leave them out"
     try:
-        yield from missing_paths(options.tasks, options.include_path)
+        for problem in missing_paths(options.tasks, options.include_path):
+            yield f"evaluation.{problem}"
     except ConfigError as e:
-        yield str(e)
+        yield f"evaluation.{e}"
     yield from _check_device(options.device)
 
 

@@ -6,12 +6,22 @@ from pathlib import Path
 
 import torch
 
-from flame_ext.config.sections import FlameJobConfig
+from flame_ext.config.sections import Evaluation, FlameJobConfig
+from flame_ext.errors import ConfigError
 from flame_ext.run.evaluations import EVALUATIONS_NAME
 from flame_ext.run.followers import Follower
+from flame_ext.run.harness import find_tasks
 
 # What the figures do not depend on beyond rounding: a change does not have earlier exports evaluated anew.
 _HARMLESS = ("interval", "batch_size", "device")
+
+
+def require_tasks(options: Evaluation) -> None:
+    """Raises ConfigError if lm-eval does not have the tasks. Takes seconds."""
+    try:
+        find_tasks(options.tasks, options.include_path)
+    except ConfigError as e:
+        raise ConfigError(f"evaluation.{e}") from e
 
 
 def background_evaluation(config: FlameJobConfig) -> list[Follower]:

@@ -1,4 +1,4 @@
-"""``evaluations.jsonl``: one line for each step and its tasks, written beside training, and read for the trackers as it grows."""
+"""``evaluations.jsonl``: one line for each export and its tasks, written beside training, and read for the trackers as it grows."""
 
 import json
 import logging
@@ -32,7 +32,8 @@ def read_evaluations(file: Path) -> list[dict[str, Any]]:
 def record_evaluation(file: Path, line: dict[str, Any]) -> None:
     """Adds a line in the order of steps, and puts the file in place whole.
 
-    An older line of the same step and tasks goes: it was of an export that has been replaced, or is evaluated again.
+    An older line of the same run, step and tasks goes: it was of an export that has been replaced, or is evaluated again. What is no
+    export is told apart by its path.
     """
     with FileLock(file.with_name(f".{file.name}.lock")):
         others = [other for other in read_evaluations(file) if _subject(other) != _subject(line)]
@@ -50,8 +51,9 @@ def figures_in(line: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in line.items() if "/" in name and isinstance(value, int | float)}
 
 
-def _subject(line: dict[str, Any]) -> tuple[Any, Any]:
-    return line["step"], line.get("tasks")
+def _subject(line: dict[str, Any]) -> tuple[Any, ...]:
+    export = line.get("export", {})
+    return line["step"], line.get("tasks"), export.get("run") or export.get("path")
 
 
 class NewEvaluations:

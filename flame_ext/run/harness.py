@@ -4,15 +4,17 @@ which takes seconds.
 
 import difflib
 import math
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from flame_ext.errors import ConfigError, UserError
 from flame_ext.files import expanded
+
+_NOT_READ = {"__pycache__", ".ipynb_checkpoints"}  # folders that lm-eval passes over
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,24 @@ def is_path(task: str) -> bool:
 
 
 def missing_paths(tasks: Sequence[str], include_path: Sequence[str]) -> list[str]:
-    """Returns one sentence for each file or folder of tasks that is not there."""
+    """Returns one sentence for each file or folder of tasks that is not there, which begins with the option's name."""
     named = [("tasks", task) for task in tasks if is_path(task)] + [("include_path", path) for path in include_path]
     return [
-        f"evaluation.{option} has {path!r}, which is not there; name a YAML file or a folder of them"
+        f"{option} has {path!r}, which is not there; name a YAML file or a folder of them"
         for option, path in named
-        if not Path(expanded(path, f"evaluation.{option}")).exists()
+        if not Path(expanded(path, option)).exists()
     ]
+
+
+def _content(file: Path) -> dict[str, Any]:
+    """What a YAML file says, with those that it includes; functions stay names. Raises ConfigError if it cannot be read."""
+    from lm_eval.tasks.manager import load_yaml
+
+    try:
+        return load_yaml(file, resolve_func=False)
+    except Exception as e:  # of yaml, and whatever a file can provoke in lm-eval
+        reason = " ".join(str(e).split())
+        raise ConfigError(f"tasks: {file} cannot be read ({type(e).__name__}: {reason}); mend it") from e
 
 
 def find_tasks(tasks: Sequence[str], include_path: Sequence[str] = ()) -> tuple[Any, list[str]]:
@@ -48,21 +61,28 @@ def find_tasks(tasks: Sequence[str], include_path: Sequence[str] = ()) -> tuple[
     Reads its 15,000 files of tasks, which takes seconds, only for names that the user's own folders do not have.
 
     Raises:
-        ConfigError: there is no such task.
+        ConfigError: there is no such task, or a file of the user's cannot be read; begins with the option's name.
     """
     from lm_eval.tasks import TaskManager
 
     if problems := missing_paths(tasks, include_path):
         raise ConfigError("; ".join(problems))
-    paths = {task: Path(expanded(task, "evaluation.tasks")).absolute() for task in tasks if is_path(task)}
+    paths = {task: Path(expanded(task, "tasks")).absolute() for task in tasks if is_path(task)}
     folders = [str(path) for path in paths.values() if path.is_dir()]
-    included = [*(expanded(str(path), "evaluation.include_path") for path in include_path), *folders]
+    included = [*(expanded(path, "include_path") for path in include_path), *folders]
+    for file in chain.from_iterable(Path(folder).rglob("*.yaml") for folder in included):
+        if _NOT_READ.isdisjoint(file.parts):
+            _content(file)  # lm-eval leaves out what it cannot read, and may have a task of that name
+    files = {path: _content(path) for path in paths.values() if path.is_file()}
+    for path, content in files.items():
+        if not (content.get("task") or content.get("group")):
+            raise ConfigError(f"tasks: {path} is no file of a task; give it a key 'task', or name another")
     manager = TaskManager(include_path=included, include_defaults=False)
     names = [task for task in tasks if task not in paths]
     needed = [*names, *(task for folder in folders for task in _tasks_in(folder))]
     needs_all = not all(manager.match_tasks([name]) for name in names)
     needs_all |= any(task in manager.all_groups for task in manager.match_tasks(needed))
-    needs_all |= any(re.search(r"^group:", path.read_text(), re.MULTILINE) for path in paths.values() if path.is_file())
+    needs_all |= any("group" in content for content in files.values())
     if needs_all:  # a group may have tasks of lm-eval
         manager = TaskManager(include_path=included)
     found: list[str] = []
@@ -72,7 +92,7 @@ def find_tasks(tasks: Sequence[str], include_path: Sequence[str] = ()) -> tuple[
             if not matches:
                 close = difflib.get_close_matches(task, manager.all_tasks, n=3)
                 hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "`lm_eval ls tasks` lists all"
-                raise ConfigError(f"evaluation.tasks: lm-eval has no task {task!r}; {hint}")
+                raise ConfigError(f"tasks: lm-eval has no task {task!r}; {hint}")
             found += matches
         elif paths[task].is_dir():
             found += _tasks_in(str(paths[task]))
@@ -85,9 +105,7 @@ def _tasks_in(folder: str) -> list[str]:
     from lm_eval.tasks import TaskManager
 
     if not (found := TaskManager(include_path=folder, include_defaults=False).all_subtasks):
-        raise ConfigError(
-            f"evaluation.tasks: the folder {folder} has no YAML file of a task; give it one, with a key 'task'"
-        )
+        raise ConfigError(f"tasks: the folder {folder} has no YAML file of a task; give it one, with a key 'task'")
     return list(found)
 
 

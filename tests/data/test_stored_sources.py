@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -10,9 +11,11 @@ import datasets
 import pytest
 import torch
 
+from flame_ext import object_stores
 from flame_ext.config.sections import DataSource
 from flame_ext.data import documents
 from flame_ext.errors import ConfigError
+from flame_ext.object_stores import once
 from tests.data.test_loader import position, resume
 from tests.data.test_sources import (
     Maker,
@@ -78,6 +81,25 @@ def test_workers_read_from_a_store(tmp_path: Path, object_store: ObjectStore) ->
     expected = read(loaders(job(local), 1, 0), 2)
     found = read(loaders(job(stored(local, tmp_path, object_store)), 1, 2), 2)
     assert all(map(torch.equal, found, expected))
+
+
+def test_a_store_that_fails_in_the_middle_of_an_object_is_asked_again(
+    tmp_path: Path, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_stores, "_WAITS", (0.01, 0.01, 0.01))
+    monkeypatch.setattr("s3fs.S3FileSystem.default_block_size", 2**20)  # what is read ahead, else 50 MiB
+    content = random.Random(0).randbytes(8 * 2**20)
+    (tmp_path / "a.jsonl").write_bytes(content)
+    url = object_store.put(tmp_path / "a.jsonl")
+    with object_stores.opened(url, ConfigError) as stream:
+        begin = stream.read(1000)
+        object_store.fail(8, name="a.jsonl")  # s3fs asks five times by itself
+        assert begin + stream.read() == content
+        assert sum(asked.status == 503 for asked in object_store.asked) == 8
+        stream.seek(0)
+        object_store.fail(1000, name="a.jsonl")
+        with pytest.raises(ConfigError, match=r"^s3://.*/a.jsonl: cannot be read \(.*\); check the network"), once():
+            stream.read()
 
 
 @pytest.mark.parametrize("ending", ["txt", "parquet"])

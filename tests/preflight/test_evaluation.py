@@ -20,6 +20,10 @@ EXPORTS = "--export.interval=20"
         ([TASKS, EXPORTS, "--evaluation.interval=30"], "must be 0 or a multiple of export.interval = 20, got 30"),
         ([TASKS, "--evaluation.interval=20"], "must be 0 or a multiple of export.interval = 0, got 20"),
         ([TASKS, "--checkpoint.no-last_save_in_hf"], "evaluation.tasks has nothing to evaluate"),
+        (
+            [TASKS, "--checkpoint.no-last_save_in_hf", "--export.interval=40", "--training.steps=60"],
+            "evaluation.tasks has nothing to evaluate",
+        ),
         ([TASKS, "--data.reverse"], "data.reverse trains a model that reads from right to left"),
         (["--evaluation.tasks=./absent"], "evaluation.tasks has './absent', which is not there"),
         ([TASKS, "--evaluation.include_path=absent"], "evaluation.include_path has 'absent', which is not there"),
@@ -44,3 +48,5 @@ def test_what_is_right_is_taken() -> None:
         [f"--job.config_file={DEBUG_TOML}", TASKS, EXPORTS, "--evaluation.interval=40", "--evaluation.limit=0.5"]
     )
     assert config.evaluation.tasks == ["hellaswag"] and config.evaluation.limit == 0.5
+    options = ["--checkpoint.no-last_save_in_hf", "--training.steps=60"]
+    parse([f"--job.config_file={DEBUG_TOML}", TASKS, EXPORTS, *options])  # the last step is exported in any case

@@ -19,13 +19,19 @@ from tests.run.test_metrics import Logged, log, processor
 A, B = {"tasks": ["a"], "a/acc": 0.5, "a/acc_stderr": None, "seconds": 2.0}, {"tasks": ["b"], "b/acc": 1.0}
 
 
-def test_a_line_replaces_that_of_its_step_and_tasks(tmp_path: Path) -> None:
+def test_a_line_replaces_that_of_its_model_step_and_tasks(tmp_path: Path) -> None:
     file = tmp_path / EVALUATIONS_NAME
     for line in ({"step": 4, **A}, {"step": 2, **A}, {"step": 4, **B}, {"step": 4, **A, "a/acc": 0.25}):
         record_evaluation(file, line)
     found = read_evaluations(file)
     assert [(line["step"], line["tasks"]) for line in found] == [(2, ["a"]), (4, ["b"]), (4, ["a"])]
     assert found[-1]["a/acc"] == 0.25
+    for name in ("base", "other", "base"):  # models by hand, of no run
+        record_evaluation(file, {"step": 0, **A, "export": {"path": name, "run": None}})
+    record_evaluation(file, {"step": 4, **A, "export": {"path": "moved/hf/step-4", "run": "r"}})
+    record_evaluation(file, {"step": 4, **A, "export": {"path": "hf/step-4", "run": "r"}})
+    paths = [line["export"]["path"] for line in read_evaluations(file) if "export" in line]
+    assert paths == ["other", "base", "hf/step-4"]
     assert [path.name for path in tmp_path.glob("*.tmp")] == [] and figures_in(found[0]) == {"a/acc": 0.5}
 
 

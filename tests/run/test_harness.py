@@ -54,17 +54,42 @@ def test_a_file_a_folder_and_a_name_are_found(tasks: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("absent/task.yaml", "evaluation.tasks has 'absent/task.yaml', which is not there"),
+        ("absent/task.yaml", "tasks has 'absent/task.yaml', which is not there"),
         ("./empty", "has no YAML file of a task"),
+        ("./broken/deep", "/broken/deep/er/a.yaml cannot be read (ScannerError: "),
+        ("./broken/list.yml.yaml", "/broken/list.yml.yaml cannot be read (ValueError: Expected YAML dict"),
+        ("./broken/absent.yaml", "/broken/absent.yaml cannot be read (FileNotFoundError: "),
+        ("./broken/part.yaml", "/broken/part.yaml is no file of a task; give it a key 'task'"),
     ],
 )
 def test_a_path_without_tasks_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, message: str
 ) -> None:
     (tmp_path / "empty").mkdir()
+    write_broken(tmp_path / "broken")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=re.escape(message)):
+    with pytest.raises(ConfigError, match=re.escape(message)) as e:
         find_tasks([given])
+    assert str(e.value).startswith("tasks") and "\n" not in str(e.value)
+
+
+def write_broken(folder: Path) -> None:
+    """Files that are no tasks."""
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / "deep" / "er" / "a.yaml").write_text("task: one\n  doc_to_text: : x")
+    (folder / "list.yml.yaml").write_text("- task")
+    (folder / "absent.yaml").write_text("task: one\ninclude: absent_part.yaml")
+    (folder / "part.yaml").write_text("output_type: multiple_choice")
+    checkpoints = folder.parent / "empty" / ".ipynb_checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "a.yaml").write_text("{")  # passed over
+
+
+def test_a_broken_file_of_ones_own_does_not_give_way_to_a_task_of_lm_eval(tasks: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tasks, tmp_path / "own")
+    (folder / "hellaswag.yaml").write_text("task: hellaswag\n  dataset_path: : json")
+    with pytest.raises(ConfigError, match=r"tasks: .*/own/hellaswag.yaml cannot be read"):
+        find_tasks([CHOICE, "hellaswag"], [str(folder)])
 
 
 @pytest.mark.matrix  # reads all files of tasks of lm-eval, which takes ten seconds
@@ -90,7 +115,7 @@ def test_a_failure_is_one_line_with_the_reason(tasks: Path, tmp_path: Path) -> N
         evaluate(TINY_OLMO, Request(tasks=(str(folder / f"{TEXT}.yaml"),)))
     assert "\n" not in str(e.value)
     (folder / "bytes.yaml").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"lm-eval cannot evaluate .*: UnicodeDecodeError: "):
+    with pytest.raises(UserError, match=r"tasks: .*bytes.yaml cannot be read \("):
         evaluate(TINY_OLMO, Request(tasks=(str(folder / "bytes.yaml"),)))
     with pytest.raises(UserError, match="device 'cuda:77' is not there"):
         evaluate(TINY_OLMO, Request(tasks=(str(tasks),)), device="cuda:77")
