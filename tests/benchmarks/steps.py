@@ -7,11 +7,13 @@ the rows of an accelerator.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flame_ext.hf_config import REVERSE_FIELD
 from tests.benchmarks.common import Table, in_fresh_process, quartiles, ratios, spread, verdict
 from tests.benchmarks.jobs import PLAIN, Job, Shape, column, in_turns, save_backbone, write_text
 
@@ -22,6 +24,7 @@ NATIVE, CE, FUTURE = (
     "+ future predictor",
 )
 DOCUMENTS = "+ document boundaries"
+REVERSE = "+ future predictor, `summary_method = reverse_lm`"
 NO_FUTURE = ("--future_encoder.no-enable", "--future_predictor.no-enable")
 COMPILED = (NATIVE, CE, DOCUMENTS, FUTURE)
 JOBS: dict[str, Job] = {
@@ -32,6 +35,8 @@ JOBS: dict[str, Job] = {
     "+ future predictor, `teacher_fraction = 0.5`": Job("ours", (LINEAR, "--future_encoder.teacher_fraction=0.5")),
     "+ future predictor, `teacher_interval = 4`": Job("ours", (LINEAR, "--future_encoder.teacher_interval=4")),
     "+ future predictor, document boundaries": Job("ours", (LINEAR, "--data.document_attention")),
+    "+ future predictor, `summary_method = query`": Job("ours", (LINEAR, "--future_encoder.summary_method=query")),
+    REVERSE: Job("ours", (LINEAR, "--future_encoder.summary_method=reverse_lm")),
     "+ future predictor and action layer": Job("ours", (LINEAR, "--action_layer.enable", "--action_layer.top_k=8")),
     "+ `mtp`, parallel": Job("ours", (*NO_FUTURE, "--mtp.enable")),
     "+ `mtp`, sequential": Job("ours", (*NO_FUTURE, "--mtp.enable", "--mtp.kind=sequential")),
@@ -52,10 +57,19 @@ DEVICE_OPTIONS = (
 def jobs_of(shape: Shape, scratch: Path, options: Sequence[str] = ()) -> dict[str, tuple[Any, ...]]:
     """The arguments of :func:`tests.benchmarks.jobs.worker` for each row."""
     backbone, text = save_backbone(scratch / "backbone", shape), write_text(scratch / "text")
+    of_all = {name: (*job.options, *options) for name, job in JOBS.items()}
+    of_all[REVERSE] += (f"--future_encoder.reverse_model={save_reverse_model(scratch / 'reverse', shape)}",)
     return {
-        name: (Job(job.kind, (*job.options, *options)), shape, str(backbone), str(text), str(scratch / f"run{number}"))
+        name: (Job(job.kind, of_all[name]), shape, str(backbone), str(text), str(scratch / f"run{number}"))
         for number, (name, job) in enumerate(JOBS.items())
     }
+
+
+def save_reverse_model(folder: Path, shape: Shape) -> Path:
+    """A random model of that shape that says that it reads from right to left."""
+    config = save_backbone(folder, shape) / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), REVERSE_FIELD: True}))
+    return folder
 
 
 def measure(quick: bool = False) -> list[Table]:
