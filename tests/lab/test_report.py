@@ -12,7 +12,9 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from flame_ext.files import write_json
-from flame_ext.lab.report import Estimate, draw, gather, markdown, student, summary
+from flame_ext.lab.figures import draw, draw_all
+from flame_ext.lab.report import markdown, summary
+from flame_ext.lab.results import Estimate, gather, student
 from flame_ext.tools.main import main
 
 FLOPS = {"ntp": 10.0, "top": 20.0}
@@ -61,7 +63,7 @@ RESULTS = [
 def test_means_intervals_and_equal_compute(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = write(tmp_path / "lab", RESULTS, absent=1)
     assert main(["lab", "report", str(folder)]) == 0
-    assert capsys.readouterr().out.count("Wrote") == 4
+    assert capsys.readouterr().out.count("Wrote") == 6
     found = json.loads((folder / "report" / "report.json").read_text())
     assert (found["done"], found["of"]) == (5, 6)
     ntp, top = (found["tasks"]["star"]["tokens"][name] for name in ("ntp", "top"))
@@ -79,6 +81,24 @@ def test_means_intervals_and_equal_compute(tmp_path: Path, capsys: pytest.Captur
     assert "5 of 6 runs" in text and "| ntp | 3 | 400 | 4e+03 (1.00x) | 0.5000 ± 0.2484 | 1.0000 ± 0.0000 |" in text
     assert (folder / "report" / "star.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "report" / "star.svg").read_bytes().startswith(b"<?xml")
+    assert "](_all.png)" in text and (folder / "report" / "_all.png").is_file()
+
+
+def test_the_figure_of_all_tasks_has_means_intervals_and_seeds(tmp_path: Path) -> None:
+    other = [
+        {**values, "run": {**values["run"], "task": "text"}, "figures": {"loss_answer": 2.0}} for values in RESULTS
+    ]
+    about, tasks = gather(write(tmp_path / "lab", [*RESULTS, *other]))
+    stars, texts = draw_all(tasks, about["objectives"]).axes
+    assert [panel.get_title() for panel in (stars, texts)] == ["star", "text"]
+    assert (stars.get_xlabel(), texts.get_xlabel()) == ("right answers", "loss of the answer")
+    assert [label.get_text() for label in stars.get_yticklabels()] == ["ntp", "top"]
+    seeds, mean = stars.lines[0], stars.containers[0]
+    assert list(seeds.get_xdata()) == [0.5, 0.4, 0.6] and list(mean.lines[0].get_xdata()) == [0.5]
+    (interval,) = mean.lines[2][0].get_segments()
+    half = 4.303 * 0.1 / math.sqrt(3)
+    assert list(interval[:, 0]) == pytest.approx([0.5 - half, 0.5 + half])
+    assert stars.get_xlim()[0] == 0 < texts.get_xlim()[0], "a share's axis has all of it"
 
 
 def test_what_lies_between_two_validations_is_interpolated(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from flame_ext.errors import ConfigError, UserError
 from flame_ext.lab.data import is_written, write_task
 from flame_ext.lab.job import RESULT, run
 from flame_ext.lab.plan import Run, read_plan
-from flame_ext.lab.report import gather, markdown, operations, summary
+from flame_ext.lab.report import markdown, summary
+from flame_ext.lab.results import gather, operations
 from flame_ext.lab.run import _digest, _steps_of_equal_compute, prepare
 from flame_ext.lab.tasks import KINDS
 from flame_ext.preflight.parse import parse
