@@ -13,8 +13,10 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from random import SystemRandom
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +39,15 @@ class RankResult:
     """What its function returned."""
 
 
+def free_port() -> int:
+    """A port at which nobody listens, below those that the kernel gives to connections, since it might give one away meanwhile."""
+    while True:
+        port = SystemRandom().randrange(20000, 29000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+
+
 def run_ranks(
     function: Callable[..., Any],
     world_size: int,
@@ -55,9 +66,7 @@ def run_ranks(
         watch: called with the processes once they run, to do something to them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = []
     for rank in range(world_size):
         variables = {

@@ -7,7 +7,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import pytest
 import yaml
 
 from flame_ext.run.signals import EXIT_PREEMPTED
-from tests.ranks import REPOSITORY, train
+from tests.ranks import REPOSITORY, free_port, train
 
 SCRIPTS = [
     *REPOSITORY.glob("*.sh"), *REPOSITORY.glob("configs/slurm/*"), *REPOSITORY.glob("docs/**/*.sh"), REPOSITORY / ".ci" / "run",
@@ -29,12 +28,6 @@ FAST = ("--training.seq_len=32", "--seed.verify=none", "--training.steps=2", "--
 
 def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **variables}
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def stub(folder: Path, name: str, body: str) -> Path:
@@ -55,7 +48,9 @@ def test_two_nodes_compute_what_one_process_does(tmp_path: Path) -> None:
     """Two torchrun agents with a c10d rendezvous on loopback."""
     dump_folder = tmp_path / "two"
     description = AWKWARD[0]
-    shared = environment(NNODE="2", NGPU="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), RDZV_ID=tmp_path.name)
+    shared = environment(
+        NNODE="2", NGPU="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), RDZV_ID=tmp_path.name
+    )
     command = ["./train.sh", *FAST, f"--job.dump_folder={dump_folder}", description]
     command += ["--training.local_batch_size=2", "--training.global_batch_size=4"]
     nodes = [

@@ -5,7 +5,6 @@ import gc
 import logging
 import os
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +16,9 @@ LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 def environment_of_only_rank() -> dict[str, str]:
-    """Returns the variables that torchrun sets for its only rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    """Returns the variables that torchrun sets for its only rank. Of its port nobody has to know: it is any that is free."""
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    return ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def end_with(parent: int, number: signal.Signals = signal.SIGKILL) -> None:

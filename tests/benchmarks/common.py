@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import resource
-import socket
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,8 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from tests.ranks import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY_OLMO = REPOSITORY / "tests" / "assets" / "tiny_olmo"
@@ -120,12 +121,6 @@ def rank_environment(rank: int = 0, world_size: int = 1, port: int | None = None
         **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
         **{"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port())},
     }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def fresh(code: str, *arguments: str, env: dict[str, str] | None = None) -> tuple[dict[str, Any], float]:

@@ -9,9 +9,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.common import Table, free_port, spread
+from tests.benchmarks.common import Table, spread
 from tests.benchmarks.jobs import PLAIN, Job, Shape, column, running, save_backbone
 from tests.benchmarks.steps import LINEAR, QUICK
+from tests.ranks import free_port
 
 LONG = Shape(layers=2, hidden=256, intermediate=688, heads=4, vocabulary=8192, batch=1, seq_len=8192)
 JOBS = {"cross-entropy": Job("ours", tuple(PLAIN)), "+ future predictor": Job("ours", (LINEAR,))}
