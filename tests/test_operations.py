@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from flame_ext.heads.registry import job_config_class
 from flame_ext.objective.contrastive import info_nce
 from flame_ext.operations import operations_per_token, tokens_of_a_step
+from tests.flops import flop_counter
 from tests.ranks import TINY_OLMO
 
 BATCH, LENGTH, SIZE = 2, 24, 128
@@ -41,11 +42,11 @@ def test_backbone_and_teacher_are_those_of_the_model() -> None:
     found = operations_per_token(job(**FUTURE))
     model = AutoModelForCausalLM.from_pretrained(TINY_OLMO, dtype=torch.float32)
     tokens = torch.randint(3, 200, (BATCH, LENGTH))
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as step:
+    with sdpa_kernel(SDPBackend.MATH), flop_counter() as step:
         F.cross_entropy(model(tokens, use_cache=False).logits.transpose(1, 2), tokens).backward()
     assert step.get_total_flops() == TOKENS * found.backbone
     mask = torch.ones(BATCH, 1, LENGTH, LENGTH, dtype=torch.bool).triu()
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as teacher:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), flop_counter() as teacher:
         model.base_model(tokens, attention_mask=mask, use_cache=False)
     assert teacher.get_total_flops() == TOKENS * found.teacher
     assert found.total == found.backbone + found.heads + found.teacher + found.comparisons

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from flame_ext.heads.registry import attach_heads, enabled_heads, job_config_class
 from flame_ext.heads.spec import HeadBatch
 from flame_ext.model.hf_causal_lm import HFCausalLM, HFModelArgs, build_hf_causal_lm
+from tests.flops import flop_counter
 from tests.ranks import TINY_OLMO
 
 LENGTH, TOKENS, TOP_K, STEPS, DEPTH = 24, 48, 3, 2, 2
@@ -59,9 +59,9 @@ def test_a_loss_multiplies_as_often_as_it_says(name: str, options: dict[str, Any
     def counted(logits: torch.Tensor, states: torch.Tensor, unembed: Any) -> int:
         documents = torch.zeros_like(tokens)
         batch = HeadBatch(states, logits, tokens, tokens, documents, 1.0, config, model.get_input_embeddings(), unembed)
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        with flop_counter() as flops, sdpa_kernel(SDPBackend.MATH):
             spec.loss(head, batch)
-        return counter.get_total_flops()
+        return flops.get_total_flops()
 
     expected = model.heads[name].multiplications - times * vectors(head)
     assert model(tokens, compute=counted) == 2 * TOKENS * expected
@@ -72,10 +72,10 @@ def test_candidates_multiply_as_often_as_it_says(head_type: str) -> None:
     model, _ = with_head("action_layer", head_type=head_type, top_k=TOP_K)
     head: Any = model.get_submodule("action_layer")
     states, once = torch.randn(TOKENS, model.config.hidden_size), vectors(head.state_norm) + vectors(head.state_proj)
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as flops:
         head(states, torch.randn(TOKENS, 1 + TOP_K, states.shape[1]), states)
     expected = model.heads["action_layer"].multiplications - once - (1 + TOP_K) * (vectors(head) - once)
-    assert counter.get_total_flops() == 2 * TOKENS * expected
+    assert flops.get_total_flops() == 2 * TOKENS * expected
 
 
 def test_a_head_that_rests_multiplies_nothing() -> None:
