@@ -122,7 +122,8 @@ class _Object(io.RawIOBase):
         return bool(self._stream.seekable())
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return int(self._stream.seek(offset, whence))
+        self._stream.seek(offset, whence)  # of some stores it returns nothing
+        return self.tell()
 
     def tell(self) -> int:
         return int(self._stream.tell())

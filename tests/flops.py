@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts all products but outer ones: older versions of transformers make the angles of RoPE by one, later ones without."""
+    """Counts all products but batched outer ones: older transformers make the angles of RoPE by one, later versions do not."""
 
     def products(a: Any, b: Any, **_: Any) -> int:
         batch, rows, inner = a

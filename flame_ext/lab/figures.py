@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from flame_ext.lab.results import FIGURES, OF_WHAT, Estimate, Results, curve
@@ -12,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def main_figure(results: Results) -> str:
-    """Returns the name of a task's first figure: right answers, creative, or the loss."""
+    """Returns the name of the figure that a task is about: right answers, creative, or else the loss."""
     known = next(iter(results.values()))[0]["figures"]
-    return next(n for n in FIGURES if n in known and n not in ("loss_equal_tokens", "loss_equal_compute"))
+    return next((name for name in ("exact", "creative") if name in known), "loss_answer")
 
 
 def draw(task: str, budgets: dict[str, Results], objectives: list[str]) -> Figure:
-    """Held-out loss over tokens and over operations, each seed a line, and the task's first figure with its intervals.
+    """Held-out loss over tokens and over operations, each seed a line, and the task's main figure with its intervals.
 
     An objective has its place and its color by its number among all ``objectives``.
     """
@@ -56,7 +57,7 @@ def draw(task: str, budgets: dict[str, Results], objectives: list[str]) -> Figur
 
 
 def draw_all(tasks: dict[str, dict[str, Results]], objectives: list[str]) -> Figure:
-    """Each task's first figure, of runs to their last step: a row for each objective, its seeds, their mean and its interval."""
+    """Each task's main figure: a row for each objective, its seeds, their mean and its interval. As :func:`draw` has them."""
     size = 1.4 + 2.2 * len(tasks), 0.9 + 0.24 * len(objectives)
     figure = figure_class("lab report")(figsize=size, dpi=120, layout="constrained")
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
@@ -66,9 +67,13 @@ def draw_all(tasks: dict[str, dict[str, Results]], objectives: list[str]) -> Fig
         for objective, results in whole.items():
             row, found = objectives.index(objective), Estimate.of([result["figures"][shown] for result in results])
             panel.plot(found.values, [row] * len(results), ".", color=f"C{row}", alpha=0.4, markersize=4)
+            if math.isnan(found.mean):
+                panel.annotate("diverged", (0.1, row), xycoords=("axes fraction", "data"), va="center", fontsize=8)
             panel.errorbar(found.mean, row, xerr=found.half, fmt="o", color=f"C{row}", markersize=4, capsize=3)
-        if shown != "loss_answer":  # a share: a small difference should look small
-            panel.set_xlim(0)
+        if (
+            shown != "loss_answer"
+        ):  # a share: a small difference should look small, and an interval may reach beyond all
+            panel.set_xlim(0, min(1.03, panel.get_xlim()[1]))
         panel.set_title(task, fontsize=10)
         panel.set_xlabel(FIGURES[shown], fontsize=8)
         panel.tick_params(labelsize=8)

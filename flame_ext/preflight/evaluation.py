@@ -9,7 +9,7 @@ import torch
 from flame_ext.config.sections import Evaluation, FlameJobConfig
 from flame_ext.errors import ConfigError
 from flame_ext.preflight.parallelism import is_launched
-from flame_ext.run.harness import missing_paths
+from flame_ext.run.harness_tasks import missing_paths
 
 
 def check_evaluation(config: FlameJobConfig) -> Iterator[str]:
@@ -28,8 +28,10 @@ def check_evaluation(config: FlameJobConfig) -> Iterator[str]:
             f"evaluation.interval must be 0 or a multiple of export.interval = {export}, got {options.interval}: exports are evaluated; "
             "set export.interval so that it divides it"
         )
-    last_is_exported = config.checkpoint.last_save_in_hf or (export and config.training.steps % export == 0)
-    if not options.interval and not last_is_exported:
+    divides = (
+        export and not config.training.epochs and config.training.steps % export == 0
+    )  # the last step, which epochs leave open
+    if not options.interval and not config.checkpoint.last_save_in_hf and not divides:
         yield "evaluation.tasks has nothing to evaluate: set evaluation.interval, or checkpoint.last_save_in_hf = true"
     if config.data.reverse:
         yield "evaluation.tasks ask from left to right, and data.reverse trains a model that reads from right to left; leave them out"

@@ -10,7 +10,7 @@ from flame_ext.config.sections import Evaluation, FlameJobConfig
 from flame_ext.errors import ConfigError
 from flame_ext.run.evaluations import EVALUATIONS_NAME
 from flame_ext.run.followers import Follower
-from flame_ext.run.harness import find_tasks
+from flame_ext.run.harness_tasks import find_tasks
 
 # What the figures do not depend on beyond rounding: a change does not have earlier exports evaluated anew.
 _HARMLESS = ("interval", "batch_size", "device")

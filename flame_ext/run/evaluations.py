@@ -32,11 +32,11 @@ def read_evaluations(file: Path) -> list[dict[str, Any]]:
 def record_evaluation(file: Path, line: dict[str, Any]) -> None:
     """Adds a line in the order of steps, and puts the file in place whole.
 
-    An older line of the same run, step and tasks goes: it was of an export that has been replaced, or is evaluated again. What is no
-    export is told apart by its path.
+    An older line of the same step and tasks, and of the same run or path, goes: it was of an export that has been replaced, or is
+    evaluated again.
     """
     with FileLock(file.with_name(f".{file.name}.lock")):
-        others = [other for other in read_evaluations(file) if _subject(other) != _subject(line)]
+        others = [other for other in read_evaluations(file) if not _replaces(line, other)]
         lines = sorted([*others, line], key=lambda each: each["step"])
         temporary = file.with_name(f".{file.name}.tmp")
         with temporary.open("w", encoding="utf-8") as stream:
@@ -51,9 +51,12 @@ def figures_in(line: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in line.items() if "/" in name and isinstance(value, int | float)}
 
 
-def _subject(line: dict[str, Any]) -> tuple[Any, ...]:
-    export = line.get("export", {})
-    return line["step"], line.get("tasks"), export.get("run") or export.get("path")
+def _replaces(line: dict[str, Any], other: dict[str, Any]) -> bool:
+    if (line["step"], line.get("tasks")) != (other["step"], other.get("tasks")):
+        return False
+    exports = [each.get("export", {}) for each in (line, other)]
+    (run, other_run), (path, other_path) = ([export.get(key) for export in exports] for key in ("run", "path"))
+    return path == other_path or (run is not None and run == other_run)
 
 
 class NewEvaluations:

@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
         )
     except ImportError as e:
         raise UserError(f"flame-ext evaluate needs lm-evaluation-harness: pip install 'flame_ext[eval]' ({e})") from e
-    line = {"step": origin["step"], **found, "export": {"path": str(options.path), **origin}}
+    line = {"step": origin["step"], **found, "export": {"path": str(options.path.resolve()), **origin}}
     if options.output is not None:
         from flame_ext.run.evaluations import record_evaluation
 

@@ -37,13 +37,11 @@ def measure(quick: bool = False) -> list[Table]:
     shape, rounds = (QUICK, 1) if quick else (ON_CPU, 2)
     wanted = [NATIVE, CE, FUTURE] if quick else [name for name in JOBS if "teacher" not in name]
     with tempfile.TemporaryDirectory() as scratch:
-        jobs = jobs_of(shape, Path(scratch))
-        found = one_by_one({name: jobs[name] for name in wanted}, steps=1, rounds=rounds, warm_up=2)
+        found = one_by_one(jobs_of(shape, Path(scratch), rows=wanted), steps=1, rounds=rounds, warm_up=2)
     heads = heads_table(quick)
     whole = QUICK if quick else OLMO_1B
     with tempfile.TemporaryDirectory() as scratch:
-        jobs = jobs_of(whole, Path(scratch), IN_BFLOAT16)
-        in_bfloat16 = one_by_one({name: jobs[name] for name in (CE, FUTURE)}, steps=1, rounds=1, warm_up=1)
+        in_bfloat16 = one_by_one(jobs_of(whole, Path(scratch), IN_BFLOAT16, (CE, FUTURE)), steps=1, rounds=1, warm_up=1)
     return [
         heads,
         table_of("memory", shape, found, "float32, one process; peak of the resident set over seeding and three steps"),

@@ -54,14 +54,17 @@ DEVICE_OPTIONS = (
 )
 
 
-def jobs_of(shape: Shape, scratch: Path, options: Sequence[str] = ()) -> dict[str, tuple[Any, ...]]:
+def jobs_of(
+    shape: Shape, scratch: Path, options: Sequence[str] = (), rows: Sequence[str] = tuple(JOBS)
+) -> dict[str, tuple[Any, ...]]:
     """The arguments of :func:`tests.benchmarks.jobs.worker` for each row."""
     backbone, text = save_backbone(scratch / "backbone", shape), write_text(scratch / "text")
-    of_all = {name: (*job.options, *options) for name, job in JOBS.items()}
-    of_all[REVERSE] += (f"--future_encoder.reverse_model={save_reverse_model(scratch / 'reverse', shape)}",)
+    of_rows = {name: (*JOBS[name].options, *options) for name in rows}
+    if REVERSE in of_rows:
+        of_rows[REVERSE] += (f"--future_encoder.reverse_model={save_reverse_model(scratch / 'reverse', shape)}",)
     return {
-        name: (Job(job.kind, of_all[name]), shape, str(backbone), str(text), str(scratch / f"run{number}"))
-        for number, (name, job) in enumerate(JOBS.items())
+        name: (Job(JOBS[name].kind, own), shape, str(backbone), str(text), str(scratch / f"run{number}"))
+        for number, (name, own) in enumerate(of_rows.items())
     }
 
 
@@ -79,8 +82,7 @@ def measure(quick: bool = False) -> list[Table]:
     with tempfile.TemporaryDirectory() as scratch:
         found = in_turns(jobs_of(shape, Path(scratch)), steps, warm_up)
     with tempfile.TemporaryDirectory() as scratch:
-        jobs = jobs_of(shape, Path(scratch), ("--compile.enable",))
-        compiled = in_turns({name: jobs[name] for name in COMPILED}, steps, warm_up)
+        compiled = in_turns(jobs_of(shape, Path(scratch), ("--compile.enable",), COMPILED), steps, warm_up)
     return [table_of(shape, found), compiled_table(shape, compiled)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from dataclasses import replace
 from itertools import product
@@ -96,10 +97,19 @@ def test_a_store_that_fails_in_the_middle_of_an_object_is_asked_again(
         object_store.fail(8, name="a.jsonl")  # s3fs asks five times by itself
         assert begin + stream.read() == content
         assert sum(asked.status == 503 for asked in object_store.asked) == 8
-        stream.seek(0)
+        assert stream.seek(0) == 0
         object_store.fail(1000, name="a.jsonl")
         with pytest.raises(ConfigError, match=r"^s3://.*/a.jsonl: cannot be read \(.*\); check the network"), once():
             stream.read()
+
+
+def test_a_stream_whose_seek_returns_nothing_is_read() -> None:
+    class Silent(io.BytesIO):  # as that of sftp://
+        def seek(self, offset: int, whence: int = io.SEEK_SET) -> None:  # type: ignore[override]
+            super().seek(offset, whence)
+
+    stream = io.BufferedReader(object_stores._Object("sftp://host/a", Silent(b"0123456789"), ConfigError), 4)
+    assert (stream.seek(-3, io.SEEK_END), stream.read(), stream.seek(2), stream.read(3)) == (7, b"789", 2, b"234")
 
 
 @pytest.mark.parametrize("ending", ["txt", "parquet"])

@@ -98,7 +98,15 @@ def test_the_figure_of_all_tasks_has_means_intervals_and_seeds(tmp_path: Path) -
     (interval,) = mean.lines[2][0].get_segments()
     half = 4.303 * 0.1 / math.sqrt(3)
     assert list(interval[:, 0]) == pytest.approx([0.5 - half, 0.5 + half])
-    assert stars.get_xlim()[0] == 0 < texts.get_xlim()[0], "a share's axis has all of it"
+    assert stars.get_xlim()[0] == 0 < texts.get_xlim()[0], "a share's axis begins at none"
+
+
+def test_the_figure_of_all_tasks_says_what_has_diverged_and_ends_at_all_of_a_share(tmp_path: Path) -> None:
+    results = [result("ntp", 0, 0.0), result("ntp", 1, 0.4), result("top", 0, math.nan)]
+    about, tasks = gather(write(tmp_path / "lab", results))
+    (panel,) = draw_all(tasks, about["objectives"]).axes
+    assert [(text.get_text(), text.xy[1]) for text in panel.texts] == [("diverged", 1)]
+    assert panel.get_xlim() == (0, 1.03), "the interval of two seeds reaches beyond"
 
 
 def test_what_lies_between_two_validations_is_interpolated(tmp_path: Path) -> None:

@@ -32,6 +32,9 @@ def test_a_line_replaces_that_of_its_model_step_and_tasks(tmp_path: Path) -> Non
     record_evaluation(file, {"step": 4, **A, "export": {"path": "hf/step-4", "run": "r"}})
     paths = [line["export"]["path"] for line in read_evaluations(file) if "export" in line]
     assert paths == ["other", "base", "hf/step-4"]
+    record_evaluation(file, {"step": 4, **A, "export": {"path": "hf/step-4", "run": "begun anew"}})
+    runs = [line["export"]["run"] for line in read_evaluations(file) if "export" in line]
+    assert runs == [None, None, "begun anew"]
     assert [path.name for path in tmp_path.glob("*.tmp")] == [] and figures_in(found[0]) == {"a/acc": 0.5}
 
 
