@@ -70,9 +70,8 @@ def draw_all(tasks: dict[str, dict[str, Results]], objectives: list[str]) -> Fig
             if math.isnan(found.mean):
                 panel.annotate("diverged", (0.1, row), xycoords=("axes fraction", "data"), va="center", fontsize=8)
             panel.errorbar(found.mean, row, xerr=found.half, fmt="o", color=f"C{row}", markersize=4, capsize=3)
-        if (
-            shown != "loss_answer"
-        ):  # a share: a small difference should look small, and an interval may reach beyond all
+        if shown != "loss_answer":
+            # Of a share, a small difference should look small; an interval may reach beyond all of it.
             panel.set_xlim(0, min(1.03, panel.get_xlim()[1]))
         panel.set_title(task, fontsize=10)
         panel.set_xlabel(FIGURES[shown], fontsize=8)

@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def missing_paths(tasks: Sequence[str], include_path: Sequence[str]) -> list[str
     ]
 
 
-def _required_tasks_in(folder: str, option: str) -> None:
+def _require_readable(folder: str, option: str) -> None:
     """Raises ConfigError for a file of a task, by its key, that lm-eval cannot read: it would leave it out without a word, and may
     have a task of that name itself. What else lies there, such as templates, is passed over.
     """
@@ -68,12 +69,13 @@ def find_tasks(tasks: Sequence[str], include_path: Sequence[str] = ()) -> tuple[
     folders = [str(path) for path in paths.values() if path.is_dir()]
     others = [expanded(path, "include_path") for path in include_path]
     for folder, option in [*((path, "include_path") for path in others), *((path, "tasks") for path in folders)]:
-        _required_tasks_in(folder, option)
+        _require_readable(folder, option)
     files = [_content(path, "tasks") for path in paths.values() if path.is_file()]
     included = [*others, *folders]
     manager = TaskManager(include_path=included, include_defaults=False)
     names = [task for task in tasks if task not in paths]
-    needed = [*names, *(task for folder in folders for task in _tasks_in(folder))]
+    in_folders = {folder: _tasks_in(folder) for folder in folders}
+    needed = [*names, *chain.from_iterable(in_folders.values())]
     needs_all = not all(manager.match_tasks([name]) for name in names)
     needs_all |= any(task in manager.all_groups for task in manager.match_tasks(needed))
     needs_all |= any("group" in content for content in files)
@@ -88,10 +90,8 @@ def find_tasks(tasks: Sequence[str], include_path: Sequence[str] = ()) -> tuple[
                 hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "`lm_eval ls tasks` lists all"
                 raise ConfigError(f"tasks: lm-eval has no task {task!r}; {hint}")
             found += matches
-        elif paths[task].is_dir():
-            found += _tasks_in(str(paths[task]))
         else:
-            found.append(str(paths[task]))
+            found += in_folders.get(str(paths[task]), [str(paths[task])])
     return manager, list(dict.fromkeys(found))
 
 

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flame_ext.errors import ConfigError, UserError
-
-# A process with these would wait for others, or take their device.
-_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+from flame_ext.run.process import environment_of_only_rank
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -43,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     if options.output is not None and not options.output.parent.is_dir():
         raise UserError(f"--output {options.output}: there is no folder {options.output.parent}; make it first")
     origin = origin_of_export(options.path)
-    for name in _LAUNCHED:
+    for name in environment_of_only_rank():  # with these it would wait for others, or take their device
         os.environ.pop(name, None)
     if options.module:
         try:
