@@ -5,17 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from flame_ext.lab.results import FIGURES, OF_WHAT, Estimate, Results, curve
+from flame_ext.lab.results import FIGURES, OF_WHAT, Estimate, Results, curve, main_figure
 from flame_ext.tools.plot import figure_class
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-def main_figure(results: Results) -> str:
-    """Returns the name of the figure that a task is about: right answers, creative, or else the loss."""
-    known = next(iter(results.values()))[0]["figures"]
-    return next((name for name in ("exact", "creative") if name in known), "loss_answer")
 
 
 def draw(task: str, budgets: dict[str, Results], objectives: list[str]) -> Figure:
@@ -26,6 +20,7 @@ def draw(task: str, budgets: dict[str, Results], objectives: list[str]) -> Figur
     figure = figure_class("lab report")(figsize=(12, 3.4), dpi=120, layout="constrained")
     over_tokens, over_operations, bars = figure.subplots(1, 3)
     whole = next(iter(budgets.values()))  # to the last step, unless none of those is done
+    first = next(iter(whole.values()))[0]
     numbers = {name: number for number, name in enumerate(objectives)}
     for objective, results in whole.items():
         for panel, axis in ((over_tokens, "tokens"), (over_operations, "operations")):
@@ -34,10 +29,9 @@ def draw(task: str, budgets: dict[str, Results], objectives: list[str]) -> Figur
                 label = objective if i == 0 else None
                 panel.plot(places, losses, color=f"C{numbers[objective]}", linewidth=1.2, label=label)
             panel.set_xlabel(axis)
-            learn = next(iter(whole.values()))[0].get("learn")
-            panel.set_title(f"held-out loss{OF_WHAT[learn]}", fontsize=10)
+            panel.set_title(f"held-out loss{OF_WHAT[first.get('learn')]}", fontsize=10)
     over_tokens.legend(frameon=False, fontsize=8)
-    shown = main_figure(whole)
+    shown = main_figure(first["figures"])
     width = 0.8 / len(budgets)
     for place, (budget, by_objective) in enumerate(budgets.items()):
         for objective, results in by_objective.items():
@@ -63,7 +57,7 @@ def draw_all(tasks: dict[str, dict[str, Results]], objectives: list[str]) -> Fig
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for panel, (task, budgets) in zip(panels, tasks.items(), strict=True):
         whole = next(iter(budgets.values()))
-        shown = main_figure(whole)
+        shown = main_figure(next(iter(whole.values()))[0]["figures"])
         for objective, results in whole.items():
             row, found = objectives.index(objective), Estimate.of([result["figures"][shown] for result in results])
             panel.plot(found.values, [row] * len(results), ".", color=f"C{row}", alpha=0.4, markersize=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 from flame_ext.files import write_json
 from flame_ext.lab.figures import draw, draw_all
 from flame_ext.lab.job import LOG
-from flame_ext.lab.results import FIGURES, OF_WHAT, Estimate, Results, gather, operations
+from flame_ext.lab.results import FIGURES, OF_WHAT, Estimate, Results, differences, gather, main_figure, operations
 
 ALL_TASKS = "_all"  # no task can be called so
+CHEAPEST = "Runs that end at the cheapest objective's operations"
 
 
 def write_report(folder: Path) -> list[Path]:
@@ -43,22 +45,28 @@ def _finite(value: Any) -> Any:
 
 
 def summary(tasks: dict[str, dict[str, Results]]) -> dict[str, Any]:
-    """Plain data: of each task, budget and objective the seeds, the compute, and each figure's mean, interval and values."""
+    """Plain data: of each task, budget and objective the seeds, the compute, and each figure's mean, interval and values.
 
-    def of_objective(results: list[dict[str, Any]]) -> dict[str, Any]:
+    Of all objectives but the first one also those of the main figure's difference to the first one's, seed by seed.
+    """
+
+    def of_objective(results: list[dict[str, Any]], by: Results) -> dict[str, Any]:
         known = [name for name in FIGURES if all(name in result["figures"] for result in results)]
         estimates = {name: Estimate.of([result["figures"][name] for result in results]) for name in known}
+        first = next(iter(by.values()))
+        if results is not first and (paired := differences(results, first, main_figure(first[0]["figures"]))):
+            estimates["difference"] = Estimate.of(paired)
         return {
             "seeds": [result["run"]["seed"] for result in results],
             "tokens": fmean(result["steps"] * result["tokens_of_a_step"] for result in results),
             "operations": fmean(operations(result) for result in results),
             "operations_per_token": results[0]["operations_per_token"],
             "learn": results[0].get("learn"),
-            "figures": {n: {"mean": e.mean, "half": e.half, "values": e.values} for n, e in estimates.items()},
+            "figures": {name: asdict(estimate) for name, estimate in estimates.items()},
         }
 
     return {
-        task: {budget: {o: of_objective(results) for o, results in by.items()} for budget, by in budgets.items()}
+        task: {budget: {o: of_objective(results, by) for o, results in by.items()} for budget, by in budgets.items()}
         for task, budgets in tasks.items()
     }
 
@@ -68,42 +76,49 @@ def markdown(about: dict[str, Any], tasks: dict[str, Any]) -> str:
     lines = [
         f"# {about['plan']}",
         "",
-        f"{about['done']} of {about['of']} runs. Mean over seeds ± half of the 95 % interval (Student's t).",
+        f"{about['done']} of {about['of']} runs. Mean over seeds ± half of the 95 % interval (Student's t). Differences are taken "
+        "seed by seed: where the interval of one does not reach 0, the objectives differ, though their own intervals may "
+        "overlap. One in twenty such intervals misses the true value by chance.",
         "",
         f"![All tasks, to their last steps]({ALL_TASKS}.png)",
     ]
     for task, budgets in tasks.items():
         lines += ["", f"## {task}", "", f"![{task}]({task}.png)"]
         for budget, objectives in budgets.items():
-            said = (
-                "Each run to its last step"
-                if budget == "tokens"
-                else "Runs that end at the cheapest objective's operations"
-            )
-            shown = [n for n in FIGURES if any(n in objective["figures"] for objective in objectives.values())]
-            if budget == "compute":  # these runs end there: nothing has to be read off between
-                shown = [n for n in shown if n not in ("loss_equal_tokens", "loss_equal_compute")]
-            cheapest = min(objective["operations"] for objective in objectives.values())
-            of_what = OF_WHAT[next(iter(objectives.values()))["learn"]]
-            heads = (FIGURES[n].replace("held-out loss", f"held-out loss{of_what}") for n in shown)
-            columns = ["objective", "seeds", "tokens", "operations", *heads]
-            lines += ["", f"{said}:", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-            for objective, values in objectives.items():
-                known = {n: str(Estimate(**v)) for n, v in values["figures"].items()}
-                compute = f"{values['operations']:.3g} ({values['operations'] / cheapest:.2f}x)"
-                seeds = len(values["seeds"])
-                planned = seeds + sum(run.startswith(f"runs/{task}/{objective}/{budget}-") for run in about["missing"])
-                cells = [
-                    objective,
-                    str(seeds) if seeds == planned else f"{seeds} of {planned}",
-                    f"{values['tokens']:,.0f}",
-                    compute,
-                ]
-                lines.append("| " + " | ".join([*cells, *(known.get(n, "–") for n in shown)]) + " |")
+            said = "Each run to its last step" if budget == "tokens" else CHEAPEST
+            lines += ["", f"{said}:", "", *_table(f"runs/{task}", budget, objectives, about["missing"])]
         missing = [run for run in about["missing"] if Path(run).parts[1] == task]
         lines += _of_reverse_models(about["reverse"], missing, task) + _not_done(missing, about["begun"])
     without = [run for run in about["missing"] if Path(run).parts[1] not in tasks]
     return "\n".join([*lines, *_not_done(without, about["begun"])]) + "\n"
+
+
+def _table(runs: str, budget: str, objectives: dict[str, Any], missing: list[str]) -> list[str]:
+    """The table of a task and budget: a row for each objective; ``runs``: the folder of the task's."""
+    first, of_first = next(iter(objectives.items()))
+    names = {
+        n: what.replace("held-out loss", f"held-out loss{OF_WHAT[of_first['learn']]}") for n, what in FIGURES.items()
+    }
+    names["difference"] = f"{FIGURES[main_figure(of_first['figures'])]}, less that of {first}"
+    if budget == "compute":  # these runs end there: nothing has to be read off between
+        del names["loss_equal_tokens"], names["loss_equal_compute"]
+    shown = [n for n in names if any(n in objective["figures"] for objective in objectives.values())]
+    cheapest = min(objective["operations"] for objective in objectives.values())
+    columns = ["objective", "seeds", "tokens", "operations", *(names[n] for n in shown)]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for objective, values in objectives.items():
+        known = {n: f"{Estimate(**v):{'+' if n == 'difference' else ''}}" for n, v in values["figures"].items()}
+        seeds = len(values["seeds"])
+        planned = seeds + sum(run.startswith(f"{runs}/{objective}/{budget}-") for run in missing)
+        cells = [
+            objective,
+            str(seeds) if seeds == planned else f"{seeds} of {planned}",
+            f"{values['tokens']:,.0f}",
+            f"{values['operations']:.3g} ({values['operations'] / cheapest:.2f}x)",
+            *(known.get(n, "–") for n in shown),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def _of_reverse_models(losses: dict[str, float], missing: list[str], task: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist, fmean, stdev
@@ -59,10 +60,11 @@ class Estimate:
         half = None if count < 2 else student(count - 1) * stdev(values) / count**0.5
         return Estimate(fmean(values), half, values)
 
-    def __str__(self) -> str:
+    def __format__(self, sign: str) -> str:
+        """``sign``: "+" to show it of numbers that are not negative, too."""
         if math.isnan(self.mean):
             return f"diverged ({sum(not math.isfinite(value) for value in self.values)} of {len(self.values)})"
-        return f"{self.mean:.4f}" + ("" if self.half is None else f" ± {self.half:.4f}")
+        return f"{self.mean:{sign}.4f}" + ("" if self.half is None else f" ± {self.half:.4f}")
 
 
 def gather(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Results]]]:
@@ -125,6 +127,24 @@ def held_out_at(result: dict[str, Any], axis: str, reached: float) -> float | No
     """
     places, losses = curve(result, axis)
     return float(np.interp(reached, places, losses)) if places[0] <= reached else None
+
+
+def main_figure(known: Collection[str]) -> str:
+    """Returns the name of the figure that a task is about, of those of its runs: right answers, creative, or else the loss."""
+    return next((name for name in ("exact", "creative") if name in known), "loss_answer")
+
+
+def differences(results: list[dict[str, Any]], others: list[dict[str, Any]], figure: str) -> list[float]:
+    """Returns a figure of an objective less that of another, of each seed for which both are done.
+
+    Runs of a seed share initial weights and batches, so these can vary less over seeds than either objective's figure does.
+    """
+    of_others = {other["run"]["seed"]: other["figures"][figure] for other in others}
+    return [
+        result["figures"][figure] - of_others[seed]
+        for result in results
+        if (seed := result["run"]["seed"]) in of_others
+    ]
 
 
 def operations(result: dict[str, Any]) -> float:

@@ -84,6 +84,28 @@ def test_means_intervals_and_equal_compute(tmp_path: Path, capsys: pytest.Captur
     assert "](_all.png)" in text and (folder / "report" / "_all.png").is_file()
 
 
+def test_differences_are_of_the_seeds_that_both_objectives_have(tmp_path: Path) -> None:
+    # In the order in which runs end; seed 2 is done with ntp alone.
+    results = [RESULTS[4], RESULTS[2], RESULTS[0], RESULTS[1], RESULTS[3]]
+    about, tasks = gather(write(tmp_path / "lab", results))
+    figures = summary(tasks)["star"]["tokens"]
+    half = 12.706 * math.sqrt(2 * 0.1**2) / math.sqrt(2)
+    assert "difference" not in figures["ntp"]["figures"]
+    assert figures["top"]["figures"]["difference"] == {
+        "mean": pytest.approx(0.5),
+        "half": pytest.approx(half),
+        "values": pytest.approx([0.4, 0.6]),
+    }
+    ntp, top = (line for line in markdown(about, summary(tasks)).splitlines() if line.startswith(("| ntp", "| top")))
+    assert ntp.endswith("| – |") and top.endswith(f"| +0.5000 ± {half:.4f} |")
+    assert "| right answers, less that of ntp |" in markdown(about, summary(tasks))
+
+
+def test_without_a_seed_in_common_there_is_no_difference(tmp_path: Path) -> None:
+    about, tasks = gather(write(tmp_path / "lab", [RESULTS[0], RESULTS[3]]))
+    assert "less that of" not in markdown(about, summary(tasks))
+
+
 def test_the_figure_of_all_tasks_has_means_intervals_and_seeds(tmp_path: Path) -> None:
     other = [
         {**values, "run": {**values["run"], "task": "text"}, "figures": {"loss_answer": 2.0}} for values in RESULTS
@@ -125,7 +147,7 @@ def test_a_run_that_has_diverged_is_named_and_the_others_are_reported(tmp_path: 
     assert main(["lab", "report", str(folder)]) == 0
     (line,) = (x for x in (folder / "report" / "report.md").read_text().splitlines() if x.startswith("| top"))
     # What equal compute reads is before the divergence.
-    assert line.split(" | ")[-3:] == ["diverged (1 of 2)", "diverged (1 of 2)", "2.0000 ± 0.0000 |"]
+    assert line.split(" | ")[-4:-1] == ["diverged (1 of 2)", "diverged (1 of 2)", "2.0000 ± 0.0000"]
     text = (folder / "report" / "report.json").read_text()
     figures = json.loads(text)["tasks"]["star"]["tokens"]["top"]["figures"]
     assert "NaN" not in text and figures["loss_equal_tokens"] == {"mean": None, "half": None, "values": [-1.0, None]}
