@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+def _whole(budgets: dict[str, Results]) -> tuple[Results, str]:
+    """Returns the results of the runs to the last step, unless none of those is done, and the name of the task's main figure."""
+    results = next(iter(budgets.values()))
+    return results, main_figure(next(iter(results.values()))[0]["figures"])
+
+
 def draw(task: str, budgets: dict[str, Results], objectives: list[str]) -> Figure:
     """Held-out loss over tokens and over operations, each seed a line, and the task's main figure with its intervals.
 
@@ -19,8 +25,8 @@ def draw(task: str, budgets: dict[str, Results], objectives: list[str]) -> Figur
     """
     figure = figure_class("lab report")(figsize=(12, 3.4), dpi=120, layout="constrained")
     over_tokens, over_operations, bars = figure.subplots(1, 3)
-    whole = next(iter(budgets.values()))  # to the last step, unless none of those is done
-    first = next(iter(whole.values()))[0]
+    whole, shown = _whole(budgets)
+    learn = next(iter(whole.values()))[0].get("learn")
     numbers = {name: number for number, name in enumerate(objectives)}
     for objective, results in whole.items():
         for panel, axis in ((over_tokens, "tokens"), (over_operations, "operations")):
@@ -29,9 +35,8 @@ def draw(task: str, budgets: dict[str, Results], objectives: list[str]) -> Figur
                 label = objective if i == 0 else None
                 panel.plot(places, losses, color=f"C{numbers[objective]}", linewidth=1.2, label=label)
             panel.set_xlabel(axis)
-            panel.set_title(f"held-out loss{OF_WHAT[first.get('learn')]}", fontsize=10)
+            panel.set_title(f"held-out loss{OF_WHAT[learn]}", fontsize=10)
     over_tokens.legend(frameon=False, fontsize=8)
-    shown = main_figure(first["figures"])
     width = 0.8 / len(budgets)
     for place, (budget, by_objective) in enumerate(budgets.items()):
         for objective, results in by_objective.items():
@@ -56,8 +61,7 @@ def draw_all(tasks: dict[str, dict[str, Results]], objectives: list[str]) -> Fig
     figure = figure_class("lab report")(figsize=size, dpi=120, layout="constrained")
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for panel, (task, budgets) in zip(panels, tasks.items(), strict=True):
-        whole = next(iter(budgets.values()))
-        shown = main_figure(next(iter(whole.values()))[0]["figures"])
+        whole, shown = _whole(budgets)
         for objective, results in whole.items():
             row, found = objectives.index(objective), Estimate.of([result["figures"][shown] for result in results])
             panel.plot(found.values, [row] * len(results), ".", color=f"C{row}", alpha=0.4, markersize=4)
