@@ -59,10 +59,10 @@ class PackedDataloader(ParallelAwareDataloader):
             )
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Yields ``{"input": (B, T), "doc_ids": (B, T), "positions": (B, T)}, labels (B, T)``.
+        """Yields ``{"input": (B, T), "doc_ids": (B, T), "positions": (B, T), "next_doc_id": (B, 1)}, labels (B, T)``.
 
         Labels are the next tokens, and -100 where these are only read and after the end of a lane's data. Positions count from the
-        beginning of a document.
+        beginning of a document. ``next_doc_id`` is the document of the last label.
         """
         self._iterator = None  # workers of an earlier iteration have a copy of the dataset, at another position
         items = chain.from_iterable(super().__iter__())
@@ -78,7 +78,8 @@ class PackedDataloader(ParallelAwareDataloader):
             tokens, doc_ids = torch.stack([sequence for sequence, *_ in batch], dim=1)
             inputs = {"input": without_marks(tokens[:, :-1]).clamp_min(0), "doc_ids": doc_ids[:, :-1]}
             labels = torch.where(tokens >= READ_ONLY, IGNORED, tokens)[:, 1:]
-            yield {**inputs, "positions": positions_in_documents(inputs["doc_ids"])}, labels
+            more = {"positions": positions_in_documents(inputs["doc_ids"]), "next_doc_id": doc_ids[:, -1:]}
+            yield {**inputs, **more}, labels
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the position of each of this rank's lanes; CheckpointError in the middle of a global batch."""

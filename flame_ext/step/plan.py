@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.tools.logging import logger
@@ -22,7 +23,9 @@ from flame_ext.objective.cross_entropy import IGNORE_INDEX
 from flame_ext.objective.masks import doc_ids_from_eos, has_future, pair_mask
 
 Batch = tuple[dict[str, Tensor], Tensor]
-"""(B, T) tensors of the dataloader ("input", and "doc_ids" and "positions" if it knows documents), and (B, T) labels."""
+"""Tensors of the dataloader, and (B, T) labels: (B, T) "input" and, if it knows documents, (B, T) "doc_ids" and "positions", and
+the (B, 1) "next_doc_id" of the last label.
+"""
 
 MAX_WITHOUT_LABEL = 10
 """Steps in a row without a label that end a run."""
@@ -34,6 +37,7 @@ class FutureRows:
 
     selection: Tensor | None  # (b,) their indices in the micro-batch; None = all
     doc_ids: Tensor  # (b, T): the documents, as far as summaries respect them
+    next_doc_ids: Tensor  # (b, T): those of the tokens that follow; -1 where the last one is not known
     pairs: Tensor  # (b, T) bool: positions t with a valid summary at t + shift, in their document
     bank: KeyBank | None = None
     """None until the teacher has run; it stays None for summaries that are pooled in the student's forward."""
@@ -54,8 +58,8 @@ class FutureRows:
             own = slice(*(bisect_left(self.numbers, row) for row in (begin, end)))
             selection, numbers = self.selection[own] - begin, [number - begin for number in self.numbers[own]]
         first_key = self.first_key + own.start * length
-        doc_ids, pairs = self.doc_ids[own], self.pairs[own]
-        return FutureRows(selection, doc_ids, pairs, self.bank, first_key, self.keys_of_rank, numbers)
+        doc_ids, next_doc_ids, pairs = self.doc_ids[own], self.next_doc_ids[own], self.pairs[own]
+        return FutureRows(selection, doc_ids, next_doc_ids, pairs, self.bank, first_key, self.keys_of_rank, numbers)
 
     def targets(self, shift: int, parts: SequenceParts) -> Tensor:
         """The (b * n,) rows of the bank with the summaries at t + shift of this rank's positions t; 0 where there is no pair."""
@@ -72,10 +76,14 @@ class FutureRows:
 class MicroBatch:
     """One micro-batch of this rank, on its device."""
 
-    inputs: dict[str, Tensor]  # (B, T) each: "input" and, if the dataloader knows documents, "doc_ids" and "positions"
+    inputs: dict[str, Tensor]  # as in Batch
     labels: Tensor  # (B, T)
     doc_ids: Tensor  # (B, T): the dataloader's documents, else those between EOS tokens
     future: FutureRows | None = None  # None on a step without summaries of the future
+
+    def next_tokens(self) -> Tensor:
+        """Returns the (B, T) tokens that follow; the last one is the last label, or 0 where this is masked."""
+        return torch.cat([self.inputs["input"][:, 1:], self.labels[:, -1:].clamp_min(0)], dim=1)
 
 
 @dataclass
@@ -197,7 +205,7 @@ class Planner:
         self, microbatch: MicroBatch, shift: int, selection: Tensor | None
     ) -> tuple[FutureRows, Tensor | float, Tensor | float]:
         """The selected sequences, and this micro-batch's numbers of pairs and of positions."""
-        doc_ids, labels = self._documents_for_summaries(microbatch.inputs), microbatch.labels
+        labels, (doc_ids, next_doc_ids) = microbatch.labels, self._documents_for_summaries(microbatch)
         valid = has_future(doc_ids)
         labelled = labels != IGNORE_INDEX
         pairs = pair_mask(valid, doc_ids, shift) & labelled  # as padding, a position without a label predicts nothing
@@ -207,8 +215,8 @@ class Planner:
         chosen = None if selection is None else selection.tolist()
         if selection is not None:
             selection = self._moved(selection)
-            doc_ids, pairs = doc_ids[selection], pairs[selection]
-        return FutureRows(selection, doc_ids, pairs, numbers=chosen), *numbers
+            doc_ids, next_doc_ids, pairs = doc_ids[selection], next_doc_ids[selection], pairs[selection]
+        return FutureRows(selection, doc_ids, next_doc_ids, pairs, numbers=chosen), *numbers
 
     def _moved(self, values: Tensor) -> Tensor:
         """A tensor of the dataloader on the device. From pinned memory, so that no step waits for the copy."""
@@ -221,13 +229,18 @@ class Planner:
         ids = inputs["input"]
         return torch.zeros_like(ids) if self._eos_id is None else doc_ids_from_eos(ids, self._eos_id)
 
-    def _documents_for_summaries(self, inputs: dict[str, Tensor]) -> Tensor:
-        if self._teacher.respect_doc_boundaries:
-            return self._documents(inputs)
-        given = inputs.get("doc_ids")
-        if given is None:
-            return torch.zeros_like(inputs["input"])
-        return torch.where(given < PADDING, 0, given)  # what comes after the end of the data belongs to nothing
+    def _documents_for_summaries(self, microbatch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """The (B, T) documents of the tokens, and of those that follow."""
+        doc_ids, last, of_label = microbatch.doc_ids, microbatch.inputs["input"][:, -1:], microbatch.labels[:, -1:]
+        next_doc_id = microbatch.inputs.get("next_doc_id")
+        if next_doc_id is None:
+            next_doc_id = doc_ids[:, -1:] if self._eos_id is None else doc_ids[:, -1:] + (last == self._eos_id)
+        whole = torch.cat([doc_ids, next_doc_id], dim=1)
+        if not self._teacher.respect_doc_boundaries:
+            # What comes after the end of the data belongs to nothing.
+            whole = torch.where(whole < PADDING, 0, whole)
+        known = F.pad(of_label != IGNORE_INDEX, (whole.shape[1] - 1, 0), value=True)
+        return whole[:, :-1], torch.where(known, whole, -1)[:, 1:]
 
 
 def has_label(batches: list[Batch]) -> bool:

@@ -165,7 +165,7 @@ class Teacher:
             if not self._runner.has_last:
                 return None
             with self._autocast():
-                states = self._reverse.states(tokens, future.doc_ids)
+                states = self._reverse.states(future.select(microbatch.next_tokens()), future.next_doc_ids)
             assert isinstance(self._encoder, ReverseEncoder)
             return self._encoder.summaries(states, future.doc_ids, self._parts)
 

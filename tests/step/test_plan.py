@@ -32,6 +32,8 @@ def test_tokens_pairs_and_positions_are_counted_over_the_whole_step() -> None:
     assert once.microbatches[0].doc_ids.tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 1, 2, 2, 2]]
     future = once.microbatches[0].future
     assert future is not None and once.has_future and once.shift == 1
+    # A masked label is of no known document; after EOS another one begins.
+    assert future.next_doc_ids.tolist() == [[0, 0, 1, 1, 1, -1], [0, 1, 2, 2, 2, 2]]
     assert future.pairs.nonzero().tolist() == [[0, 0], [0, 3], [1, 3]]
     assert (once.pairs, once.positions) == (3, 7) and (twice.pairs, twice.positions) == (6, 14)
     whole = plan(1, "--future_encoder.no-respect_doc_boundaries")
@@ -84,7 +86,13 @@ def test_parts_of_a_micro_batch_keep_their_keys(selection: torch.Tensor | None) 
     doc_ids, pairs = torch.arange(count)[:, None].expand(count, 6), torch.rand(count, 6) > 0.5
     bank = KeyBank(torch.empty(0), torch.empty(0), torch.empty(0))
     future = FutureRows(
-        selection, doc_ids, pairs, bank, first_key=100, numbers=None if selection is None else selection.tolist()
+        selection,
+        doc_ids,
+        doc_ids,
+        pairs,
+        bank,
+        first_key=100,
+        numbers=None if selection is None else selection.tolist(),
     )
     parts = [future.rows(slice(begin, begin + 1), 5, 6) for begin in range(5)]
     values = torch.arange(5)

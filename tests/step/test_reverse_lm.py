@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from flame_ext.data.loader import positions_in_documents
 from flame_ext.data.packing import PADDING
 from flame_ext.heads.future_encoder import build_future_encoder
 from flame_ext.heads.future_predictor import FuturePredictor, future_loss
@@ -25,7 +29,9 @@ from flame_ext.hf_config import REVERSE_FIELD, load_hf_config
 from flame_ext.objective.cross_entropy import TokenLogProbs
 from flame_ext.objective.masks import pair_mask
 from flame_ext.preflight.parse import parse
+from flame_ext.step.plan import Planner
 from flame_ext.step.reverse_model import ReverseModel, reverse_model_problems
+from tests.data.test_masked import EOS, packed
 from tests.preflight.refusals import refusal
 from tests.ranks import DEBUG_TOML, REPOSITORY, TINY_OLMO, TrainRun, run_ranks, train
 from tests.step.test_objective_runs import assert_same_run
@@ -59,8 +65,9 @@ def model_and_encoder(
 
 
 def summaries(teacher: tuple[ReverseModel, ReverseEncoder], tokens: Tensor, doc_ids: Tensor) -> FutureSummaries:
+    """Of (B, T + 1) tokens and documents, for the first T positions."""
     model, encoder = teacher
-    return encoder.summaries(model.states(tokens, doc_ids), doc_ids)
+    return encoder.summaries(model.states(tokens[:, 1:], doc_ids[:, 1:]), doc_ids[:, :-1])
 
 
 @pytest.mark.parametrize(
@@ -73,7 +80,9 @@ def test_summaries_are_the_models_states_on_documents_reversed_by_hand(tmp_path:
     for row in range(len(tokens)):
         for number in DOC_IDS[row].unique():
             at = (DOC_IDS[row] == number).nonzero().flatten()
-            assert not found.valid_mask[row, at[-1]] and found.valid_mask[row, at[:-1]].all()
+            ends = at[-1] == tokens.shape[1] - 1  # with the last label, which is no position
+            inner = at[:-1] if ends else at
+            assert not found.valid_mask[row, inner[-1:]].any() and found.valid_mask[row, inner[:-1]].all()
             if len(at) == 1:
                 continue
             backwards = tokens[row, at].flip(0)[None]
@@ -109,7 +118,7 @@ def test_the_loss_against_a_naive_one_in_float64(loss: str) -> None:
     torch.manual_seed(0)
     shape, shift, temperature, in_step = (2, 24), 1, 0.2, 50.0
     states, targets = torch.randn(*shape, 8), torch.randn(*shape, 8)
-    found = ReverseEncoder().summaries(targets.flip(1), DOC_IDS)
+    found = ReverseEncoder().summaries(targets.roll(-1, 1).flip(1), DOC_IDS)
     pairs = pair_mask(found.valid_mask, DOC_IDS, shift)
     of_pairs = torch.zeros_like(pairs)
     of_pairs[:, shift:] = pairs[:, :-shift]
@@ -330,3 +339,22 @@ def test_a_run_from_left_to_right_from_a_reverse_model_is_warned_of(
     assert "right to left" not in caplog.text
     parse(job)
     assert f"checkpoint.initial_load_path '{folder}' was trained from right to left" in caplog.text
+
+
+TOKENS = st.lists(st.sampled_from([1, 2, 3, EOS]), min_size=1, max_size=12)
+
+
+@given(st.lists(TOKENS, min_size=4, max_size=9), st.integers(2, 9))
+@settings(max_examples=100, deadline=None)
+def test_the_teacher_reads_what_a_reverse_model_is_trained_to_read(documents: list[list[int]], seq_len: int) -> None:
+    learned = [[(token, True) for token in document] for document in documents]
+    config = parse([f"--job.config_file={DEBUG_TOML}"])
+    planner = Planner(config, EOS, None, torch.device("cpu"))
+    ((forwards,), (backwards,)) = (packed(learned, 1, seq_len, reverse) for reverse in (False, True))
+    for batch, (trained, _) in islice(zip(forwards, backwards, strict=True), 2):
+        if (batch[1] < 0).any():
+            continue  # not filled, or nothing is left
+        (microbatch,) = planner.plan(1, [batch]).microbatches
+        future = microbatch.future
+        assert future is not None and microbatch.next_tokens().flip(1).equal(trained["input"])
+        assert positions_in_documents(future.next_doc_ids.flip(1)).equal(trained["positions"])
