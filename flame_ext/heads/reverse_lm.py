@@ -10,10 +10,10 @@ from flame_ext.objective.masks import has_future
 class ReverseEncoder(Head):
     """Future summaries by a frozen reverse language model (Mahajan et al. 2025, https://arxiv.org/abs/2510.14751).
 
-    F_t is the model's last hidden state at x_{t+1}, after the final norm, when it has read the document from its end, or from the
-    last label, to x_{t+1}: all tokens after t and none before, nor x_t. A prediction at t is compared with F_{t+shift}. With shift 1 that is the state at
-    x_{t+2}, the paper's: x_{t+1} is what the cross-entropy predicts. With ``future_k`` > 0 each layer attends to that many tokens, its
-    own included.
+    F_t is the model's last hidden state at x_{t+1}, after the final norm, when it has read the document from its end, or from the last
+    label, to x_{t+1}: all tokens after t and none before, nor x_t. A prediction at t is compared with F_{t+shift}. With shift 1 that is
+    the state at x_{t+2}, the paper's: x_{t+1} is what the cross-entropy predicts. With ``future_k`` > 0 each layer attends to that many
+    tokens, its own included.
 
     The model is not here but in :mod:`flame_ext.step.reverse_model`: no checkpoint, optimizer or export knows it.
     """

@@ -15,6 +15,7 @@ from flame_ext.lab.results import FIGURES, OF_WHAT, Estimate, Results, differenc
 
 ALL_TASKS = "_all"  # no task can be called so
 CHEAPEST = "Runs that end at the cheapest objective's operations"
+DIFFERENCE = "difference"
 
 
 def write_report(folder: Path) -> list[Path]:
@@ -55,7 +56,7 @@ def summary(tasks: dict[str, dict[str, Results]]) -> dict[str, Any]:
         estimates = {name: Estimate.of([result["figures"][name] for result in results]) for name in known}
         first = next(iter(by.values()))
         if results is not first and (paired := differences(results, first, main_figure(first[0]["figures"]))):
-            estimates["difference"] = Estimate.of(paired)
+            estimates[DIFFERENCE] = Estimate.of(paired)
         return {
             "seeds": [result["run"]["seed"] for result in results],
             "tokens": fmean(result["steps"] * result["tokens_of_a_step"] for result in results),
@@ -76,9 +77,10 @@ def markdown(about: dict[str, Any], tasks: dict[str, Any]) -> str:
     lines = [
         f"# {about['plan']}",
         "",
-        f"{about['done']} of {about['of']} runs. Mean over seeds ± half of the 95 % interval (Student's t). Differences are taken "
-        "seed by seed: where the interval of one does not reach 0, the objectives differ, though their own intervals may "
-        "overlap. One in twenty such intervals misses the true value by chance.",
+        f"{about['done']} of {about['of']} runs. Mean over seeds ± half of the 95 % interval (Student's t, which supposes values "
+        "that are not of two kinds: look at those of each seed).",
+        "",
+        *_caveats(about, tasks),
         "",
         f"![All tasks, to their last steps]({ALL_TASKS}.png)",
     ]
@@ -99,16 +101,27 @@ def _table(runs: str, budget: str, objectives: dict[str, Any], missing: list[str
     names = {
         n: what.replace("held-out loss", f"held-out loss{OF_WHAT[of_first['learn']]}") for n, what in FIGURES.items()
     }
-    names["difference"] = f"{FIGURES[main_figure(of_first['figures'])]}, less that of {first}"
+    main = main_figure(of_first["figures"])
+    names[DIFFERENCE] = f"{FIGURES[main]}, less that of {first}"
     if budget == "compute":  # these runs end there: nothing has to be read off between
         del names["loss_equal_tokens"], names["loss_equal_compute"]
     shown = [n for n in names if any(n in objective["figures"] for objective in objectives.values())]
     cheapest = min(objective["operations"] for objective in objectives.values())
-    columns = ["objective", "seeds", "tokens", "operations", *(names[n] for n in shown)]
+    columns = [
+        "objective",
+        "seeds",
+        "tokens",
+        "operations",
+        *(names[n] for n in shown),
+        f"{FIGURES[main]}, of each seed",
+    ]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for objective, values in objectives.items():
-        known = {n: f"{Estimate(**v):{'+' if n == 'difference' else ''}}" for n, v in values["figures"].items()}
+        known = {n: f"{Estimate(**v):{'+' if n == DIFFERENCE else ''}}" for n, v in values["figures"].items()}
         seeds = len(values["seeds"])
+        if DIFFERENCE in known and (of := len(values["figures"][DIFFERENCE]["values"])) < seeds:
+            known[DIFFERENCE] += f" ({of} of {seeds} seeds)"
+        of_seeds = values["figures"].get(main, {"values": []})["values"]
         planned = seeds + sum(run.startswith(f"{runs}/{objective}/{budget}-") for run in missing)
         cells = [
             objective,
@@ -116,8 +129,31 @@ def _table(runs: str, budget: str, objectives: dict[str, Any], missing: list[str
             f"{values['tokens']:,.0f}",
             f"{values['operations']:.3g} ({values['operations'] / cheapest:.2f}x)",
             *(known.get(n, "–") for n in shown),
+            " ".join(f"{value:.3f}" for value in of_seeds),
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _caveats(about: dict[str, Any], tasks: dict[str, Any]) -> list[str]:
+    """What the intervals do not say, a line each."""
+    of_all = [o for budgets in tasks.values() for objectives in budgets.values() for o in objectives.values()]
+    differences = [objective["figures"][DIFFERENCE] for objective in of_all if DIFFERENCE in objective["figures"]]
+    lines = ["- Intervals are over seeds, for the one set of rows that all seeds and objectives share."]
+    if count := about["generations"]:
+        lines[0] += (
+            f" A share of {count} answers has a standard error of up to {0.5 / count**0.5:.3f} of its own, which is in no interval."
+        )
+    if differences:
+        lines.append(
+            f"- Differences are taken seed by seed. Their {len(differences)} intervals are not corrected for their number: of as many "
+            f"without any effect {0.05 * len(differences):.1f} would leave out 0 on average."
+        )
+    if any("loss_equal_compute" in objective["figures"] for objective in of_all):
+        lines.append(
+            "- Equal compute within its schedule: the loss on the way of a run whose learning rate was still to fall. Costly objectives "
+            "look worse for it where that fall matters, and better where a model overfits."
+        )
     return lines
 
 

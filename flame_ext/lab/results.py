@@ -23,7 +23,7 @@ FIGURES = {  # of a run, and what a table says above them
     "accuracy_forced": "teacher-forced accuracy",
     "loss_answer": "loss of the answer",
     "loss_equal_tokens": "held-out loss, equal tokens",
-    "loss_equal_compute": "held-out loss, equal compute",
+    "loss_equal_compute": "held-out loss, equal compute, within its schedule",
 }
 # What a run's losses are of; an early result does not say.
 OF_WHAT = {"answer": " of the answer", "row": " of the row", None: ""}
@@ -77,8 +77,9 @@ def gather(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Results]]]
     if not found:
         raise UserError(f"{folder}: none of {len(said['runs'])} runs is done yet")
     names = list(dict.fromkeys(result["run"]["task"] for result in found))
-    tasks = {task: _of_task([result for result in found if result["run"]["task"] == task]) for task in names}
     objectives = list(dict.fromkeys(Path(run).parts[-2] for run in said["runs"]))  # as Run.folder names them
+    found.sort(key=lambda result: objectives.index(result["run"]["objective"]))  # the first one's may have failed
+    tasks = {task: _of_task([result for result in found if result["run"]["task"] == task]) for task in names}
     reverse = said.get("reverse", [])
     missing = [run for run in [*said["runs"], *reverse] if not (folder / run / RESULT).is_file()]
     about = {
@@ -86,6 +87,7 @@ def gather(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Results]]]
         "done": len(found),
         "of": len(said["runs"]),
         "objectives": objectives,
+        "generations": max(result.get("generations", 0) for result in found),
         "reverse": {run: _last_loss(result) for run in reverse if (result := _result_of(folder / run)) is not None},
     }
     begun = [run for run in missing if (folder / run / LOG).is_file()]

@@ -97,8 +97,27 @@ def test_differences_are_of_the_seeds_that_both_objectives_have(tmp_path: Path) 
         "values": pytest.approx([0.4, 0.6]),
     }
     ntp, top = (line for line in markdown(about, summary(tasks)).splitlines() if line.startswith(("| ntp", "| top")))
-    assert ntp.endswith("| – |") and top.endswith(f"| +0.5000 ± {half:.4f} |")
+    assert ntp.endswith("| – | 0.600 0.400 0.500 |")
+    assert top.endswith(f"| +0.5000 ± {half:.4f} | 0.900 1.000 |")
     assert "| right answers, less that of ntp |" in markdown(about, summary(tasks))
+
+
+def test_differences_are_to_the_plans_first_objective_though_its_first_run_failed(tmp_path: Path) -> None:
+    write(tmp_path / "lab", RESULTS)
+    (tmp_path / "lab/runs/star/ntp/tokens-seed-0/result.json").unlink()
+    about, tasks = gather(tmp_path / "lab")
+    assert list(tasks["star"]["tokens"]) == ["ntp", "top"]
+    text = markdown(about, summary(tasks))
+    assert "right answers, less that of ntp" in text and "| +0.6000 (1 of 2 seeds) | 0.900 1.000 |" in text
+
+
+def test_what_intervals_do_not_say_is_said(tmp_path: Path) -> None:
+    several = [values | {"generations": 400} for values in RESULTS]
+    about, tasks = gather(write(tmp_path / "lab", several))
+    text = markdown(about, summary(tasks))
+    assert "A share of 400 answers has a standard error of up to 0.025 of its own" in text
+    assert "Their 1 intervals are not corrected for their number" in text and "0.1 would leave out 0" in text
+    assert "held-out loss, equal compute, within its schedule" in text and "- Equal compute within its schedule" in text
 
 
 def test_without_a_seed_in_common_there_is_no_difference(tmp_path: Path) -> None:
@@ -147,7 +166,7 @@ def test_a_run_that_has_diverged_is_named_and_the_others_are_reported(tmp_path: 
     assert main(["lab", "report", str(folder)]) == 0
     (line,) = (x for x in (folder / "report" / "report.md").read_text().splitlines() if x.startswith("| top"))
     # What equal compute reads is before the divergence.
-    assert line.split(" | ")[-4:-1] == ["diverged (1 of 2)", "diverged (1 of 2)", "2.0000 ± 0.0000"]
+    assert line.split(" | ")[-5:-2] == ["diverged (1 of 2)", "diverged (1 of 2)", "2.0000 ± 0.0000"]
     text = (folder / "report" / "report.json").read_text()
     figures = json.loads(text)["tasks"]["star"]["tokens"]["top"]["figures"]
     assert "NaN" not in text and figures["loss_equal_tokens"] == {"mean": None, "half": None, "values": [-1.0, None]}
@@ -162,7 +181,7 @@ def test_runs_that_are_not_done_are_named(tmp_path: Path) -> None:
     about, tasks = gather(folder)
     text = markdown(about, summary(tasks))
     assert "| ntp | 3 |" in text and "| top | 2 of 4 |" in text
-    assert [line for line in text.splitlines() if line.startswith("- ")] == [
+    assert [line for line in text.splitlines() if line.startswith(("- `", "- Reverse"))] == [
         "- `runs/star/top/tokens-seed-10`: not begun",
         "- `runs/star/top/tokens-seed-11`: running, stopped or failed, see its log.txt",
         "- `runs/other/ntp/tokens-seed-0`: not begun",
@@ -183,7 +202,7 @@ def test_reverse_models_are_told_apart_by_their_steps_and_named_if_they_failed(t
     (folder / names[-1] / "log.txt").write_text("what is wrong")
     about, tasks = gather(folder)
     text = markdown(about, summary(tasks))
-    assert [line for line in text.splitlines() if line.startswith("- ")] == [
+    assert [line for line in text.splitlines() if line.startswith(("- `", "- Reverse"))] == [
         "- Reverse models of 9 steps: 2 of 3 trained, held-out loss of the row diverged (1 of 2), `reverse/star/9-steps-seed-1`",
         "- Reverse models of 40 steps: 2 of 2 trained, held-out loss of the row 1.5000 ± 6.3530",
         f"- `{names[-1]}`: running, stopped or failed, see its log.txt",
