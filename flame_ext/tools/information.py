@@ -81,7 +81,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def measure(export: Path, text: str, seq_len: int, temperature: float) -> Curves:
-    """Cuts the text into sequences, and compares those of :data:`ROWS` at a time; what is left for less than a sequence is left out.
+    """Cuts the text into sequences, and these into parts of one size, of at most :data:`ROWS`, since the information that can be seen
+    grows with the number of sequences that are compared. What is left over is left out.
 
     Raises a UserError if the export has no predictor of the future, or the text is shorter than a sequence.
     """
@@ -98,11 +99,13 @@ def measure(export: Path, text: str, seq_len: int, temperature: float) -> Curves
     sequences = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
     if not len(sequences):
         raise UserError(f"the text has {len(ids)} tokens, less than one sequence: set --seq-len to at most that")
-    found = [future_information(model, heads, part, temperature) for part in sequences.split(ROWS)]
+    rows = len(sequences) // -(-len(sequences) // ROWS)
+    sequences = sequences[: len(sequences) // rows * rows]
+    found = [future_information(model, heads, part, temperature) for part in sequences.split(rows)]
     future, loss = (torch.cat([getattr(part, name) for part in found]) for name in ("future", "next_token"))
     known = future.isfinite() & loss.isfinite()
     words = [tokenizer.decode([int(token)]) for token in sequences[known]]
-    compared = min(ROWS, len(sequences)) * int(known[0].sum())
+    compared = rows * int(known[0].sum())
     return Curves(words, future[known].tolist(), loss[known].tolist(), float(torch.tensor(float(compared)).log()))
 
 

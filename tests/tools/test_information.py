@@ -96,9 +96,9 @@ def test_table_figures_and_picture_of_a_text(folder: Path, tmp_path: Path, capsy
     assert "nats of information on the future on average" in capsys.readouterr().out
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    sequences = (len(TEXT) + 1) // 64  # a token a byte
-    assert len(found["tokens"]) == len(found["information"]) == len(found["loss"]) == sequences * 62
-    assert max(found["information"]) <= found["bound"] == pytest.approx(torch.tensor(8.0 * 62).log().item(), rel=1e-6)
+    assert (len(TEXT) + 1) // 64 == 26  # sequences, a token a byte: parts of at most 8 and of one size are 4 of 6
+    assert len(found["tokens"]) == len(found["information"]) == len(found["loss"]) == 4 * 6 * 62
+    assert max(found["information"]) <= found["bound"] == pytest.approx(torch.tensor(6.0 * 62).log().item(), rel=1e-6)
 
 
 def test_peaks_are_outliers_and_counted_by_token() -> None:
