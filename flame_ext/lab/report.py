@@ -81,6 +81,7 @@ def markdown(about: dict[str, Any], tasks: dict[str, Any]) -> str:
         "that are not of two kinds: look at those of each seed).",
         "",
         *_caveats(about, tasks),
+        "- Made with " + "; ".join(f"{words} ({count} runs)" for words, count in about["made_with"].items()) + ".",
         "",
         f"![All tasks, to their last steps]({ALL_TASKS}.png)",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 
 from flame_ext.errors import UserError
 from flame_ext.lab.job import LOG, PLAN, RESULT, SPECIFICATION
+from flame_ext.lab.origin import as_words
 
 FIGURES = {  # of a run, and what a table says above them
     "exact": "right answers",
@@ -88,6 +90,7 @@ def gather(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Results]]]
         "of": len(said["runs"]),
         "objectives": objectives,
         "generations": max(result.get("generations", 0) for result in found),
+        "made_with": dict(Counter(as_words(result.get("origin", {})) for result in found)),
         "reverse": {run: _last_loss(result) for run in reverse if (result := _result_of(folder / run)) is not None},
     }
     begun = [run for run in missing if (folder / run / LOG).is_file()]

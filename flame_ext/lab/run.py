@@ -26,6 +26,7 @@ from flame_ext.errors import ConfigError, UserError
 from flame_ext.files import write_json
 from flame_ext.lab.data import is_written, record_of, vocabulary_size, write_task
 from flame_ext.lab.job import JOB, LOG, PLAN, RESULT, SPECIFICATION
+from flame_ext.lab.origin import origin_of, other_origin
 from flame_ext.lab.plan import Plan, ReverseRun, Run, Tables, as_toml
 from flame_ext.lab.tokenizer import tokenizer_of
 from flame_ext.operations import operations_per_token, tokens_of_a_step
@@ -113,6 +114,7 @@ def prepare(plan: Plan, runs: list[Run], folder: Path) -> Needs:
         _write_model(plan, run, folder)
     facts: dict[tuple[str, str, str], tuple[Any, Any]] = {}
     needs: Needs = {}
+    origins = {run.model: origin_of(folder / "tasks" / run.task, folder / run.model) for run in runs}
     for run in runs:  # those of "tokens" come first
         steps = None
         if run.budget == "compute":
@@ -123,11 +125,11 @@ def prepare(plan: Plan, runs: list[Run], folder: Path) -> Needs:
             needs[run] = reverse
         if (kind := (run.task, run.objective, run.budget)) not in facts:
             facts[kind] = _facts(folder / run.folder, folder / run.model if reverse else None)
-        about = {"learn": plan.learn(run), "digest": _digest(plan, run, steps)}
+        about = {"learn": plan.learn(run), "digest": _digest(plan, run, steps), "origin": origins[run.model]}
         _write_specification(run, folder, facts[kind], evaluation | about)
     for reverse in dict.fromkeys(needs.values()):
         _write_job(folder / reverse.folder, plan.reverse_job(reverse, folder))
-        about = {"learn": plan.learn(reverse), "digest": _digest(plan, reverse)}
+        about = {"learn": plan.learn(reverse), "digest": _digest(plan, reverse), "origin": origins[reverse.model]}
         _write_specification(reverse, folder, _facts(folder / reverse.folder), about)
     said = {"name": plan.section.name, "runs": [run.folder.as_posix() for run in runs]}
     write_json(folder / PLAN, said | {"reverse": sorted({run.folder.as_posix() for run in needs.values()})})
@@ -167,7 +169,7 @@ def _digest(plan: Plan, run: Job, steps: int | None = None) -> str:
 def _check_result(folder: Path, now: Tables) -> None:
     """Raises a ConfigError if the result that is there is not that of this run, as far as ``now`` says.
 
-    Results of earlier versions have no digest, and are compared by their steps and operations.
+    Results of earlier versions have no digest, and are compared by their steps and operations; of some no origin is known.
     """
     file = folder / RESULT
     was = json.loads(file.read_text()) if file.is_file() else now
@@ -177,6 +179,8 @@ def _check_result(folder: Path, now: Tables) -> None:
             f"{file} is the result of another plan: {key} is {was.get(key)!r}, and that of this plan {now[key]!r} (digest: of job.toml, "
             f"model and task); take another --output, or remove {folder}"
         )
+    if "origin" in now and (other := other_origin(was.get("origin", {}), now["origin"])) is not None:
+        raise ConfigError(f"{file} is a result of {other}: take another --output, or remove {folder}")
 
 
 def _steps_of_equal_compute(run: Run, facts: dict[str, tuple[Any, Any]]) -> int:

@@ -112,10 +112,12 @@ def test_differences_are_to_the_plans_first_objective_though_its_first_run_faile
 
 
 def test_what_intervals_do_not_say_is_said(tmp_path: Path) -> None:
-    several = [values | {"generations": 400} for values in RESULTS]
+    origins = [{"versions": {"python": "3.11.7", "torch": "2.13.0"}}] * 4 + [{}]
+    several = [values | {"generations": 400, "origin": o} for values, o in zip(RESULTS, origins, strict=True)]
     about, tasks = gather(write(tmp_path / "lab", several))
     text = markdown(about, summary(tasks))
     assert "A share of 400 answers has a standard error of up to 0.025 of its own" in text
+    assert "- Made with python 3.11.7, torch 2.13.0 (4 runs); unknown versions (1 runs)." in text
     assert "Their 1 intervals are not corrected for their number" in text and "0.1 would leave out 0" in text
     assert "held-out loss, equal compute, within its schedule" in text and "- Equal compute within its schedule" in text
 

@@ -292,7 +292,16 @@ RUN = Path("runs", "star", "mtp", "tokens-seed-0")
             {"digest": "another"},
             f"{RUN / RESULT} is the result of another plan: digest is 'another', and that of this plan",
         ),
-        ({"digest": None}, None),  # of an earlier version
+        ({"origin": None}, None),  # of an earlier version
+        (
+            {"origin": {"rows": "0", "weights": "0"}},
+            "is a result of other rows than those that are there now (made with unknown",
+        ),
+        (
+            {"origin": {"weights": "0", "versions": {"torch": "2.0"}}},
+            "of other initial weights than those that are there now (made with torch 2.0;",
+        ),
+        ({"digest": None}, None),
         ({"digest": None, "steps": 39}, "is the result of another plan: steps is 39, and that of this plan 40"),
         (
             {"digest": None, "operations_per_token": {"total": 1.0}},
