@@ -156,7 +156,7 @@ class Plan:
             "optimizer": {"implementation": "foreach"},
             "lr_scheduler": {"warmup_steps": max(1, total // 20)},
             "checkpoint": {"interval": max(1, total // 4), "keep_latest_k": 2, "last_save_model_only": False},
-            "validation": {"freq": max(1, total // 10), "steps": -1, "local_batch_size": batch},
+            "validation": {"freq": _validation_freq(total), "steps": -1, "local_batch_size": batch},
             "metrics": {"log_freq": max(1, total // 20), "disable_color_printing": True},
             "activation_checkpoint": {"mode": "none"},
             "model": {"converters": [CONVERTER_NAME] if heads else []},
@@ -182,7 +182,17 @@ class Plan:
             "seed": {"rng_seed": run.seed},
             "debug": {"seed": run.seed},
         }
-        return merged(merged(defaults, chosen), own)
+        tables = merged(merged(defaults, chosen), own)
+        if total % tables["validation"]["freq"]:  # of steps of equal compute, which no plan says
+            tables["validation"]["freq"] = _validation_freq(total)
+        return tables
+
+
+def _validation_freq(steps: int) -> int:
+    """The steps from one validation to the next: of some ten in a run, the last one at its end."""
+    if steps <= 10:
+        return 1
+    return next((steps // count for count in range(10, 41) if steps % count == 0), steps)
 
 
 def read_plan(file: Path) -> Plan:
@@ -243,7 +253,14 @@ def _task(name: str, table: Any, common: Tables) -> tuple[Task, Tables, bool]:
         raise ConfigError(
             f"tasks.{name}.learn = 'answer': a row of {kind} has no prompt, all of it is learned; leave it out"
         )
-    return task, merged(common, own), learn == "answer"
+    options = merged(common, own)
+    steps, freq = options.get("training", {}).get("steps", 1000), options.get("validation", {}).get("freq", 1)
+    if freq < 1 or steps % freq:
+        raise ConfigError(
+            f"tasks.{name}: validation.freq = {freq} does not divide training.steps = {steps}: nothing would be validated at the last "
+            "step, of which the figures are; take a divisor, or leave it out"
+        )
+    return task, options, learn == "answer"
 
 
 def _trainer_tables(values: Any, prefix: str) -> Tables:

@@ -123,6 +123,11 @@ future_predictor.enable = true
         ("mtp.enable = true", "training.steps = 4", "objectives.mtp.training.steps: all objectives of a task share it"),
         ("mtp.enable = true", "training.global_batch_size = 4", "objectives.mtp.training.global_batch_size: all"),
         ("mtp.enable = true", "validation.freq = 4", "objectives.mtp.validation.freq: all"),
+        (
+            "training.steps = 40",
+            "training.steps = 40\nvalidation.freq = 7",
+            "tasks.star: validation.freq = 7 does not divide training.steps = 40",
+        ),
         ("[objectives.ntp]", '[objectives."a/b"]', "'a/b' cannot name a folder"),
         ("[plan]", "[plan", "not valid TOML"),
         ("generations = 100", "temperature = 0.0", "plan.temperature > 0"),
@@ -137,6 +142,13 @@ def test_what_can_not_be_right_is_said_in_a_line(
     error = capsys.readouterr().err
     assert message in error and error.startswith(f"error: {tmp_path / 'plan.toml'}: ") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("steps", "freq"), [(8, 1), (40, 4), (2500, 250), (646, 38), (1999, 1999)])
+def test_the_last_validation_is_at_the_last_step(tmp_path: Path, steps: int, freq: int) -> None:
+    plan = read_plan(TINY)
+    run = next(run for run in plan.runs() if run.task == "star")
+    assert plan.job(run, tmp_path, steps)["validation"]["freq"] == freq and steps % freq == 0
 
 
 def test_tables_are_written_as_toml() -> None:
