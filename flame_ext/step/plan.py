@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.tools.logging import logger
@@ -235,12 +234,12 @@ class Planner:
         next_doc_id = microbatch.inputs.get("next_doc_id")
         if next_doc_id is None:
             next_doc_id = doc_ids[:, -1:] if self._eos_id is None else doc_ids[:, -1:] + (last == self._eos_id)
-        whole = torch.cat([doc_ids, next_doc_id], dim=1)
+        following = torch.cat([doc_ids[:, 1:], next_doc_id], dim=1)
         if not self._teacher.respect_doc_boundaries:
             # What comes after the end of the data belongs to nothing.
-            whole = torch.where(whole < PADDING, 0, whole)
-        known = F.pad(of_label != IGNORE_INDEX, (whole.shape[1] - 1, 0), value=True)
-        return whole[:, :-1], torch.where(known, whole, -1)[:, 1:]
+            doc_ids, following = (torch.where(ids < PADDING, 0, ids) for ids in (doc_ids, following))
+        following[:, -1:].masked_fill_(of_label == IGNORE_INDEX, -1)
+        return doc_ids, following
 
 
 def has_label(batches: list[Batch]) -> bool:
