@@ -16,6 +16,7 @@ from flame_ext.files import write_json
 from flame_ext.lab.tasks import KINDS
 from flame_ext.lab.tasks.task import FIRST_WORD, Array, Task
 
+FLAT = ("train.npy", "test.npy")
 _RECORD = "task.json"
 
 
@@ -49,7 +50,10 @@ def is_written(task: Task, folder: Path) -> bool:
     record = folder / _RECORD
     if record.is_file() and json.loads(record.read_text()) == record_of(task):
         # A folder of an earlier version has flat tokens alone.
-        return not task.prompt or all((folder / split / "dataset_info.json").is_file() for split in ("train", "test"))
+        written = [folder / name for name in FLAT]
+        if task.prompt:
+            written += [folder / split / "dataset_info.json" for split in ("train", "test")]
+        return all(file.is_file() for file in written)
     if folder.is_dir() and (record.is_file() or (not any(folder.glob("*.npy")) and any(folder.iterdir()))):
         raise UserError(
             f"{folder}: holds something else than this task with these parameters; name another folder, or remove it"

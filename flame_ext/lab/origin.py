@@ -8,17 +8,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-_WEIGHTS = "model.safetensors"
+from flame_ext.lab.data import FLAT
+
+WEIGHTS = "model.safetensors"
 
 
-def origin_of(task: Path, model: Path) -> dict[str, Any]:
-    """Returns the SHA-256 of a task's rows and of the initial weights, and the versions in use."""
+def origin_of(rows: str, model: Path) -> dict[str, Any]:
+    """Returns :func:`digest_of_rows`, the SHA-256 of the initial weights in the folder ``model``, and the versions in use."""
     versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}}
-    return {
-        "rows": _sha256(task / "train.npy", task / "test.npy"),
-        "weights": _sha256(model / _WEIGHTS),
-        "versions": versions,
-    }
+    return {"rows": rows, "weights": _sha256(model / WEIGHTS), "versions": versions}
+
+
+def digest_of_rows(task: Path) -> str:
+    """The SHA-256 of the rows in a task's folder."""
+    return _sha256(*(task / name for name in FLAT))
 
 
 def other_origin(was: dict[str, Any], now: dict[str, Any]) -> str | None:

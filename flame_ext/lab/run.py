@@ -26,7 +26,7 @@ from flame_ext.errors import ConfigError, UserError
 from flame_ext.files import write_json
 from flame_ext.lab.data import is_written, record_of, vocabulary_size, write_task
 from flame_ext.lab.job import JOB, LOG, PLAN, RESULT, SPECIFICATION
-from flame_ext.lab.origin import origin_of, other_origin
+from flame_ext.lab.origin import WEIGHTS, digest_of_rows, origin_of, other_origin
 from flame_ext.lab.plan import Plan, ReverseRun, Run, Tables, as_toml
 from flame_ext.lab.tokenizer import tokenizer_of
 from flame_ext.operations import operations_per_token, tokens_of_a_step
@@ -114,7 +114,8 @@ def prepare(plan: Plan, runs: list[Run], folder: Path) -> Needs:
         _write_model(plan, run, folder)
     facts: dict[tuple[str, str, str], tuple[Any, Any]] = {}
     needs: Needs = {}
-    origins = {run.model: origin_of(folder / "tasks" / run.task, folder / run.model) for run in runs}
+    rows = {task: digest_of_rows(folder / "tasks" / task) for task in plan.tasks}
+    origins = {run.model: origin_of(rows[run.task], folder / run.model) for run in runs}
     for run in runs:  # those of "tokens" come first
         steps = None
         if run.budget == "compute":
@@ -212,7 +213,7 @@ def _record(run: Run, folder: Path) -> Path:
 def _write_model(plan: Plan, run: Run, folder: Path) -> None:
     """Random weights of the run's seed, as transformers initialises them, with the task's tokenizer; the record last."""
     target, sizes = folder / run.model, _sizes(plan, run)
-    if _record(run, folder).is_file():  # written last
+    if _record(run, folder).is_file() and (target / WEIGHTS).is_file():  # the record is written last
         return
     try:
         config = AutoConfig.for_model(**sizes)

@@ -36,7 +36,7 @@ class FutureRows:
 
     selection: Tensor | None  # (b,) their indices in the micro-batch; None = all
     doc_ids: Tensor  # (b, T): the documents, as far as summaries respect them
-    next_doc_ids: Tensor  # (b, T): those of the tokens that follow; -1 where the last one is not known
+    next_doc_id: Tensor  # (b, 1): that of the last label; -1 where this is masked
     pairs: Tensor  # (b, T) bool: positions t with a valid summary at t + shift, in their document
     bank: KeyBank | None = None
     """None until the teacher has run; it stays None for summaries that are pooled in the student's forward."""
@@ -48,6 +48,10 @@ class FutureRows:
         """(B, …) to (b, …)."""
         return values if self.selection is None else values[self.selection]
 
+    def next_doc_ids(self) -> Tensor:
+        """Returns the (b, T) documents of the tokens that follow, those of :meth:`MicroBatch.next_tokens`."""
+        return torch.cat([self.doc_ids[:, 1:], self.next_doc_id], dim=1)
+
     def rows(self, rows: slice, batch_size: int, length: int) -> FutureRows:
         """The part that lies in ``rows`` of the B = ``batch_size`` sequences; it is compared with the same keys. ``length``: n."""
         begin, end, _ = rows.indices(batch_size)
@@ -57,8 +61,8 @@ class FutureRows:
             own = slice(*(bisect_left(self.numbers, row) for row in (begin, end)))
             selection, numbers = self.selection[own] - begin, [number - begin for number in self.numbers[own]]
         first_key = self.first_key + own.start * length
-        doc_ids, next_doc_ids, pairs = self.doc_ids[own], self.next_doc_ids[own], self.pairs[own]
-        return FutureRows(selection, doc_ids, next_doc_ids, pairs, self.bank, first_key, self.keys_of_rank, numbers)
+        doc_ids, next_doc_id, pairs = self.doc_ids[own], self.next_doc_id[own], self.pairs[own]
+        return FutureRows(selection, doc_ids, next_doc_id, pairs, self.bank, first_key, self.keys_of_rank, numbers)
 
     def targets(self, shift: int, parts: SequenceParts) -> Tensor:
         """The (b * n,) rows of the bank with the summaries at t + shift of this rank's positions t; 0 where there is no pair."""
@@ -204,7 +208,7 @@ class Planner:
         self, microbatch: MicroBatch, shift: int, selection: Tensor | None
     ) -> tuple[FutureRows, Tensor | float, Tensor | float]:
         """The selected sequences, and this micro-batch's numbers of pairs and of positions."""
-        labels, (doc_ids, next_doc_ids) = microbatch.labels, self._documents_for_summaries(microbatch)
+        labels, (doc_ids, next_doc_id) = microbatch.labels, self._documents_for_summaries(microbatch)
         valid = has_future(doc_ids)
         labelled = labels != IGNORE_INDEX
         pairs = pair_mask(valid, doc_ids, shift) & labelled  # as padding, a position without a label predicts nothing
@@ -214,8 +218,8 @@ class Planner:
         chosen = None if selection is None else selection.tolist()
         if selection is not None:
             selection = self._moved(selection)
-            doc_ids, next_doc_ids, pairs = doc_ids[selection], next_doc_ids[selection], pairs[selection]
-        return FutureRows(selection, doc_ids, next_doc_ids, pairs, numbers=chosen), *numbers
+            doc_ids, next_doc_id, pairs = doc_ids[selection], next_doc_id[selection], pairs[selection]
+        return FutureRows(selection, doc_ids, next_doc_id, pairs, numbers=chosen), *numbers
 
     def _moved(self, values: Tensor) -> Tensor:
         """A tensor of the dataloader on the device. From pinned memory, so that no step waits for the copy."""
@@ -229,17 +233,15 @@ class Planner:
         return torch.zeros_like(ids) if self._eos_id is None else doc_ids_from_eos(ids, self._eos_id)
 
     def _documents_for_summaries(self, microbatch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """The (B, T) documents of the tokens, and of those that follow."""
-        doc_ids, last, of_label = microbatch.doc_ids, microbatch.inputs["input"][:, -1:], microbatch.labels[:, -1:]
+        """The (B, T) documents of the tokens, and the (B, 1) one of the last label."""
+        doc_ids, last = microbatch.doc_ids, microbatch.inputs["input"][:, -1:]
         next_doc_id = microbatch.inputs.get("next_doc_id")
         if next_doc_id is None:
             next_doc_id = doc_ids[:, -1:] if self._eos_id is None else doc_ids[:, -1:] + (last == self._eos_id)
-        following = torch.cat([doc_ids[:, 1:], next_doc_id], dim=1)
         if not self._teacher.respect_doc_boundaries:
             # What comes after the end of the data belongs to nothing.
-            doc_ids, following = (torch.where(ids < PADDING, 0, ids) for ids in (doc_ids, following))
-        following[:, -1:].masked_fill_(of_label == IGNORE_INDEX, -1)
-        return doc_ids, following
+            doc_ids, next_doc_id = (torch.where(ids < PADDING, 0, ids) for ids in (doc_ids, next_doc_id))
+        return doc_ids, next_doc_id.masked_fill(microbatch.labels[:, -1:] == IGNORE_INDEX, -1)
 
 
 def has_label(batches: list[Batch]) -> bool:

@@ -158,14 +158,14 @@ class Teacher:
 
     def _taught(self, microbatch: MicroBatch) -> FutureSummaries | None:
         future = _future(microbatch)
-        tokens = future.select(microbatch.inputs["input"])
         with self._stopwatch.measure("teacher"):
             if self._reverse is None:
+                tokens = future.select(microbatch.inputs["input"])
                 return self.summaries(tokens, future.doc_ids if self._with_documents else None)
             if not self._runner.has_last:
                 return None
             with self._autocast():
-                states = self._reverse.states(future.select(microbatch.next_tokens()), future.next_doc_ids)
+                states = self._reverse.states(future.select(microbatch.next_tokens()), future.next_doc_ids())
             assert isinstance(self._encoder, ReverseEncoder)
             return self._encoder.summaries(states, future.doc_ids, self._parts)
 

@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgb
 from flame_ext.files import write_json
 from flame_ext.lab.figures import draw, draw_all
 from flame_ext.lab.report import markdown, summary
-from flame_ext.lab.results import Estimate, gather, student
+from flame_ext.lab.results import FIGURES, Estimate, gather, student
 from flame_ext.tools.main import main
 
 FLOPS = {"ntp": 10.0, "top": 20.0}
@@ -49,6 +49,14 @@ def write(folder: Path, results: list[dict[str, Any]], absent: int = 0) -> Path:
     for name, values in zip(names, results, strict=False):
         write_json(folder / name / "result.json", values)
     return folder
+
+
+def rows_of_table(text: str) -> list[dict[str, str]]:
+    """The rows of a report's one table, by the names of its columns."""
+    columns, _, *rows = (
+        [cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines() if line[:1] == "|"
+    )
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 RESULTS = [
@@ -96,10 +104,10 @@ def test_differences_are_of_the_seeds_that_both_objectives_have(tmp_path: Path) 
         "half": pytest.approx(half),
         "values": pytest.approx([0.4, 0.6]),
     }
-    ntp, top = (line for line in markdown(about, summary(tasks)).splitlines() if line.startswith(("| ntp", "| top")))
-    assert ntp.endswith("| – | 0.600 0.400 0.500 |")
-    assert top.endswith(f"| +0.5000 ± {half:.4f} | 0.900 1.000 |")
-    assert "| right answers, less that of ntp |" in markdown(about, summary(tasks))
+    ntp, top = rows_of_table(markdown(about, summary(tasks)))
+    assert ntp["right answers, less that of ntp"] == "–" and ntp["right answers, of each seed"] == "0.600 0.400 0.500"
+    assert top["right answers, less that of ntp"] == f"+0.5000 ± {half:.4f}"
+    assert top["right answers, of each seed"] == "0.900 1.000"
 
 
 def test_differences_are_to_the_plans_first_objective_though_its_first_run_failed(tmp_path: Path) -> None:
@@ -107,8 +115,8 @@ def test_differences_are_to_the_plans_first_objective_though_its_first_run_faile
     (tmp_path / "lab/runs/star/ntp/tokens-seed-0/result.json").unlink()
     about, tasks = gather(tmp_path / "lab")
     assert list(tasks["star"]["tokens"]) == ["ntp", "top"]
-    text = markdown(about, summary(tasks))
-    assert "right answers, less that of ntp" in text and "| +0.6000 (1 of 2 seeds) | 0.900 1.000 |" in text
+    _, top = rows_of_table(markdown(about, summary(tasks)))
+    assert top["right answers, less that of ntp"] == "+0.6000 (1 of 2 seeds)"
 
 
 def test_what_intervals_do_not_say_is_said(tmp_path: Path) -> None:
@@ -166,9 +174,9 @@ def test_a_run_that_has_diverged_is_named_and_the_others_are_reported(tmp_path: 
     diverged["figures"]["loss_answer"] = math.nan
     folder = write(tmp_path / "lab", [*RESULTS[:3], diverged])
     assert main(["lab", "report", str(folder)]) == 0
-    (line,) = (x for x in (folder / "report" / "report.md").read_text().splitlines() if x.startswith("| top"))
-    # What equal compute reads is before the divergence.
-    assert line.split(" | ")[-5:-2] == ["diverged (1 of 2)", "diverged (1 of 2)", "2.0000 ± 0.0000"]
+    _, top = rows_of_table((folder / "report" / "report.md").read_text())
+    assert top[FIGURES["loss_answer"]] == top[FIGURES["loss_equal_tokens"]] == "diverged (1 of 2)"
+    assert top[FIGURES["loss_equal_compute"]] == "2.0000 ± 0.0000"  # what it reads is before the divergence
     text = (folder / "report" / "report.json").read_text()
     figures = json.loads(text)["tasks"]["star"]["tokens"]["top"]["figures"]
     assert "NaN" not in text and figures["loss_equal_tokens"] == {"mean": None, "half": None, "values": [-1.0, None]}

@@ -17,6 +17,7 @@ import pytest
 from flame_ext.errors import ConfigError, UserError
 from flame_ext.lab.data import is_written, write_task
 from flame_ext.lab.job import RESULT, run
+from flame_ext.lab.origin import digest_of_rows
 from flame_ext.lab.plan import Run, read_plan
 from flame_ext.lab.report import markdown, summary
 from flame_ext.lab.results import gather, operations
@@ -192,6 +193,14 @@ def test_objectives_start_from_the_same_weights_and_another_seed_from_others(pre
     assert not torch.equal(one[key], other[key])
 
 
+def test_initial_weights_that_are_lost_are_made_again(prepared: Path) -> None:
+    plan, file = read_plan(TINY), prepared / "models" / "star" / "seed-0" / "model.safetensors"
+    before = file.read_bytes()
+    file.unlink()
+    prepare(plan, list(plan.runs()), prepared)
+    assert file.read_bytes() == before
+
+
 def test_equal_compute_is_that_of_the_cheapest_objective() -> None:
     from types import SimpleNamespace as Names
 
@@ -357,13 +366,19 @@ def test_the_task_is_found_though_runs_lie_elsewhere(tmp_path: Path, monkeypatch
     assert asked == [tmp_path / "plan" / "tasks" / "star"]
 
 
-def test_a_task_that_has_flat_tokens_alone_is_completed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", ["test", "train.npy"])
+def test_a_task_that_lacks_one_form_of_its_rows_is_completed(tmp_path: Path, lost: str) -> None:
     task = KINDS["path_star"](train=10, test=5)
     write_task(task, tmp_path)
-    shutil.rmtree(tmp_path / "test")
+    before = digest_of_rows(tmp_path)
+    if (tmp_path / lost).is_dir():
+        shutil.rmtree(tmp_path / lost)
+    else:
+        (tmp_path / lost).unlink()
     assert not is_written(task, tmp_path)
     write_task(task, tmp_path)
     assert is_written(task, tmp_path) and (tmp_path / "test" / "dataset_info.json").is_file()
+    assert digest_of_rows(tmp_path) == before
 
 
 def test_a_run_that_fails_does_not_keep_the_others_from_running(

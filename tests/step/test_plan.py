@@ -33,7 +33,7 @@ def test_tokens_pairs_and_positions_are_counted_over_the_whole_step() -> None:
     future = once.microbatches[0].future
     assert future is not None and once.has_future and once.shift == 1
     # A masked label is of no known document; after EOS another one begins.
-    assert future.next_doc_ids.tolist() == [[0, 0, 1, 1, 1, -1], [0, 1, 2, 2, 2, 2]]
+    assert future.next_doc_ids().tolist() == [[0, 0, 1, 1, 1, -1], [0, 1, 2, 2, 2, 2]]
     assert future.pairs.nonzero().tolist() == [[0, 0], [0, 3], [1, 3]]
     assert (once.pairs, once.positions) == (3, 7) and (twice.pairs, twice.positions) == (6, 14)
     whole = plan(1, "--future_encoder.no-respect_doc_boundaries")

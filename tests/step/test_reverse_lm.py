@@ -357,4 +357,4 @@ def test_the_teacher_reads_what_a_reverse_model_is_trained_to_read(documents: li
         (microbatch,) = planner.plan(1, [batch]).microbatches
         future = microbatch.future
         assert future is not None and microbatch.next_tokens().flip(1).equal(trained["input"])
-        assert positions_in_documents(future.next_doc_ids.flip(1)).equal(trained["positions"])
+        assert positions_in_documents(future.next_doc_ids().flip(1)).equal(trained["positions"])
