@@ -25,6 +25,11 @@ HEADS = {
     "future predictor": (),
     "+ action layer": ("--action_layer.enable",),
     "summary_method = query": ("--future_encoder.summary_method=query",),
+    "summary_method = reverse_lm": (
+        "--future_encoder.summary_method=reverse_lm",
+        "--future_encoder.reverse_model={backbone}",  # of the same shape
+        "--future_encoder.assume_reverse",
+    ),
     "mtp, parallel": (*NO_FUTURE, "--mtp.enable"),
     "mtp, sequential": (*NO_FUTURE, "--mtp.enable", "--mtp.kind=sequential"),
     **{name: (*NO_FUTURE, f"--{name}.enable") for name in ("token_order", "future_bag", "next_latent")},
@@ -62,7 +67,8 @@ def heads_table(quick: bool = False) -> Table:
         make_checkpoint(folder, cases(quick)[0].config)
         for head, options in HEADS.items():
             begin = time.perf_counter()
-            command = *arguments(folder, f"{scratch}/{head}"), *options
+            of_head = (option.format(backbone=folder) for option in options)
+            command = *arguments(folder, f"{scratch}/{head}"), *of_head
             peak = launch(2, "-m", "flame_ext.train", *command)
             figures[head] = {"rank_gib": peak.largest_rank / 2**30, "all_gib": peak.total / 2**30}
             sizes = (f"{value:.2f}" for value in figures[head].values())
