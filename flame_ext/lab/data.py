@@ -49,9 +49,8 @@ def is_written(task: Task, folder: Path) -> bool:
     """Whether the folder holds the task, in both forms of rows. Raises a UserError if it holds something else."""
     record = folder / _RECORD
     if record.is_file() and json.loads(record.read_text()) == record_of(task):
-        # A folder of an earlier version has flat tokens alone.
         written = [folder / name for name in FLAT]
-        if task.prompt:
+        if task.prompt:  # a folder of an earlier version has flat tokens alone
             written += [folder / split / "dataset_info.json" for split in ("train", "test")]
         return all(file.is_file() for file in written)
     if folder.is_dir() and (record.is_file() or (not any(folder.glob("*.npy")) and any(folder.iterdir()))):
