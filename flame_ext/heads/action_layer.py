@@ -1,6 +1,6 @@
 """``[action_layer]``: the head that predicts the future summary after each candidate for the next token, and its two losses."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -102,19 +102,31 @@ class ActionLayer(Head):
             self.out_proj = nn.Linear(hidden_size, hidden_size)
         self.head_type = head_type
 
-    def forward(self, hidden_states: Tensor, embeddings: Tensor, summaries: Tensor) -> tuple[Tensor, Tensor]:
-        """Score candidates in chunks; the backward computes each chunk again, so no (N, C, D) is kept.
+    def forward(
+        self, hidden_states: Tensor, token_ids: Tensor, summaries: Tensor, embed: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Score candidates in chunks; the backward looks up and computes each chunk again, so no (N, C, D) is ever in memory.
 
-        Takes (N, D) hidden states, (N, C, D) embeddings of the candidates, the true next token first, and (N, D) summaries of
-        unit length. Returns (N, C) float32 cosines of predictions and summaries, and the (N, D) predictions for the true token.
+        Takes (N, D) hidden states, (N, C) candidates, the true next token first, (N, D) summaries of unit length, and what maps
+        tokens to their embeddings, which get no gradient. Returns (N, C) float32 cosines of predictions and summaries, and the
+        (N, D) predictions for the true token.
         """
-        width = embeddings.shape[1] * max(self.ffn_hidden_size, hidden_states.shape[1])
-        rows = max(1, chunk_elements(embeddings.device) // width)
-        chunks = zip(hidden_states.split(rows), embeddings.split(rows), summaries.split(rows), strict=True)
+
+        def score(hidden_states: Tensor, token_ids: Tensor, summaries: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():  # the head learns what a token leads to; the embeddings stay the language model's
+                embeddings = embed(token_ids)
+            predictions = self.predict(hidden_states, embeddings)
+            with torch.autocast(predictions.device.type, enabled=False):
+                scores = (predictions * summaries.float().unsqueeze(-2)).sum(dim=-1)
+            return scores, predictions[..., 0, :]
+
+        width = token_ids.shape[1] * max(self.ffn_hidden_size, hidden_states.shape[1])
+        rows = max(1, chunk_elements(hidden_states.device) // width)
+        chunks = zip(hidden_states.split(rows), token_ids.split(rows), summaries.split(rows), strict=True)
         parts = [
-            checkpoint(self._score, *chunk, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(score, *chunk, use_reentrant=False, preserve_rng_state=False)
             if torch.is_grad_enabled()
-            else self._score(*chunk)
+            else score(*chunk)
             for chunk in chunks
         ]
         scores, predictions = zip(*parts, strict=True)
@@ -126,12 +138,6 @@ class ActionLayer(Head):
         action = self.action_proj(self.action_norm(embeddings))
         joint = F.gelu(state + action) if self.head_type == "mlp" else F.silu(state) * action
         return F.normalize(self.out_proj(joint).float(), dim=-1)
-
-    def _score(self, hidden_states: Tensor, embeddings: Tensor, summaries: Tensor) -> tuple[Tensor, Tensor]:
-        predictions = self.predict(hidden_states, embeddings)
-        with torch.autocast(predictions.device.type, enabled=False):
-            scores = (predictions * summaries.float().unsqueeze(-2)).sum(dim=-1)
-        return scores, predictions[..., 0, :]
 
 
 class _Tower(GatedMLP):
@@ -152,9 +158,7 @@ def action_loss(head: ActionLayer, batch: HeadBatch) -> dict[str, Tensor]:
     states, keys = future.hidden_states.flatten(0, 1), future.bank.keys.detach()
     own = slice(future.first_key, future.first_key + len(states))
     valid = future.bank.valid_mask[own] & (future.labels.flatten() != IGNORE_INDEX)
-    with torch.no_grad():  # the head learns what a token leads to; the embeddings stay the language model's
-        embeddings = batch.embed(token_ids)
-    scores, predictions = head(states, embeddings, keys[own])
+    scores, predictions = head(states, token_ids, keys[own], batch.embed)
     out = action_losses(
         *(scores, log_probs, candidate_mask(token_ids), valid, options.tau),
         *(options.gt_bias, options.reward, options.label_smoothing),

@@ -218,7 +218,10 @@ class HeadSpec:
     """The head's section to the number K of likeliest next tokens whose log-probabilities the loss needs."""
 
     uses_embedding: bool = False
-    """Whether the loss looks tokens up in the input embedding, which a pipeline's last stage then holds as well."""
+    """
+    Whether the loss looks tokens up in the input embedding, which a pipeline's last stage then holds as well, and which FSDP
+    keeps gathered for a step.
+    """
 
     uses_unembedding: bool = False
     """Whether the loss calls ``batch.unembed``, with the backbone's output embedding, which FSDP then keeps gathered for a step."""

@@ -120,8 +120,8 @@ def apply_fsdp(
 ) -> None:
     """Applies FSDP2 to the embedding, each decoder layer and head, the output embedding, and the root with tied embeddings.
 
-    An output embedding that a head calls once more for each chunk of its states belongs to the root: it is gathered once, and its
-    gradient reduced once.
+    An embedding that a head calls once more for each chunk of its states belongs to the root: it is gathered once, and its gradient
+    reduced once.
 
     Under expert parallelism, experts are sharded over ``experts_mesh``, the ranks that have the same ones. Their gradients are
     summed as all others are: those of the tokens of other ranks have come back by the exchange of tokens.
@@ -138,19 +138,17 @@ def apply_fsdp(
         offload_policy = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
     shard = partial(fully_shard, mesh=mesh, mp_policy=mp_policy, offload_policy=offload_policy)
     placement: Any = None if experts_mesh is None else placement_of_experts(model, experts_mesh)
-    for module in (
-        model.get_input_embeddings(),
-        *(layer for layers in model.layer_lists for layer in layers.children()),
-    ):
-        if module not in model.tied_modules and any(
-            True for _ in module.parameters()
-        ):  # a later stage has no embedding
-            shard(module, reshard_after_forward=reshard, shard_placement_fn=placement)
+    heads = model.heads.values()
+    looked_up = [] if any(head.uses_embedding for head in heads) else [model.get_input_embeddings()]
+    output = [] if any(head.uses_unembedding for head in heads) else [model.get_output_embeddings()]
+    layers = [layer for layers in model.layer_lists for layer in layers.children()]
     # The backward needs first what the forward runs last: keep it gathered unless told otherwise, as torchtitan does.
-    output = [] if any(head.uses_unembedding for head in model.heads.values()) else [model.get_output_embeddings()]
-    for module in (*output, *(model.get_submodule(name) for name in model.heads)):
-        if module is not None and module not in model.tied_modules and any(True for _ in module.parameters()):
-            shard(module, reshard_after_forward=policy == "always")
+    last = [*output, *(model.get_submodule(name) for name in model.heads)]
+    for modules, reshard_after_forward in (([*looked_up, *layers], reshard), (last, policy == "always")):
+        for module in modules:
+            # A later stage of a pipeline has no embedding.
+            if module is not None and module not in model.tied_modules and any(True for _ in module.parameters()):
+                shard(module, reshard_after_forward=reshard_after_forward, shard_placement_fn=placement)
     shard(model)
     disable_fsdp_gradient_division(model)
     # Any gradient scaling factor, even 1, makes FSDP use PREMUL_SUM, which gloo lacks.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from flame_ext.heads import action_layer
 from flame_ext.heads.action_layer import ActionLayer
@@ -136,73 +139,80 @@ def test_unknown_method_is_refused() -> None:
 LAYERS = [(head_type, rms) for head_type in ("mlp", "tower") for rms in (True, False)]
 
 
-def layer_and_inputs(head_type: str, use_rms_norm: bool) -> tuple[ActionLayer, list[Tensor]]:
+Inputs = tuple[Tensor, Tensor, Tensor, nn.Embedding]
+
+
+def layer_and_inputs(head_type: str, use_rms_norm: bool) -> tuple[ActionLayer, Inputs]:
     layer = ActionLayer(WIDTH, head_type, use_rms_norm, ffn_hidden_size=12)
     inits = layer.parameter_inits()
     assert set(inits) == {name for name, _ in layer.named_parameters()}
     initialise(dict(layer.named_parameters()), inits, rng_seed=0)
     generator = torch.Generator().manual_seed(0)
-    states, embeddings, summaries = (torch.randn(*s, WIDTH, generator=generator) for s in ((11,), (11, 4), (11,)))
-    return layer, [states.requires_grad_(), embeddings.requires_grad_(), F.normalize(summaries, dim=-1)]
+    states, table, summaries = (torch.randn(rows, WIDTH, generator=generator) for rows in (11, 20, 11))
+    token_ids = torch.randint(20, (11, 4), generator=generator)
+    embed = nn.Embedding.from_pretrained(table, freeze=False)
+    return layer, (states.requires_grad_(), token_ids, F.normalize(summaries, dim=-1), embed)
 
 
 @pytest.mark.parametrize(("head_type", "use_rms_norm"), LAYERS)
 def test_scores_are_cosines_of_predictions_and_summaries(head_type: str, use_rms_norm: bool) -> None:
-    layer, (states, embeddings, summaries) = layer_and_inputs(head_type, use_rms_norm)
+    layer, (states, token_ids, summaries, embed) = layer_and_inputs(head_type, use_rms_norm)
     norm = torch.nn.RMSNorm if use_rms_norm else torch.nn.LayerNorm
     assert isinstance(layer.state_norm, norm) and isinstance(layer.action_norm, norm)
-    scores, predictions = layer(states, embeddings, summaries)
+    scores, predictions = layer(states, token_ids, summaries, embed)
     assert scores.shape == (11, 4) and predictions.shape == (11, WIDTH)
     assert scores.dtype == predictions.dtype == torch.float32
     for n in range(11):
         for c in range(4):
-            prediction = layer.predict(states[n], embeddings[n, c : c + 1])[0]
+            prediction = layer.predict(states[n], embed(token_ids[n, c : c + 1]))[0]
             torch.testing.assert_close(prediction.norm(), torch.tensor(1.0))
             torch.testing.assert_close(scores[n, c], torch.cosine_similarity(prediction, summaries[n], dim=0))
             if c == 0:
                 torch.testing.assert_close(predictions[n], prediction)
     with torch.no_grad():
-        assert all(map(torch.equal, layer(states, embeddings, summaries), (scores, predictions)))
+        assert all(map(torch.equal, layer(states, token_ids, summaries, embed), (scores, predictions)))
 
 
 def test_mlp_is_one_linear_map_of_both_side_by_side() -> None:
-    layer, (states, embeddings, _) = layer_and_inputs("mlp", False)
-    states, embeddings = (F.layer_norm(x, (WIDTH,)) for x in (states[:, None].expand(-1, 4, -1), embeddings))
+    layer, (states, token_ids, _, embed) = layer_and_inputs("mlp", False)
+    inputs = (states[:, None].expand(-1, 4, -1), embed(token_ids))
     weight = torch.cat([layer.state_proj.weight, layer.action_proj.weight], dim=1)
-    hidden = F.gelu(F.linear(torch.cat([states, embeddings], dim=-1), weight, layer.state_proj.bias))
-    expected = F.normalize(layer.out_proj(hidden), dim=-1)
-    torch.testing.assert_close(layer.predict(*layer_and_inputs("mlp", False)[1][:2]), expected)
+    hidden = torch.cat([F.layer_norm(x, (WIDTH,)) for x in inputs], dim=-1)
+    expected = F.normalize(layer.out_proj(F.gelu(F.linear(hidden, weight, layer.state_proj.bias))), dim=-1)
+    torch.testing.assert_close(layer.predict(states, embed(token_ids)), expected)
 
 
 @pytest.mark.parametrize(("head_type", "use_rms_norm"), LAYERS)
 @pytest.mark.parametrize("elements", [1, 4 * 12 * 3])
-def test_chunks_change_nothing(
+def test_chunks_change_nothing_and_alone_are_in_memory(
     monkeypatch: pytest.MonkeyPatch, head_type: str, use_rms_norm: bool, elements: int
 ) -> None:
     results = []
     for chunk in (1 << 24, elements):
         monkeypatch.setattr(action_layer, "chunk_elements", lambda _device, chunk=chunk: chunk)
-        layer, inputs = layer_and_inputs(head_type, use_rms_norm)
-        scored = 0
+        layer, (states, token_ids, summaries, embed) = layer_and_inputs(head_type, use_rms_norm)
+        looked_up: list[weakref.ref[Tensor]] = []
 
-        def count(*_: object) -> None:
-            nonlocal scored
-            scored += 1
+        def count(_module: object, inputs: tuple[Tensor], result: Tensor, looked_up: Any = looked_up) -> None:
+            assert all(earlier() is None for earlier in looked_up), "an earlier chunk's embeddings are still in memory"
+            looked_up.append(weakref.ref(result))
 
-        layer.out_proj.register_forward_hook(count)
-        scores, predictions = layer(*inputs)
-        assert scored == (1 if chunk == 1 << 24 else 11 if chunk == 1 else 4)
+        embed.register_forward_hook(count)
+        scores, predictions = layer(states, token_ids, summaries, embed)
+        chunks = 1 if chunk == 1 << 24 else 11 if chunk == 1 else 4
+        assert len(looked_up) == chunks
         (scores.sin().sum() + predictions[:, 0].sum()).backward()
-        assert all(parameter.grad is not None for parameter in layer.parameters())
-        results.append((scores, predictions, *(tensor.grad for tensor in (*inputs[:2], *layer.parameters()))))
+        assert len(looked_up) == 2 * chunks
+        assert embed.weight.grad is None and all(parameter.grad is not None for parameter in layer.parameters())
+        results.append((scores, predictions, states.grad, *(parameter.grad for parameter in layer.parameters())))
     for whole, parts in zip(*results, strict=True):
         torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
 
 
 def test_bfloat16_layer_scores_in_float32() -> None:
-    layer, (states, embeddings, summaries) = layer_and_inputs("tower", True)
-    expected, _ = layer(states, embeddings, summaries)
-    scores, predictions = layer.to(torch.bfloat16)(states.bfloat16(), embeddings.bfloat16(), summaries)
+    layer, (states, token_ids, summaries, embed) = layer_and_inputs("tower", True)
+    expected, _ = layer(states, token_ids, summaries, embed)
+    scores, predictions = layer.bfloat16()(states.bfloat16(), token_ids, summaries, embed.bfloat16())
     assert scores.dtype == predictions.dtype == torch.float32
     torch.testing.assert_close(scores, expected, rtol=0, atol=0.1)
 

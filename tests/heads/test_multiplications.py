@@ -73,7 +73,7 @@ def test_candidates_multiply_as_often_as_it_says(head_type: str) -> None:
     head: Any = model.get_submodule("action_layer")
     states, once = torch.randn(TOKENS, model.config.hidden_size), vectors(head.state_norm) + vectors(head.state_proj)
     with flop_counter() as flops:
-        head(states, torch.randn(TOKENS, 1 + TOP_K, states.shape[1]), states)
+        head(states, torch.randint(99, (TOKENS, 1 + TOP_K)), states, model.get_input_embeddings())
     expected = model.heads["action_layer"].multiplications - once - (1 + TOP_K) * (vectors(head) - once)
     assert flops.get_total_flops() == 2 * TOKENS * expected
 
