@@ -91,6 +91,9 @@ def one_step(models: str, folder: str, jobs: dict[str, list[str]], options: list
         whole = mock.patch.object(tensor_parallel, "_no_sequence_parallel", return_value="the test says so")
         with whole if "+whole" in job else nullcontext():
             trainer = FutureTrainer(parse(arguments))
+        backends = [group._get_backend(torch.device("cpu")) for group in dist.distributed_c10d._world.pg_map]
+        of_gloo = [backend for backend in backends if isinstance(backend, dist.ProcessGroupGloo)]
+        assert of_gloo and all(backend.options._threads == 1 for backend in of_gloo)
         trainer.checkpointer.load()
         heads = {key: full(p) for key, p in named(trainer.model).items() if key in trainer.model.parameter_inits}
         shapes: list[int] = []

@@ -72,5 +72,5 @@ torchtitan.models.llama3.infra.parallelize
 =================================  ======================================  ===============================================
 
 Private or patched outside torchtitan: ``torch._utils`` (device), ``torch.profiler.profile`` (patches; 0.3 does not need it),
-``torch._dynamo.config`` (patches), the ``forward`` of torchao's layers (high_precision).
+``torch._dynamo.config`` and ``ProcessGroupGloo`` (patches), the ``forward`` of torchao's layers (high_precision).
 """
