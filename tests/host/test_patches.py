@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ def groups_of_gloo() -> tuple[list[Any], list[list[float]]]:
     make_gloo_groups_with_one_thread()  # as a second run of a process does
     cpu = torch.device("cpu")
     dist.init_process_group("gloo", timeout=timedelta(seconds=50))
-    groups = [dist.group.WORLD, dist.new_group(timeout=timedelta(seconds=40)), dist.new_group(backend="gloo")]
+    groups = [dist.group.WORLD, dist.new_group(timeout=timedelta(seconds=40))]
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo,lo"  # two devices, for which torch would take four threads
+    groups.append(dist.new_group(backend="gloo"))
     options = [group._get_backend(cpu).options for group in groups]
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=30), groups[2])
     own: Any = dist.ProcessGroupGloo._Options()
@@ -45,11 +48,12 @@ def groups_of_gloo() -> tuple[list[Any], list[list[float]]]:
     gather, wait = torch.ops._c10d_functional.all_gather_into_tensor, torch.ops._c10d_functional.wait_tensor
     sent = [torch.full((1,), float(dist.get_rank() + 2 * number)) for number in range(50)]
     under_way = [gather(part, 2, groups[1].group_name) for part in sent]
-    return [(o._threads, o._timeout.total_seconds()) for o in options], [wait(part).tolist() for part in under_way]
+    found = [(len(o._devices), o._threads, o._timeout.total_seconds()) for o in options]
+    return found, [wait(part).tolist() for part in under_way]
 
 
 def test_groups_of_gloo_have_one_thread_and_nothing_else_changes(tmp_path: Path) -> None:
     for rank in run_ranks(groups_of_gloo, 2, folder=tmp_path):
         assert rank.exit_code == 0, rank.output
-        assert rank.value[0] == [(1, 50), (1, 40), (1, 30), (3, 1800)]
+        assert rank.value[0] == [(1, 1, 50), (1, 1, 40), (2, 1, 30), (1, 3, 1800)]
         assert rank.value[1] == [[2.0 * number, 2.0 * number + 1] for number in range(50)]
